@@ -1,0 +1,1 @@
+"""The adapters that ship, each written as a stranger would write one and loaded through the entry-point group."""

@@ -1,0 +1,45 @@
+"""Certified robustness for multimodal models as a plugin: feature-space smoothing of the vision encoder."""
+
+from fs_plugins.api import SmoothingHandle, Status, disable, enable, status, vision_call
+from fs_plugins.errors import (
+    FSPluginsError,
+    FSPluginsWarning,
+    ModelError,
+    PixelError,
+    PluginError,
+    PSMError,
+    RegistryError,
+    SettingError,
+)
+from fs_plugins.hooks import hookimpl
+from fs_plugins.patch import SmoothingEvent
+from fs_plugins.psm import PSM
+from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PSM",
+    "FSPluginsError",
+    "FSPluginsWarning",
+    "FeatureSmoother",
+    "Field",
+    "ModelError",
+    "PSMError",
+    "PixelError",
+    "PixelSpace",
+    "PluginError",
+    "Readout",
+    "RegistryError",
+    "SettingError",
+    "SmoothingEvent",
+    "SmoothingHandle",
+    "Status",
+    "VisionCall",
+    "disable",
+    "enable",
+    "hookimpl",
+    "status",
+    "vision_call",
+]

@@ -1,0 +1,323 @@
+"""The verbs on a model: enable, disable, status."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from torch import nn
+
+from fs_plugins import registry
+from fs_plugins.errors import FSPluginsWarning, ModelError, PluginError, SettingError
+from fs_plugins.hooks import DISABLE, plugin_manager
+from fs_plugins.noise import Noise, NoiseScope
+from fs_plugins.patch import SmoothingHook, Witness, detach, hooks_of, recompile
+from fs_plugins.psm import PSM
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
+from fs_plugins.vision import PixelSpace, VisionCall, fingerprint, has_adapters, same_encoder
+
+
+@dataclass(frozen=True)
+class ReadoutStatus:
+    """One consumed feature, and whether a mapper refines it."""
+
+    name: str
+    mapped: bool
+
+
+@dataclass(frozen=True)
+class VisionStatus:
+    """One smoothed vision encoder and what it has done so far."""
+
+    adapter: str
+    encoder: str
+    psm: str | None
+    purifier: str | None
+    sigma: float
+    n0: int
+    noise: Noise
+    noise_scope: NoiseScope
+    pixels: str
+    readouts: tuple[ReadoutStatus, ...]
+    calls: int
+    images: int
+    draws: int
+    non_finite: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``status`` answers; ``str()`` of it is for people.
+
+    ``model_calls`` counts calls of the model that carried pixels; if it is above 0 and no vision encoder
+    was smoothed, something goes around the protection, and ``warnings`` says so.
+    """
+
+    enabled: bool
+    vision: tuple[VisionStatus, ...] = ()
+    model_calls: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return "fs_plugins: not enabled on this model."
+        lines = []
+        for v in self.vision:
+            psm = v.psm or "none (plain smoothing)"
+            features = ", ".join(r.name + ("" if r.mapped else " (no mapper)") for r in v.readouts)
+            lines += [
+                f"fs_plugins: enabled on {v.encoder} through {v.adapter}",
+                f"  PSM       {psm}; purifier {v.purifier or 'none'}",
+                f"  noise     sigma {v.sigma:g} in [0, 1] pixels, n0 {v.n0}, {v.noise}, fresh per {v.noise_scope}",
+                f"  pixels    {v.pixels}",
+                f"  features  {features}",
+                f"  so far    {v.calls} smoothed calls, {v.images} images, {v.draws} draws, "
+                f"{v.non_finite} not finite, {v.seconds:.2f} s",
+            ]
+        return "\n".join(lines + [f"  warning   {warning}" for warning in self.warnings])
+
+
+class SmoothingHandle:
+    """What ``enable`` returns: ``disable()`` and ``status()`` of that model, and a context manager."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def disable(self) -> None:
+        """Undo ``enable``; harmless if it has been undone already."""
+        if hooks_of(self._model)[0]:
+            disable(self._model)
+
+    def status(self) -> Status:
+        return status(self._model)
+
+    @property
+    def smoothers(self) -> tuple[FeatureSmoother, ...]:
+        """One per vision encoder."""
+        return tuple(hook.smoother for hook in hooks_of(self._model)[0])
+
+    def __enter__(self) -> SmoothingHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def enable(
+    model: nn.Module,
+    *,
+    psm: str | os.PathLike[str] | PSM | None = "auto",
+    sigma: float | None = None,
+    n0: int = 4,
+    noise: Noise = "antithetic",
+    noise_scope: NoiseScope = "call",
+    seed: int | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    processor: Any = None,
+    adapter: str | None = None,
+) -> SmoothingHandle:
+    """Smooth every image that ``model`` looks at from now on; its weights stay as they are.
+
+    Args:
+        model: any model an adapter claims, also inside PEFT, torch.compile or DDP; in eval mode.
+        psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution; a PSM, its folder
+            or its hub id is used as given; ``None`` is plain smoothing at ``sigma``.
+        sigma: standard deviation of the noise in [0, 1] pixel units at the resolution the encoder sees.
+            Left out, the PSM's own. Required with ``psm=None``.
+        n0: draws per image. More is steadier and slower.
+        noise: ``"antithetic"`` (pairs e, -e) or ``"iid"``.
+        noise_scope: ``"call"`` draws afresh at every vision call. ``"image"`` fixes an image's draws by a secret
+            key and its content: for callers that recompute the encoder within one answer (transformers 4
+            beams, ``use_cache=False``, gradient checkpointing around the encoder).
+        seed: reproducible draws, for experiments. An attacker who knows the seed knows the noise.
+        chunk_size: rows (draws times images) per forward of the encoder; bounds memory, never the result.
+        processor: the model's processor, image processor or a PixelSpace, where mean and std cannot be found.
+        adapter: the plugin to use where several claim the model.
+
+    Returns:
+        a handle; also a context manager that disables on leaving.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model; it is enabled already; it is in training mode.
+        SettingError, PSMError, RegistryError, PluginError: see their docstrings.
+        Nothing is attached to the model unless everything is in order.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"enable takes a torch.nn.Module, got {type(model).__name__}.")
+    if hooks_of(model)[0]:
+        raise ModelError("Smoothing is enabled on this model already. Call fs_plugins.disable(model) first to change it.")
+    if model.training:
+        raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
+    name, calls = _claim(model, adapter)
+    if processor is not None:
+        pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
+        calls = tuple(call.with_pixels(pixels) for call in calls)
+    observe = plugin_manager().hook.fs_after_smoothing
+    observer = (lambda event: observe(event=event)) if observe.get_hookimpls() else None
+    hooks = []
+    for call in calls:
+        found = _find_psm(call, psm, sigma)
+        if found is None and sigma is None:
+            raise SettingError("psm=None is plain smoothing and needs a sigma in [0, 1] pixel units; 0.25 is usual.")
+        level = sigma if sigma is not None else cast(PSM, found).config.sigma
+        smoother = FeatureSmoother(
+            call, psm=found, sigma=level, n0=n0, noise=noise, noise_scope=noise_scope, seed=seed, chunk_size=chunk_size
+        )
+        hooks.append(SmoothingHook(smoother, name, observer))
+    for hook in hooks:
+        hook.attach()
+    Witness(calls[0].pixels.argument).attach(model)
+    recompile()
+    return SmoothingHandle(model)
+
+
+def disable(model: nn.Module) -> None:
+    """Undo ``enable``: the model computes bit for bit what it computed before.
+
+    Raises:
+        ModelError: smoothing is not enabled on this model.
+    """
+    if not hooks_of(model)[0]:
+        raise ModelError("Smoothing is not enabled on this model, so there is nothing to disable.")
+    detach(model)
+    recompile()
+
+
+def status(model: nn.Module) -> Status:
+    """Whether the model is smoothed, how, and how often it has been: a proof of life.
+
+    A model that was called with pixels while no vision call was smoothed raises an FSPluginsWarning.
+    """
+    hooks, witnesses = hooks_of(model)
+    if not hooks:
+        return Status(enabled=False)
+    model_calls = sum(witness.calls for witness in witnesses)
+    problems = []
+    if model_calls and not any(hook.calls for hook in hooks):
+        problems.append(
+            f"the model was called with pixels {model_calls} times and its vision encoder was never smoothed; "
+            "the encoder was replaced or is bypassed. Disable and enable again"
+        )
+    problems += [f"{hook.non_finite} draws were not finite" for hook in hooks if hook.non_finite]
+    for problem in problems:
+        warnings.warn(problem, FSPluginsWarning, stacklevel=2)
+    return Status(True, tuple(map(_vision_status, hooks)), model_calls, tuple(problems))
+
+
+def vision_call(model: nn.Module, *, adapter: str | None = None) -> VisionCall:
+    """Where this model looks at images, by the adapter that claims it; the first place where there are several.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model.
+    """
+    return _claim(model, adapter)[1][0]
+
+
+def _claim(model: nn.Module, adapter: str | None) -> tuple[str, tuple[VisionCall, ...]]:
+    manager = plugin_manager()
+    names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
+    if adapter is not None and adapter not in names:
+        raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(names)}.")
+    claims: dict[str, tuple[VisionCall, ...]] = {}
+    for implementation in manager.hook.fs_vision_call.get_hookimpls():
+        if adapter not in (None, implementation.plugin_name):
+            continue
+        answer = implementation.function(model)
+        if answer is not None:
+            claims[implementation.plugin_name] = (answer,) if isinstance(answer, VisionCall) else tuple(answer)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not claims:
+        asked = adapter or ", ".join(sorted(names))
+        raise ModelError(
+            f"No adapter claims {kind} (asked: {asked}). docs/adapters.md shows how to write one, in about 40 lines."
+        )
+    if len(claims) > 1:
+        raise ModelError(
+            f"Several adapters claim {kind}: {', '.join(sorted(claims))}. Choose with enable(..., adapter=...), or turn "
+            f"one off with {DISABLE}=<name>."
+        )
+    return next(iter(claims.items()))
+
+
+def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
+    if psm is None or isinstance(psm, PSM):
+        found = psm
+    elif psm == "auto":
+        known = known_encoders()
+        found = known.load(known.find(call, sigma), **plugin_parts())
+    elif isinstance(psm, str | os.PathLike):
+        found = PSM.from_pretrained(psm, **plugin_parts())
+    else:
+        raise SettingError(f'psm must be "auto", None, a PSM, its folder or its hub id; got {type(psm).__name__}.')
+    if found is None:
+        return None
+    if has_adapters(call.module):
+        warnings.warn(
+            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them.",
+            FSPluginsWarning,
+            stacklevel=4,
+        )
+    if psm != "auto" and not any(p.is_meta for p in call.module.parameters()):
+        if not same_encoder(found.config.fingerprint, fingerprint(call.module)):
+            warnings.warn(
+                f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
+                "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",
+                FSPluginsWarning,
+                stacklevel=4,
+            )
+    return found
+
+
+def known_encoders() -> registry.Registry:
+    """The registry that ships, then those of plugins."""
+    files: list[Path] = [registry.shipped_path()]
+    for answer in plugin_manager().hook.fs_registries():
+        files += [Path(path) for path in answer]
+    return registry.Registry(files)
+
+
+def plugin_parts() -> dict[str, dict[str, type[nn.Module]]]:
+    """Purifiers and mappers that plugins provide, by kind."""
+    hook = plugin_manager().hook
+    parts: dict[str, dict[str, type[nn.Module]]] = {"purifiers": {}, "mappers": {}}
+    answers: tuple[tuple[str, Sequence[dict[str, type[nn.Module]]]], ...] = (
+        ("purifiers", hook.fs_purifiers()),
+        ("mappers", hook.fs_mappers()),
+    )
+    for what, given in answers:
+        for kinds in given:
+            parts[what].update(kinds)
+    return parts
+
+
+def _vision_status(hook: SmoothingHook) -> VisionStatus:
+    smoother = hook.smoother
+    psm = smoother.psm
+    return VisionStatus(
+        adapter=hook.adapter,
+        encoder=type(smoother.call.module).__name__,
+        psm=psm.config.name if psm else None,
+        purifier=psm.config.purifier.kind if psm and psm.config.purifier else None,
+        sigma=smoother.sigma,
+        n0=smoother.n0,
+        noise=smoother.noise,
+        noise_scope=smoother.source.scope,
+        pixels=smoother.call.pixels.source,
+        readouts=tuple(
+            ReadoutStatus(readout.name, psm is not None and readout.name in psm.mapped)
+            for readout in smoother.call.readouts
+        ),
+        calls=hook.calls,
+        images=hook.images,
+        draws=hook.draws,
+        non_finite=hook.non_finite,
+        seconds=hook.seconds,
+    )

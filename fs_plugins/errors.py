@@ -1,0 +1,35 @@
+"""Everything that fs_plugins raises at a user is an FSPluginsError."""
+
+from __future__ import annotations
+
+
+class FSPluginsError(Exception):
+    """Base of all user errors. The message says what was wrong, what was expected and what to do."""
+
+
+class SettingError(FSPluginsError, ValueError):
+    """An argument is out of range or does not go with another."""
+
+
+class ModelError(FSPluginsError, TypeError):
+    """The model is not one that can be smoothed: nobody claims it, several do, or its state forbids it."""
+
+
+class PixelError(FSPluginsError, ValueError):
+    """The pixels that reached the vision encoder are not what the adapter declared."""
+
+
+class PSMError(FSPluginsError, ValueError):
+    """A PSM does not fit the encoder, or its checkpoint is damaged."""
+
+
+class RegistryError(FSPluginsError, ValueError):
+    """A registry file breaks its schema, or an entry does not resolve."""
+
+
+class PluginError(FSPluginsError, RuntimeError):
+    """A plugin cannot be imported or breaks the hook specification."""
+
+
+class FSPluginsWarning(UserWarning):
+    """Something legitimate that weakens, or may weaken, the protection."""

@@ -1,0 +1,81 @@
+"""Gaussian draws: i.i.d. or antithetic, fresh or reproducible.
+
+Every image of every vision call has its own generator, so an image's draws depend neither on its
+neighbours in the batch nor on how the work is cut into chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Noise = Literal["iid", "antithetic"]
+NoiseScope = Literal["call", "image"]
+
+
+def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, count: int) -> Iterator[Tensor]:
+    """Yield ``count`` standard normal tensors of ``shape`` (fp32, on the generator's device).
+
+    ``antithetic`` yields e, -e, e', -e', ...; an odd count ends with one unpaired draw. Each draw is
+    N(0, I); within a pair the two are dependent, so only ``iid`` draws may certify.
+    """
+    drawn: Tensor | None = None
+    for _ in range(count):
+        if drawn is None:
+            fresh = torch.randn(shape, generator=generator, device=generator.device)
+            drawn = fresh if noise == "antithetic" else None
+            yield fresh
+        else:
+            yield -drawn
+            drawn = None
+
+
+class NoiseSource:
+    """Hands out one generator per image of a vision call.
+
+    ``scope="call"``: fresh, independent draws at every call. ``scope="image"``: an image's draws follow
+    from a secret key and its content, so that a repeated call sees the same noise; who can query the
+    model at will can then also search it, so prefer ``"call"`` unless the caller recomputes the tower.
+    ``seed`` makes either reproducible (the k-th call after construction, or the key); without it
+    the entropy comes from the operating system, not from torch's global generator.
+    """
+
+    def __init__(self, scope: NoiseScope = "call", seed: int | None = None) -> None:
+        self.scope = scope
+        self.seed = seed
+        self._key = secrets.token_bytes(32) if seed is None else f"seed {seed}".encode()
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def generators(self, images: Tensor) -> list[torch.Generator]:
+        """One seeded generator for each image of (B, C, H, W), on the images' device."""
+        if self.scope == "image":
+            pixels = images.detach().float().cpu().contiguous().numpy()
+            marks = [b"image" + row.tobytes() for row in pixels]
+        else:
+            with self._lock:
+                call = self._calls
+                self._calls += 1
+            marks = [f"call {call} image {i}".encode() for i in range(len(images))]
+        return [self._generator(mark, images.device) for mark in marks]
+
+    def _generator(self, mark: bytes, device: torch.device) -> torch.Generator:
+        digest = hashlib.sha256(self._key + mark).digest()
+        return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of an unseeded source gets a key of its own: two models never share their noise."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        if self.seed is None:
+            state["_key"] = secrets.token_bytes(32)
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()

@@ -1,0 +1,7 @@
+"""Purifier and smoothness mapper: the trained pair that sharpens a smoothed encoder."""
+
+from fs_plugins.psm.bundle import PSM, Part, PSMConfig, ReadoutSpec
+from fs_plugins.psm.mapper import ResidualMapper
+from fs_plugins.psm.purifier import PAPER_UNET, UNetPurifier
+
+__all__ = ["PAPER_UNET", "PSM", "PSMConfig", "Part", "ReadoutSpec", "ResidualMapper", "UNetPurifier"]

@@ -1,0 +1,282 @@
+"""A PSM on disk and in memory: one purifier, a mapper per readout, and what they were made for."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from fs_plugins.errors import PSMError
+from fs_plugins.psm.mapper import ResidualMapper
+from fs_plugins.psm.purifier import UNetPurifier
+
+if TYPE_CHECKING:
+    from fs_plugins.vision import VisionCall
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "psm.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Strict):
+    """A purifier or a mapper by its registered kind, with its constructor's arguments."""
+
+    kind: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class ReadoutSpec(_Strict):
+    """The readout that a mapper was trained for."""
+
+    name: str
+    width: int
+    tokens: int
+    mapper: Part
+
+
+class PSMConfig(_Strict):
+    """What ``config.json`` holds. ``sigma`` is in [0, 1] pixel units."""
+
+    format: Literal["fs-plugins-psm-1"] = "fs-plugins-psm-1"
+    name: str
+    sigma: float
+    sigma_range: tuple[float, float]
+    image_size: tuple[int, int]
+    purifier: Part | None
+    readouts: tuple[ReadoutSpec, ...] = ()
+    encoder: str
+    fingerprint: tuple[float, ...]
+    weights_sha256: str | None = None
+
+    @field_validator("sigma")
+    @classmethod
+    def _positive(cls, sigma: float) -> float:
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma}")
+        return sigma
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PSMConfig:
+        low, high = self.sigma_range
+        if not 0 < low <= self.sigma <= high:
+            raise ValueError(f"sigma_range {self.sigma_range} must hold sigma {self.sigma}")
+        return self
+
+
+_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier}
+_MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
+
+
+def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Module:
+    if part.kind not in known:
+        raise PSMError(
+            f"No {what} of kind {part.kind!r} is known; known are {sorted(known)}. Is the plugin that provides it installed?"
+        )
+    try:
+        return known[part.kind](**part.args)
+    except TypeError as error:
+        raise PSMError(f"The {what} {part.kind!r} does not take the arguments {part.args}: {error}.") from None
+
+
+class PSM(nn.Module):
+    """Purifier and smoothness mapper for one encoder (also called GSB in later versions of the paper).
+
+    Args:
+        config: what it is made for.
+        purifiers, mappers: constructors by kind, beside the built-in ones (from plugins).
+    """
+
+    def __init__(
+        self,
+        config: PSMConfig,
+        *,
+        purifiers: dict[str, type[nn.Module]] | None = None,
+        mappers: dict[str, type[nn.Module]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.purifier: nn.Module | None = None
+        if config.purifier is not None:
+            self.purifier = _build(config.purifier, _PURIFIERS | (purifiers or {}), "purifier")
+        known = _MAPPERS | (mappers or {})
+        self.mappers = nn.ModuleList(_build(spec.mapper, known, "mapper") for spec in config.readouts)
+        self.eval().requires_grad_(False)
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """Names of the readouts that have a mapper."""
+        return tuple(spec.name for spec in self.config.readouts)
+
+    def purify(self, images: Tensor, sigma: float) -> Tensor:
+        """(N, C, H, W) noisy images -> purified images; unchanged without a purifier."""
+        return images if self.purifier is None else self.purifier(images, sigma)
+
+    def map(self, readout: str, feature: Tensor, sigma: float) -> Tensor:
+        """A readout's feature -> the refined feature; unchanged where the readout has no mapper."""
+        if readout not in self.mapped:
+            return feature
+        return self.mappers[self.mapped.index(readout)](feature, sigma)
+
+    def only(self, *, purifier: bool = True, mapper: bool = True) -> PSM:
+        """A copy that keeps just these parts (ablation)."""
+        part = copy.deepcopy(self)
+        if not purifier:
+            part.purifier = None
+            part.config = part.config.model_copy(update={"purifier": None})
+        if not mapper:
+            part.mappers = nn.ModuleList()
+            part.config = part.config.model_copy(update={"readouts": ()})
+        return part
+
+    def check(self, call: VisionCall, sigma: float) -> None:
+        """Refuse to serve an encoder, readout, resolution or sigma this PSM was not made for.
+
+        Raises:
+            PSMError: with both sides of what does not fit.
+        """
+        config = self.config
+        if config.image_size != call.image_size:
+            raise PSMError(
+                f"PSM {config.name!r} was trained at {_size(config.image_size)} pixels, "
+                f"this encoder sees {_size(call.image_size)}. Train a PSM at this resolution, or pass psm=None."
+            )
+        channels = len(call.pixels.mean)
+        if self.purifier is not None and channels != 3:
+            raise PSMError(f"Purifiers take RGB images; this encoder's pixels have {channels} channels.")
+        low, high = config.sigma_range
+        if not low - 1e-9 <= sigma <= high + 1e-9:
+            covers = f"sigma = {low:g}" if low == high else f"sigma from {low:g} to {high:g}"
+            raise PSMError(
+                f"PSM {config.name!r} was trained for {covers}, not for {sigma:g}. Leave sigma out to use the "
+                "PSM's own, train one for this sigma, or pass psm=None for plain smoothing."
+            )
+        served = {readout.name: readout for readout in call.readouts}
+        for spec in config.readouts:
+            readout = served.get(spec.name)
+            if readout is None:
+                raise PSMError(
+                    f"PSM {config.name!r} maps readout {spec.name!r}; this model consumes {', '.join(served)}. "
+                    "A mapper fits one readout: take the PSM of this model's readout."
+                )
+            if (spec.width, spec.tokens) != (readout.width, readout.tokens):
+                raise PSMError(
+                    f"PSM {config.name!r} maps {spec.name!r} of {_shape(spec.tokens, spec.width)}; "
+                    f"this model's is {_shape(readout.tokens, readout.width)}."
+                )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``psm.safetensors``; the folder appears whole or not at all.
+
+        Raises:
+            PSMError: the folder exists and holds something other than a PSM.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
+            raise PSMError(f"{target} exists and is not a PSM folder; choose another or empty it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+            save_file(weights, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
+            digest = _sha256((fresh / WEIGHTS_NAME).read_bytes())
+            config = self.config.model_copy(update={"weights_sha256": digest})
+            (fresh / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
+            fresh.chmod(0o755)
+            (fresh / WEIGHTS_NAME).chmod(0o644)
+            kept = [path for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME)] if target.exists() else []
+            for path in kept:
+                shutil.copy2(path, fresh / path.name)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        purifiers: dict[str, type[nn.Module]] | None = None,
+        mappers: dict[str, type[nn.Module]] | None = None,
+    ) -> PSM:
+        """Load a PSM from a folder, or from a Hugging Face hub repository (``revision`` pins it).
+
+        The weights' SHA-256 is compared with the one in ``config.json`` before they are parsed.
+
+        Raises:
+            PSMError: no such folder, a config that breaks the schema, or damaged weights.
+        """
+        folder = fetch(source, revision)
+        try:
+            config = PSMConfig.model_validate_json((folder / CONFIG_NAME).read_bytes())
+        except ValidationError as error:
+            raise PSMError(f"{folder / CONFIG_NAME} is not a PSM configuration: {_first(error)}") from None
+        data = (folder / WEIGHTS_NAME).read_bytes()
+        if config.weights_sha256 != _sha256(data):
+            raise PSMError(
+                f"{folder / WEIGHTS_NAME} is damaged: its SHA-256 is {_sha256(data)}, "
+                f"config.json says {config.weights_sha256}. Fetch or train it again."
+            )
+        psm = cls(config, purifiers=purifiers, mappers=mappers)
+        try:
+            psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()})
+        except (RuntimeError, SafetensorError) as error:
+            raise PSMError(f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}") from None
+        return psm
+
+
+def fetch(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A PSM folder on this machine: ``source`` itself, or a hub repository's snapshot.
+
+    Raises:
+        PSMError: nothing there, or files missing.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise PSMError(f"{folder} is no PSM folder: {name} is missing.")
+        return folder
+    text = str(source)
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        raise PSMError(f"No PSM folder at {text!r} (and that is no hub id of the form owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise PSMError(f"{text!r} is no folder, and the hub did not give it: {error}") from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"])) or "the file"
+    return f"{where}: {problem['msg']}"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _shape(tokens: int, width: int) -> str:
+    return f"{tokens} tokens of width {width}" if tokens else f"a pooled vector of width {width}"

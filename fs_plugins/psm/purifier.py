@@ -1,0 +1,67 @@
+"""Purifiers: (N, 3, H, W) noisy images and sigma -> images, all in [0, 1] pixel units.
+
+``UNetPurifier`` is the light U-Net denoiser of the paper (appendix S.9.2), of any width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fs_plugins.errors import SettingError
+
+PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "unshuffle": 1, "attention": True}
+"""The light purifier at the paper's size: 43.6 M parameters (the paper says 43.7 M and no widths)."""
+
+
+class UNetPurifier(nn.Module):
+    """A residual U-Net (diffusers ``UNet2DModel``) conditioned on sigma, for images of any size.
+
+    Args:
+        channels: widths from the finest to the coarsest level.
+        layers: residual blocks a level.
+        unshuffle: side of the pixel blocks folded into channels first; 1 keeps full resolution.
+        attention: self-attention in the middle block.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...] = (64, 128),
+        layers: int = 1,
+        unshuffle: int = 4,
+        attention: bool = False,
+    ) -> None:
+        from diffusers import UNet2DModel
+
+        super().__init__()
+        if any(width % 8 for width in channels) or not channels:
+            raise SettingError(f"UNetPurifier.channels must be multiples of 8, got {channels}.")
+        folded = 3 * unshuffle**2
+        self.unshuffle = unshuffle
+        self.multiple = unshuffle * 2 ** (len(channels) - 1)
+        self.net = UNet2DModel(
+            in_channels=folded,
+            out_channels=folded,
+            block_out_channels=tuple(channels),
+            down_block_types=("DownBlock2D",) * len(channels),
+            up_block_types=("UpBlock2D",) * len(channels),
+            layers_per_block=layers,
+            norm_num_groups=8,
+            add_attention=attention,
+        )
+        nn.init.zeros_(self.net.conv_out.weight)
+        nn.init.zeros_(self.net.conv_out.bias)
+
+    def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
+        """(N, 3, H, W) noisy images (unclamped) -> (N, 3, H, W) purified images, clamped to [0, 1] in eval mode."""
+        height, width = images.shape[-2:]
+        pad = (0, -width % self.multiple, 0, -height % self.multiple)
+        padded = F.pad(images, pad, mode="replicate") if any(pad) else images
+        level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images)) * 1000
+        change = self.net(F.pixel_unshuffle(padded - 0.5, self.unshuffle), timestep=level).sample
+        clean = (padded + F.pixel_shuffle(change, self.unshuffle))[..., :height, :width]
+        return clean if self.training else clean.clamp(0, 1)

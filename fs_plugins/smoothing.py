@@ -1,0 +1,260 @@
+"""Feature-space smoothing of one vision call: noise -> purify -> encode -> map -> average.
+
+The road is the same for serving, training and measuring; only the draws and what is kept differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.noise import Noise, NoiseScope, NoiseSource, draws
+from fs_plugins.psm import PSM
+from fs_plugins.vision import Features, VisionCall, map_tensors
+
+DEFAULT_CHUNK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of the encoder: ``draws`` noisy copies of ``images`` (a slice of the batch), draw by draw."""
+
+    pixels: Tensor
+    images: slice
+    draws: int
+
+    def expand(self, value: Tensor) -> Tensor:
+        """Rows of another batched argument, (B, ...) -> (draws * images, ...), in the order of ``pixels``."""
+        part = value[self.images]
+        return part.repeat(self.draws, *[1] * (part.ndim - 1))
+
+
+@dataclass
+class Tally:
+    """What a smoothed call did: images, draws per image, and draws left out because they were not finite."""
+
+    images: int = 0
+    draws: int = 0
+    non_finite: int = 0
+
+
+class FeatureSmoother:
+    """Smooths one VisionCall.
+
+    What is served is the mean of the draws' unit embeddings, scaled to the draws' mean length:
+    draw i's features z_i (purified, encoded, mapped) are averaged with weights proportional to
+    1/||embed(z_i)||, one weight per draw and image. Every other field of the output is the plain mean
+    over draws, so nothing that the module returns has escaped smoothing. A draw of zero or non-finite
+    length has weight 0.
+
+    Args:
+        call: the adapter's answer.
+        psm: purifier and mappers, or None for plain smoothing.
+        sigma: standard deviation of the noise, in [0, 1] pixel units, at the resolution the encoder sees.
+        n0: draws per image.
+        noise: ``"antithetic"`` pairs e, -e (serving) or ``"iid"``.
+        noise_scope: ``"call"`` for fresh draws at every call, ``"image"`` for draws fixed by the image.
+        seed: makes the draws reproducible.
+        chunk_size: rows (draws times images) per forward of the encoder; bounds memory, never the result.
+
+    Raises:
+        SettingError: a value out of range.
+        PSMError: the PSM does not fit the call or sigma.
+    """
+
+    def __init__(
+        self,
+        call: VisionCall,
+        *,
+        psm: PSM | None,
+        sigma: float,
+        n0: int = 4,
+        noise: Noise = "antithetic",
+        noise_scope: NoiseScope = "call",
+        seed: int | None = None,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ) -> None:
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not math.isfinite(sigma) or sigma < 0:
+            raise SettingError(f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}.")
+        if sigma > 4:
+            raise SettingError(f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?")
+        _whole("n0", n0, "draws per image")
+        _whole("chunk_size", chunk_size, "rows per forward")
+        if noise not in get_args(Noise):
+            raise SettingError(f"noise must be one of {get_args(Noise)}, got {noise!r}.")
+        if noise_scope not in get_args(NoiseScope):
+            raise SettingError(f"noise_scope must be one of {get_args(NoiseScope)}, got {noise_scope!r}.")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise SettingError(f"seed must be an integer or None, got {seed!r}.")
+        if psm is not None:
+            psm.check(call, float(sigma))
+        self.call = call
+        self.psm = psm
+        self.sigma = float(sigma)
+        self.n0 = n0
+        self.noise: Noise = noise
+        self.chunk_size = chunk_size
+        self.source = NoiseSource(noise_scope, seed)
+        self._psms: dict[torch.device, PSM] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether smoothing would change nothing: no PSM and no noise."""
+        return self.psm is None and self.sigma == 0
+
+    def smooth(self, images: Tensor) -> Features:
+        """(B, C, H, W) images in [0, 1] -> the served features, without going through the model.
+
+        Gradients follow the images: this is what an adaptive attack differentiates.
+        """
+        steps = self.passes(images, self.call.dtype, Tally())
+        step = next(steps)
+        while True:
+            output = self.call.forward(step.pixels)
+            try:
+                step = steps.send(output)
+            except StopIteration as stop:
+                return self.call.features(stop.value)
+
+    def views(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Images and standard normal noise of one shape -> what the encoder is shown: P(x + sigma e), fp32."""
+        noisy = images + self.sigma * noise
+        psm = self._psm_on(images.device)
+        return noisy if psm is None else psm.purify(noisy, self.sigma).to(noisy.dtype)
+
+    def mapped(self, features: Features) -> Features:
+        """The encoder's features -> the same after their mappers, fp32."""
+        psm = self._psm_on(next(iter(features.values())).device)
+        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
+        return wide if psm is None else {name: psm.map(name, value, self.sigma) for name, value in wide.items()}
+
+    def passes(self, images: Tensor, dtype: torch.dtype, tally: Tally) -> Generator[Pass, Any, Any]:
+        """Yield what the encoder must be run on, take its outputs by ``send``, return the smoothed output.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            dtype: of the pixels the encoder expects.
+            tally: counts images, draws and non-finite draws as they come.
+        """
+        tally.images, tally.draws = len(images), self.n0
+        generators = self.source.generators(images)
+        group = min(len(images), self.chunk_size)
+        per_pass = min(self.n0, self.chunk_size // group)
+        done = []
+        for start in range(0, len(images), group):
+            part = slice(start, min(start + group, len(images)))
+            streams = [draws(g, tuple(images.shape[1:]), self.noise, self.n0) for g in generators[part]]
+            mean = _Mean(self)
+            for first in range(0, self.n0, per_pass):
+                count = min(per_pass, self.n0 - first)
+                noise = torch.stack([torch.stack([next(stream) for stream in streams]) for _ in range(count)])
+                shown = self.views(images[part].repeat(count, 1, 1, 1), noise.flatten(0, 1))
+                output = yield Pass(self.call.pixels.from_unit(shown, dtype), part, count)
+                mean.add(output, count)
+            tally.non_finite += mean.non_finite
+            done.append(mean.result())
+        return done[0] if len(done) == 1 else map_tensors(done, lambda parts: torch.cat(list(parts)))
+
+    def _psm_on(self, device: torch.device) -> PSM | None:
+        """The PSM on the device the pixels are on; a model split over devices gets a copy for each."""
+        if self.psm is None:
+            return None
+        with self._lock:
+            if device not in self._psms:
+                own = next(self.psm.parameters(), torch.empty(0, device=device))
+                self._psms[device] = self.psm if own.device == device else copy.deepcopy(self.psm).to(device)
+            return self._psms[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_psms": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+class _Mean:
+    """Running average of a group's outputs over passes of (draws, images, ...)."""
+
+    def __init__(self, smoother: FeatureSmoother) -> None:
+        self.smoother = smoother
+        self.non_finite = 0
+        self.output: Any = None
+        self.dtypes: Any = None
+        self.units: Features = {}
+        self.lengths: list[Tensor] = []
+
+    def add(self, output: Any, draws: int) -> None:
+        features = self.smoother.mapped(self.smoother.call.features(output))
+        lengths = self.smoother.call.embed(features).norm(dim=-1)
+        rows = len(lengths)
+        finite = lengths.isfinite()
+        if not bool(finite.all()):
+            self.non_finite += int((~finite).sum())
+            output, features = map_tensors(
+                [(output, features)],
+                lambda one: one[0].where(_column(finite, one[0]), 0.0) if _batched(one[0], rows) else one[0],
+            )
+        counted = finite & (lengths > 0)
+        weights = torch.where(counted, 1 / lengths.where(counted, 1.0), 0.0)
+        units = {name: _over_draws(value * _column(weights, value), draws) for name, value in features.items()}
+        share = 1 / self.smoother.n0
+        if self.output is None:
+            self.dtypes = map_tensors([output], lambda one: one[0].dtype)
+            self.output = map_tensors(
+                [output], lambda one: _over_draws(one[0], draws) * share if _batched(one[0], rows) else one[0]
+            )
+            self.units = units
+        else:
+            self.output = map_tensors(
+                [output, self.output],
+                lambda pair: pair[1] + _over_draws(pair[0], draws) * share if _batched(pair[0], rows) else pair[1],
+            )
+            self.units = {name: self.units[name] + value for name, value in units.items()}
+        self.lengths.append(lengths.where(finite, torch.nan).view(draws, -1))
+
+    def result(self) -> Any:
+        """The module's output with every field averaged and the readouts' smoothed features in place."""
+        lengths = torch.cat(self.lengths)
+        if self.non_finite and bool(lengths.isnan().all(0).any()):
+            raise ModelError(
+                "Every draw of an image gave NaN or infinite features, so there is nothing to average. "
+                "If the model runs in float16, its encoder may overflow: try bfloat16 or float32."
+            )
+        direction = self.smoother.call.embed(self.units).norm(dim=-1)
+        scale = lengths.nanmean(0) / direction.where(direction > 0, 1.0)
+        output = map_tensors([self.output, self.dtypes], lambda pair: pair[0].to(pair[1]))
+        for readout in self.smoother.call.readouts:
+            value = self.units[readout.name]
+            smoothed = torch.where(_column(direction > 0, value), value * _column(scale, value), 0.0)
+            output = readout.put(output, smoothed.to(readout.get(output).dtype))
+        return output
+
+
+def _batched(value: Tensor, rows: int) -> bool:
+    return value.is_floating_point() and value.ndim > 0 and len(value) == rows
+
+
+def _over_draws(value: Tensor, draws: int) -> Tensor:
+    """(draws * images, ...) -> the sum over draws, (images, ...), in fp32 at least."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.reshape(draws, -1, *value.shape[1:]).sum(0, dtype=wide)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _whole(name: str, value: Any, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} ({what}) must be a whole number >= 1, got {value!r}.")
+

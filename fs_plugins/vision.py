@@ -1,0 +1,394 @@
+"""What an adapter answers: where a model looks at an image, in which pixel space, and what it reads out.
+
+Shapes: B images, C channels, H x W pixels, L tokens, D width, N rows (draws times images).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fs_plugins.errors import ModelError, PixelError, SettingError
+
+Features = dict[str, Tensor]
+"""Readout name -> (N, L, D) tokens or (N, D) pooled vectors."""
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """How a vision module's pixel argument maps to images in [0, 1] and back.
+
+    Noise, ``sigma`` and ``eps`` live in [0, 1] and nowhere else; this is the only place that converts.
+
+    Args:
+        mean, std: per channel, in [0, 1] units: ``pixels = (image - mean) / std``.
+        argument: the keyword of the pixel argument; it is also the first positional one.
+        source: where mean and std come from, in words, for ``status``.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    argument: str = "pixel_values"
+    source: str = "given by hand"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise SettingError(f"PixelSpace needs one mean and one std per channel, got {self.mean} and {self.std}.")
+        if not all(s > 0 for s in self.std):
+            raise SettingError(f"PixelSpace.std must be positive in every channel, got {self.std}.")
+
+    @classmethod
+    def from_processor(cls, processor: Any, *, source: str = "the processor given") -> PixelSpace:
+        """Read mean and std off a Hugging Face processor or image processor.
+
+        Raises:
+            SettingError: the object has no ``image_mean``/``image_std``, or does not rescale to [0, 1].
+        """
+        images = getattr(processor, "image_processor", processor)
+        mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+        if getattr(images, "do_normalize", True) is False:
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if mean is None or std is None:
+            raise SettingError(
+                f"{type(processor).__name__} has no image_mean and image_std. Pass the model's own processor, "
+                "or a PixelSpace(mean=..., std=...)."
+            )
+        if getattr(images, "do_rescale", True) is False:
+            raise SettingError(
+                f"{type(processor).__name__} has do_rescale=False, so it does not say how its pixels relate to "
+                "[0, 1]. Pass a PixelSpace(mean=..., std=...) that does."
+            )
+        return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source)
+
+    def to_unit(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) pixels as the module receives them -> fp32 images, nominally in [0, 1]."""
+        mean, std = self._columns(pixels)
+        return pixels.to(_wide(pixels.dtype)) * std + mean
+
+    def from_unit(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images in [0, 1] -> (B, C, H, W) pixels in ``dtype``. Inverse of ``to_unit`` up to rounding."""
+        mean, std = self._columns(images)
+        return ((images - mean) / std).to(dtype)
+
+    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = _wide(like.dtype)
+        mean = torch.tensor(self.mean, dtype=wide, device=like.device).view(-1, 1, 1)
+        return mean, torch.tensor(self.std, dtype=wide, device=like.device).view(-1, 1, 1)
+
+    def check(self, pixels: Any) -> str | None:
+        """Refuse pixels this space cannot mean; return a warning for those it can but hardly does.
+
+        Raises:
+            PixelError: wrong type, rank, channel count or dtype, non-finite values, or a range so far
+                outside [0, 1] that the normalisation must be another one.
+        """
+        if not isinstance(pixels, Tensor):
+            raise PixelError(f"{self.argument} must be a tensor, got {type(pixels).__name__}.")
+        channels = len(self.mean)
+        if pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise PixelError(
+                f"{self.argument} must be (images, {channels}, height, width), got shape {tuple(pixels.shape)}."
+            )
+        if not pixels.is_floating_point():
+            raise PixelError(
+                f"{self.argument} must be floating point, normalised with mean {self.mean} and std {self.std}; "
+                f"got {pixels.dtype}. Run the images through the model's processor."
+            )
+        if pixels.numel() == 0:
+            return None
+        unit = self.to_unit(pixels.detach())
+        low, high = unit.amin().item(), unit.amax().item()
+        if not (low > -float("inf") and high < float("inf")):
+            raise PixelError(f"{self.argument} holds NaN or infinite values; smoothing would spread them to every draw.")
+        span = f"[{low:.2f}, {high:.2f}]"
+        if low < -0.5 or high > 1.5:
+            raise PixelError(
+                f"{self.argument} maps to {span} instead of [0, 1] under mean {self.mean} and std {self.std} "
+                f"({self.source}). Then sigma would mean something else. Use the model's own processor, or tell "
+                "enable(..., processor=...) how these pixels were normalised."
+            )
+        if low < -0.02 or high > 1.02:
+            return (
+                f"{self.argument} maps to {span}, a little outside [0, 1], under mean {self.mean} and std {self.std} "
+                f"({self.source}). Resizing can overshoot; if it is a wrong mean or std, pass enable(..., processor=...)."
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a module's output: by name, or by position where the output is a plain tuple."""
+
+    name: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One thing the language side consumes out of the vision module's output.
+
+    Args:
+        name: part of a PSM's key, e.g. ``"hidden_states[-2][1:]"`` or ``"pooler_output"``.
+        path: the way through the output: Fields, and ints for tuples and lists.
+        width: D.
+        tokens: L as consumed; 0 for a pooled vector (N, D).
+        skip: leading tokens that are not consumed (1 where the class token is dropped).
+    """
+
+    name: str
+    path: tuple[Field | int, ...]
+    width: int
+    tokens: int = 0
+    skip: int = 0
+
+    def get(self, output: Any) -> Tensor:
+        """The consumed tensor, (N, L, D) or (N, D).
+
+        Raises:
+            ModelError: the output has no such field.
+        """
+        value = output
+        for step in self.path:
+            value = _step(value, step, self.name)
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"The vision module's output holds {type(value).__name__} where readout {self.name!r} expects a tensor. "
+                "Ask the module for it (output_hidden_states=True), or name another readout."
+            )
+        return value[:, self.skip :] if self.skip else value
+
+    def put(self, output: Any, value: Tensor) -> Any:
+        """A copy of ``output`` with ``value`` in the readout's place; ``output`` is left alone."""
+        return _put(output, self.path, value, self)
+
+
+def _step(value: Any, step: Field | int, readout: str) -> Any:
+    try:
+        if isinstance(step, int):
+            return value[step]
+        return value[step.name] if isinstance(value, Mapping) else value[step.position]
+    except (KeyError, IndexError, TypeError):
+        raise ModelError(
+            f"The vision module's output has no {step} for readout {readout!r}. "
+            "Ask the module for it (output_hidden_states=True), or name another readout."
+        ) from None
+
+
+def _put(output: Any, path: tuple[Field | int, ...], value: Tensor, readout: Readout) -> Any:
+    if not path:
+        return torch.cat([output[:, : readout.skip], value], dim=1) if readout.skip else value
+    step, rest = path[0], path[1:]
+    inner = _put(_step(output, step, readout.name), rest, value, readout)
+    if isinstance(output, Mapping):
+        assert isinstance(step, Field)
+        changed: Any = copy.copy(output)
+        changed[step.name] = inner
+        return changed
+    at = step if isinstance(step, int) else step.position
+    items = list(output)
+    items[at] = inner
+    return _sequence_like(output, items)
+
+
+def map_tensors(outputs: Sequence[Any], change: Callable[[Sequence[Tensor]], Any]) -> Any:
+    """Rebuild a nested output (mapping, tuple, list, tensor) from several of the same shape.
+
+    ``change`` gets the tensors found at one place of all ``outputs``; what is no tensor comes from the first.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return change(outputs)
+    if isinstance(first, Mapping):
+        changed: Any = copy.copy(first)
+        for key in first:
+            changed[key] = map_tensors([output[key] for output in outputs], change)
+        return changed
+    if isinstance(first, list | tuple):
+        return _sequence_like(first, [map_tensors(items, change) for items in zip(*outputs, strict=True)])
+    return first
+
+
+def _sequence_like(original: Any, items: list[Any]) -> Any:
+    if isinstance(original, tuple):
+        return type(original)(*items) if hasattr(original, "_fields") else tuple(items)
+    return items
+
+
+class FlattenedTokens:
+    """The default certified embedding: every readout flattened, side by side. Linear, without bias."""
+
+    def __call__(self, features: Features) -> Tensor:
+        """Features -> (N, E)."""
+        flat = [value.flatten(1) for value in features.values()]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+class LinearEmbedding:
+    """The embedding of a pooled readout by the model's own bias-free projection (CLIP zero-shot)."""
+
+    def __init__(self, readout: str, linear: nn.Module) -> None:
+        self.readout = readout
+        self.linear = linear
+
+    def __call__(self, features: Features) -> Tensor:
+        """Features -> (N, E)."""
+        value = features[self.readout]
+        weight = next(self.linear.parameters())
+        return self.linear(value.to(weight.dtype)).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class VisionCall:
+    """One place where a model looks at images: an adapter's whole answer.
+
+    Args:
+        module: the outermost vision encoder, called with the pixels. It is hooked, never replaced.
+        pixels: its pixel space.
+        readouts: what is consumed out of its output, by name.
+        image_size: (H, W) the encoder was built for.
+        architecture: what the encoder is, as the registry writes it (family, widths, layers, patch size).
+        embed: Features -> (N, E), linear without bias; certificates speak of its direction.
+        kwargs: arguments under which the module computes every readout, used where the caller left them out.
+    """
+
+    module: nn.Module
+    pixels: PixelSpace
+    readouts: tuple[Readout, ...]
+    image_size: tuple[int, int]
+    architecture: Mapping[str, int | str]
+    embed: Callable[[Features], Tensor] = field(default_factory=FlattenedTokens)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def features(self, output: Any) -> Features:
+        """The consumed features out of the module's output."""
+        return {readout.name: readout.get(output) for readout in self.readouts}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type the module works in."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, pixels: Tensor) -> Any:
+        """(N, C, H, W) pixels, normalised -> the module's raw output, around any smoothing that is enabled."""
+        with direct():
+            return self.module(**{self.pixels.argument: pixels}, **self.kwargs)
+
+    def encode(self, images: Tensor) -> Features:
+        """(N, C, H, W) images in [0, 1] -> the plain encoder's features, fp32. Gradients follow the images."""
+        output = self.forward(self.pixels.from_unit(images, self.dtype))
+        return {name: value.to(_wide(value.dtype)) for name, value in self.features(output).items()}
+
+    def with_pixels(self, pixels: PixelSpace) -> VisionCall:
+        return replace(self, pixels=replace(pixels, argument=self.pixels.argument))
+
+
+_direct = threading.local()
+
+
+@contextmanager
+def direct() -> Iterator[None]:
+    """Inside, this thread's vision calls go straight to the encoder; smoothing hooks stand aside."""
+    _direct.depth = getattr(_direct, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _direct.depth -= 1
+
+
+def is_direct() -> bool:
+    return getattr(_direct, "depth", 0) > 0
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def is_a(model: nn.Module, package: str, *names: str) -> bool:
+    """Whether the model's class, or one it derives from, is ``package``'s class of one of these names.
+
+    Asks without importing the package.
+    """
+    return any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(model).__mro__)
+
+
+_SKETCH_LENGTH = 16
+_SKETCH_SAMPLE = 16_384
+_SKETCH_TOLERANCE = 0.004
+
+
+def fingerprint(module: nn.Module) -> tuple[float, ...]:
+    """Sixteen numbers that say whose weights these are, the same in fp32, fp16 and bf16.
+
+    Random signed sums of up to 16,384 evenly spaced weights of every tensor, each tensor at unit length.
+    Rounding to bf16 moves them by about 0.001, fine-tuning by ten times that and more, another
+    encoder by about 1.4. Names that wrappers add (PEFT, compile) are ignored, as are LoRA weights.
+    An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
+
+    Raises:
+        ModelError: weights on the meta device (offloaded) cannot be read.
+    """
+    total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
+    count = 0
+    for name, tensor in sorted(_canonical(module).items()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is on the meta device (offloaded?), so the encoder cannot be recognised. "
+                'Pass psm=<a PSM or its folder> instead of psm="auto".'
+            )
+        flat = tensor.detach().flatten()
+        flat = flat[:: max(1, flat.numel() // _SKETCH_SAMPLE)].double().cpu()
+        length = flat.norm()
+        if length == 0:
+            continue
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        signs = torch.randint(0, 2, (_SKETCH_LENGTH, len(flat)), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        total += signs.double() @ flat / length
+        count += 1
+    return tuple(round(value, 6) for value in (total / max(1, count) ** 0.5).tolist())
+
+
+def same_encoder(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same weights, up to half-precision rounding."""
+    difference = torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
+    return bool(difference.square().mean().sqrt() < _SKETCH_TOLERANCE)
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether LoRA-like weights sit on top of the encoder's own."""
+    return any("lora_" in name for name, _ in module.named_parameters())
+
+
+def _canonical(module: nn.Module) -> dict[str, Tensor]:
+    """The encoder's own floating-point weights by the names they have without wrappers."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        if "lora_" in name or "original_module." in name or not tensor.is_floating_point():
+            continue
+        parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model")]
+        name = ".".join(parts)
+        if "modules_to_save." in name:
+            name = name.split("modules_to_save.", 1)[1].split(".", 1)[1]
+        found[name] = tensor
+    return found
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 where the caller works in it."""
+    return torch.promote_types(dtype, torch.float32)
