@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-from fs_plugins import hookimpl
+from fs_plugins import SettingError, hookimpl
 from fs_plugins.vision import Field, FlattenedTokens, LinearEmbedding, PixelSpace, Readout, VisionCall, is_a, unwrapped
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,14 +42,14 @@ def pixel_space(model: Any, mean: tuple[float, ...], std: tuple[float, ...], fam
 
     Looks on this machine only: ``enable`` never reaches for the network.
     """
-    from transformers import AutoImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
 
     checkpoint = getattr(model.config, "_name_or_path", "")
     if checkpoint:
         try:
-            processor = AutoImageProcessor.from_pretrained(checkpoint, local_files_only=True)
-            return PixelSpace.from_processor(processor, source=f"the image processor of {checkpoint}")
-        except (OSError, ValueError, ImportError):
+            saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
+            return PixelSpace.from_processor(SimpleNamespace(**saved), source=f"the image processor of {checkpoint}")
+        except (OSError, SettingError):
             pass
     return PixelSpace(mean, std, source=f"the default of {family} (no processor found beside the checkpoint)")
 

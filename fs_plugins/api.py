@@ -263,7 +263,7 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
         warnings.warn(
             f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them.",
             FSPluginsWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     if psm != "auto" and not any(p.is_meta for p in call.module.parameters()):
         if not same_encoder(found.config.fingerprint, fingerprint(call.module)):
@@ -271,7 +271,7 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
                 f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
                 "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",
                 FSPluginsWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
     return found
 

@@ -40,7 +40,8 @@ CLASS_PROMPT = (
 
 Split = Literal["train", "heldout", "target"]
 _SPLIT_SEED = {"train": 1, "heldout": 2, "target": 3}
-_ATTRIBUTES = {"shape": CLASSES, "colour": tuple(COLOURS), "size": tuple(SIZES), "side": tuple(PLACES)}
+_VALUES = {"shape": CLASSES, "colour": tuple(COLOURS), "size": tuple(SIZES), "side": tuple(PLACES)}
+ATTRIBUTES = tuple(_VALUES)
 _QUESTIONS = {
     "shape": "Which shape is in this image?",
     "colour": "What is the colour of the shape?",
@@ -84,12 +85,16 @@ class Scene:
         """Class index 0..10, the answer to CLASS_PROMPT; -1 for a scene without a shape."""
         return -1 if self.shape is None else CLASSES.index(self.shape)
 
-    def question(self) -> Question:
-        """The scene's multiple-choice question; in a quarter of them the truth is not on offer."""
+    def question(self, about: str | None = None) -> Question:
+        """The scene's multiple-choice question about one of ATTRIBUTES, by default one that the scene draws.
+
+        In a quarter of them the truth is not on offer.
+        """
         rng = self._rng(1)
-        about = str(rng.choice(list(_ATTRIBUTES)))
+        drawn = str(rng.choice(ATTRIBUTES))
+        about = about or drawn
         truth: str = getattr(self, about) if self.shape else NONE
-        wrong = [value for value in _ATTRIBUTES[about] if value != truth]
+        wrong = [value for value in _VALUES[about] if value != truth]
         offered = [str(value) for value in rng.permutation(wrong)[:3]]
         if self.shape is not None and (len(offered) < 3 or rng.random() < 0.75):
             offered = [str(value) for value in rng.permutation([truth, *offered[:2]])]

@@ -1,0 +1,204 @@
+"""``fs-plugins``: the demo, and one question to any model."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fs_plugins import errors
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="1,000 scenes instead of 220.")] = False,
+    images: Annotated[int | None, typer.Option(min=11, help="How many held-out scenes (every eleventh has no shape).")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 100,
+    eps: Annotated[str, typer.Option(help="l-inf radius of the attack in [0, 1] pixels, as people write it.")] = "16/255",
+    n0: Annotated[int, typer.Option(min=1, help="Noisy draws per image.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the serving noise, so that a run can be repeated.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for summary.json and demo.png.")] = Path("runs/demo"),
+) -> None:
+    """Attack a small real LLaVA live, without and with the plugin. Offline, about two minutes on two cores."""
+    with _errors_for_people():
+        _needs("transformers", "matplotlib")
+        from fs_plugins.demo import picture, run
+
+        settings = run.Settings(images or (1000 if full else 220), _radius(eps), steps, n0, seed)
+        with _progress() as track:
+            result = run.run(settings, track)
+        summary = run.write_summary(result, out)
+        picture.draw(result, out / "demo.png")
+        _show(result)
+        console.print(f"\nWritten: {summary} and {out / 'demo.png'}", soft_wrap=True)
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help='Folder or hub id of an image-text-to-text model; "demo" is the one that ships.')],
+    image: Annotated[Path, typer.Argument(help="A PNG or JPEG file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    psm: Annotated[str, typer.Option(help='"auto", "none" for plain smoothing, a PSM folder or hub id.')] = "auto",
+    sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
+    n0: Annotated[int, typer.Option(min=1, help="Noisy draws per image.")] = 4,
+    seed: Annotated[int | None, typer.Option(help="Reproducible noise.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """The answer without and with smoothing, side by side, with the time each took."""
+    with _errors_for_people():
+        _needs("transformers")
+        import fs_plugins
+        from fs_plugins.evaluation import ask as answer
+
+        picture = _picture(image)
+        loaded, processor = _load(model)
+
+        def timed() -> tuple[str, float]:
+            began = time.perf_counter()
+            return answer(loaded, processor, [picture], [question], max_new_tokens=max_new_tokens)[0], time.perf_counter() - began
+
+        plain, plain_seconds = timed()
+        chosen = None if psm == "none" else psm
+        with fs_plugins.enable(loaded, psm=chosen, sigma=sigma, n0=n0, seed=seed) as handle:
+            smoothed, smoothed_seconds = timed()
+            told = handle.status()
+        table = Table(title=f"{image.name}: {question}", title_justify="left")
+        table.add_column("")
+        table.add_column("answer", overflow="fold")
+        table.add_column("seconds", justify="right")
+        table.add_row("without", plain or "(nothing)", f"{plain_seconds:.2f}")
+        table.add_row("with fs_plugins", smoothed or "(nothing)", f"{smoothed_seconds:.2f}")
+        console.print(table)
+        console.print(str(told), style="dim", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point."""
+    warnings.showwarning = _show_warning
+    app()
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from fs_plugins.demo import assets
+
+    source = str(assets.LLAVA) if name == "demo" else name
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise errors.SettingError(f"There is no file {path}.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise errors.SettingError(f"{path} is not a readable image: {error}") from None
+
+
+def _radius(text: str) -> float:
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise errors.SettingError(f"eps is a number or a fraction such as 16/255, got {text!r}.") from None
+
+
+def _needs(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[demo]".')
+
+
+def _show(result: Any) -> None:
+    settings = result.settings
+    title = (
+        f"{settings.images} held-out scenes, targeted attack at l-inf {settings.eps * 255:g}/255, {settings.steps} steps; "
+        f"sigma {result.sigma:g}, n0 {settings.n0}"
+    )
+    names = {"none": "no defence", "fs_psm": "FS-PSM"}
+    columns = {"acc": "class", "asr": "attack success", "fcs": "feature cosine", "caption_acc": "caption", "vqa_acc": "question"}
+    table = Table(title=title, title_justify="left")
+    table.add_column("pictures")
+    table.add_column("defence")
+    for label in columns.values():
+        table.add_column(label, justify="right")
+    for which, rows in (("clean", result.clean), ("attacked", result.attacked)):
+        for name, row in rows.items():
+            table.add_row(which, names[name], *(_cell(row.estimates()[key], key) for key in columns), end_section=name == "fs_psm")
+    console.print(table)
+    parts = {"none": "none", "fs": "noise and average", "fs_m": "+ mapper", "fs_p": "+ purifier", "fs_pm": "+ purifier and mapper"}
+    ablation = Table(title="What each part does (attacked pictures, class question)", title_justify="left")
+    ablation.add_column("parts")
+    for key in ("acc", "asr", "fcs"):
+        ablation.add_column(columns[key], justify="right")
+    for name, label in parts.items():
+        ablation.add_row(label, *(_cell(result.ablation[name].estimates()[key], key) for key in ("acc", "asr", "fcs")))
+    console.print(ablation)
+    console.print(
+        "Brackets: 95 % intervals. The attack is made against the undefended tower. "
+        f"Empirical robustness is not a certificate. {result.seconds:.0f} s.",
+        style="dim",
+    )
+
+
+def _cell(estimate: Any, key: str) -> str:
+    if key == "fcs":
+        return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def track(what: str, total: int) -> Any:
+            task = bars.add_task(what, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield track
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    try:
+        yield
+    except errors.FSPluginsError as error:
+        console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    if issubclass(category, errors.FSPluginsWarning):
+        Console(stderr=True).print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    elif not sys.warnoptions:
+        return
+
+
+if __name__ == "__main__":
+    main()

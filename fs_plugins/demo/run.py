@@ -1,0 +1,302 @@
+"""The demo: ask the small LLaVA about held-out scenes, attack its vision tower, watch the plugin hold.
+
+Everything is computed while it runs; only the scenes are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fs_plugins
+from fs_plugins.attacks import attack_vlm
+from fs_plugins.demo import assets, world
+from fs_plugins.evaluation import Estimate, mean, proportion
+from fs_plugins.evaluation.answers import encode, generate
+from fs_plugins.psm import PSM
+from fs_plugins.training.data import to_unit
+from fs_plugins.vision import VisionCall
+
+BATCH = 110
+Advance = Callable[[int], None]
+Track = Callable[[str, int], Advance]
+"""(what, how many images) -> a function that is told how many more are done."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One demo run. ``eps`` is l-inf in [0, 1] pixel units."""
+
+    images: int = 220
+    eps: float = 16 / 255
+    steps: int = 100
+    n0: int = 4
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """One defence on one set of pictures, per scene."""
+
+    acc: list[bool] = field(default_factory=list)
+    asr: list[bool] = field(default_factory=list)
+    fcs: list[float] = field(default_factory=list)
+    caption_acc: list[bool] = field(default_factory=list)
+    vqa_acc: list[bool] = field(default_factory=list)
+
+    def estimates(self) -> dict[str, Estimate]:
+        shares = {name: proportion(getattr(self, name)) for name in ("acc", "asr", "caption_acc", "vqa_acc")}
+        return {**shares, "fcs": mean(self.fcs)}
+
+
+@dataclass
+class Result:
+    """All that the demo measured; ``summary`` is what ``summary.json`` holds."""
+
+    settings: Settings
+    sigma: float
+    clean: dict[str, Row]
+    attacked: dict[str, Row]
+    ablation: dict[str, Row]
+    seconds: float
+    pictures: list[Panel]
+
+    def summary(self) -> dict[str, Any]:
+        keys = ("acc", "asr", "fcs", "caption_acc", "vqa_acc")
+
+        def values(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+            return {k: {n: round(row.estimates()[n].value, 4) for n in names} for k, row in rows.items()}
+
+        return {
+            "clean": values(self.clean, keys),
+            "attacked": values(self.attacked, keys),
+            "ablation": values(self.ablation, keys[:3]),
+            "images": self.settings.images,
+            "seconds": round(self.seconds, 1),
+            "seed": self.settings.seed,
+            "settings": {**asdict(self.settings), "sigma": self.sigma, "norm": "linf", "attack": "AttackVLM"},
+        }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One scene for the picture: images (3, H, W) in [0, 1] and what the model said of them."""
+
+    truth: str
+    clean: Tensor
+    attacked: Tensor
+    noisy: Tensor
+    purified: Tensor
+    said_clean: str
+    said_attacked: str
+    said_protected: str
+
+
+def run(settings: Settings, track: Track) -> Result:
+    """Run the demo.
+
+    Args:
+        track: makes a progress bar for each part that takes long.
+
+    Raises:
+        SettingError: a setting out of range.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    began = time.time()
+    processor = AutoProcessor.from_pretrained(assets.LLAVA)
+    model = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval()
+    facts = world.scenes("heldout", settings.images)
+    aims = world.scenes("target", settings.images)
+    clean, targets = _pictures(facts), _pictures(aims)
+    call = fs_plugins.vision_call(model)
+    attacked = _attack(call, clean, targets, settings, track)
+
+    psm = PSM.from_pretrained(assets.PSM_LLAVA)
+    defences: dict[str, dict[str, Any] | None] = {"none": None, "fs_psm": {"psm": "auto"}}
+    tables: dict[str, dict[str, Row]] = {"clean": {}, "attacked": {}}
+    said: dict[str, list[str]] = {}
+    features: dict[str, Tensor] = {}
+    for name, options in defences.items():
+        for which, images in (("clean", clean), ("attacked", attacked)):
+            row, served = Row(), []
+            advance = track(f"{which} pictures, defence {name}", 3 * len(facts))
+            with _defended(model, options, settings):
+                for start in range(0, len(facts), BATCH):
+                    some, pixels = facts[start : start + BATCH], images[start : start + BATCH]
+                    answers, feature, again = _interview(model, processor, call, some, pixels, row, advance)
+                    said.setdefault(f"{name} {which}", []).extend(answers)
+                    served.append(feature)
+                    if which == "clean":
+                        row.fcs += torch.cosine_similarity(feature, again, dim=-1).tolist()
+            features[f"{name} {which}"] = torch.cat(served)
+            tables[which][name] = row
+        pair = features[f"{name} clean"], features[f"{name} attacked"]
+        tables["attacked"][name].fcs = torch.cosine_similarity(*pair, dim=-1).tolist()
+
+    parts: dict[str, PSM | None] = {
+        "fs": None,
+        "fs_m": PSM.from_pretrained(assets.PSM_NO_PURIFIER),
+        "fs_p": psm.only(mapper=False),
+    }
+    ablation = {"none": tables["attacked"]["none"]}
+    for name, part in parts.items():
+        options = {"psm": part, "sigma": psm.config.sigma}
+        ablation[name] = _ablate(model, processor, call, facts, clean, attacked, options, settings, track(name, len(facts)))
+    ablation["fs_pm"] = tables["attacked"]["fs_psm"]
+
+    panels = _panels(psm, facts, clean, attacked, said, settings)
+    return Result(
+        settings, psm.config.sigma, tables["clean"], tables["attacked"], ablation, time.time() - began, panels
+    )
+
+
+def write_summary(result: Result, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "summary.json"
+    path.write_text(json.dumps(result.summary(), indent=2) + "\n")
+    return path
+
+
+def _pictures(facts: list[world.Scene]) -> Tensor:
+    return torch.stack([to_unit(scene.draw()) for scene in facts])
+
+
+def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings, track: Track) -> Tensor:
+    advance = track(f"attacking the vision tower, {settings.steps} steps", settings.steps * len(clean))
+    done = []
+    for start in range(0, len(clean), BATCH):
+        part = slice(start, start + BATCH)
+        size = len(clean[part])
+        done.append(
+            attack_vlm(
+                call, clean[part], targets[part], eps=settings.eps, steps=settings.steps, report=lambda _: advance(size)  # noqa: B023
+            )
+        )
+    return torch.cat(done)
+
+
+@contextmanager
+def _defended(model: Any, options: dict[str, Any] | None, settings: Settings) -> Iterator[None]:
+    if options is None:
+        yield
+        return
+    with fs_plugins.enable(model, n0=settings.n0, seed=settings.seed, **options):
+        yield
+
+
+def _interview(
+    model: Any,
+    processor: Any,
+    call: VisionCall,
+    facts: list[world.Scene],
+    images: Tensor,
+    row: Row,
+    advance: Advance,
+) -> tuple[list[str], Tensor, Tensor]:
+    """Ask the three questions of each scene; returns captions and the features consumed in two of the calls."""
+    captions, first = _answers(model, processor, call, images, [world.CAPTION_PROMPT] * len(facts))
+    advance(len(facts))
+    row.caption_acc += [said == scene.caption for said, scene in zip(captions, facts, strict=True)]
+    questions = [scene.question() for scene in facts]
+    replies, _ = _answers(model, processor, call, images, [question.prompt for question in questions])
+    advance(len(facts))
+    row.vqa_acc += [said == question.answer for said, question in zip(replies, questions, strict=True)]
+    second = _classify(model, processor, call, facts, images, row)
+    advance(len(facts))
+    return captions, first, second
+
+
+def _classify(
+    model: Any, processor: Any, call: VisionCall, facts: list[world.Scene], images: Tensor, row: Row
+) -> Tensor:
+    """The eleven-way question; scenes without a shape have no answer to it and do not count."""
+    labels, consumed = _answers(model, processor, call, images, [world.CLASS_PROMPT] * len(facts))
+    target = str(world.CLASSES.index(world.TARGET_SHAPE))
+    for said, scene in zip(labels, facts, strict=True):
+        if scene.shape is not None:
+            row.acc.append(said == str(scene.label))
+            row.asr.append(said == target)
+    return consumed
+
+
+def _answers(
+    model: Any, processor: Any, call: VisionCall, images: Tensor, questions: list[str]
+) -> tuple[list[str], Tensor]:
+    """Greedy answers, and the features that the language side consumed, embedded: (B, E)."""
+    blank = world.scene("heldout", 0).draw()
+    inputs = encode(processor, [blank] * len(images), questions)
+    inputs["pixel_values"] = call.pixels.from_unit(images, model.dtype)
+    consumed: list[Tensor] = []
+
+    def keep(module: Any, arguments: Any, output: Any) -> None:
+        consumed.append(call.embed(call.features(output)).float())
+
+    listener = call.module.register_forward_hook(keep)
+    try:
+        said = generate(model, processor, inputs, max_new_tokens=12)
+    finally:
+        listener.remove()
+    return said, consumed[-1]
+
+
+def _ablate(
+    model: Any,
+    processor: Any,
+    call: VisionCall,
+    facts: list[world.Scene],
+    clean: Tensor,
+    attacked: Tensor,
+    options: dict[str, Any],
+    settings: Settings,
+    advance: Advance,
+) -> Row:
+    row = Row()
+    with _defended(model, options, settings):
+        for start in range(0, len(facts), BATCH):
+            some = facts[start : start + BATCH]
+            feature = _classify(model, processor, call, some, attacked[start : start + BATCH], row)
+            pixels = call.pixels.from_unit(clean[start : start + BATCH], model.dtype)
+            with torch.no_grad():
+                reference = call.embed(call.features(call.module(pixels, **call.kwargs)))
+            row.fcs += torch.cosine_similarity(feature, reference, dim=-1).tolist()
+            advance(len(some))
+    return row
+
+
+def _panels(
+    psm: PSM,
+    facts: list[world.Scene],
+    clean: Tensor,
+    attacked: Tensor,
+    said: dict[str, list[str]],
+    settings: Settings,
+) -> list[Panel]:
+    """The first four scenes with shapes that differ: not chosen by outcome."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    panels = []
+    for i in [i for i, scene in enumerate(facts) if scene.shape][:8:2]:
+        noisy = attacked[i] + psm.config.sigma * torch.randn(attacked[i].shape, generator=generator)
+        with torch.no_grad():
+            purified = psm.purify(noisy[None], psm.config.sigma)[0]
+        panels.append(
+            Panel(
+                facts[i].caption,
+                clean[i],
+                attacked[i],
+                noisy,
+                purified,
+                said["none clean"][i],
+                said["none attacked"][i],
+                said["fs_psm attacked"][i],
+            )
+        )
+    return panels
