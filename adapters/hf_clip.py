@@ -56,7 +56,14 @@ def pixel_space(model: Any, mean: tuple[float, ...], std: tuple[float, ...], fam
 
 def architecture(vision_config: Any) -> dict[str, int | str]:
     """A CLIP vision configuration in the registry's words."""
-    numbers = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    numbers = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+    )
     return {
         "family": "clip_vision",
         **{name: getattr(vision_config, name) for name in numbers},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fs_plugins.adapters.hf_clip import CLIP_MEAN, CLIP_STD, architecture, pixel_space
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.adapters.hf_clip import CLIP_MEAN, CLIP_STD, architecture, pixel_space
 from fs_plugins.vision import Field, Readout, VisionCall, is_a, unwrapped
 
 

@@ -153,7 +153,9 @@ def enable(
     if not isinstance(model, nn.Module):
         raise ModelError(f"enable takes a torch.nn.Module, got {type(model).__name__}.")
     if hooks_of(model)[0]:
-        raise ModelError("Smoothing is enabled on this model already. Call fs_plugins.disable(model) first to change it.")
+        raise ModelError(
+            "Smoothing is enabled on this model already. Call fs_plugins.disable(model) first to change it."
+        )
     if model.training:
         raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
     name, calls = _claim(model, adapter)
@@ -230,7 +232,7 @@ def _claim(model: nn.Module, adapter: str | None) -> tuple[str, tuple[VisionCall
     for implementation in manager.hook.fs_vision_call.get_hookimpls():
         if adapter not in (None, implementation.plugin_name):
             continue
-        answer = implementation.function(model)
+        answer: Any = implementation.function(model)
         if answer is not None:
             claims[implementation.plugin_name] = (answer,) if isinstance(answer, VisionCall) else tuple(answer)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -265,14 +267,14 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
             FSPluginsWarning,
             stacklevel=3,
         )
-    if psm != "auto" and not any(p.is_meta for p in call.module.parameters()):
-        if not same_encoder(found.config.fingerprint, fingerprint(call.module)):
-            warnings.warn(
-                f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
-                "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",
-                FSPluginsWarning,
-                stacklevel=3,
-            )
+    readable = not any(parameter.is_meta for parameter in call.module.parameters())
+    if psm != "auto" and readable and not same_encoder(found.config.fingerprint, fingerprint(call.module)):
+        warnings.warn(
+            f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
+            "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",
+            FSPluginsWarning,
+            stacklevel=3,
+        )
     return found
 
 
@@ -284,10 +286,10 @@ def known_encoders() -> registry.Registry:
     return registry.Registry(files)
 
 
-def plugin_parts() -> dict[str, dict[str, type[nn.Module]]]:
+def plugin_parts() -> dict[str, Any]:
     """Purifiers and mappers that plugins provide, by kind."""
     hook = plugin_manager().hook
-    parts: dict[str, dict[str, type[nn.Module]]] = {"purifiers": {}, "mappers": {}}
+    parts: dict[str, Any] = {"purifiers": {}, "mappers": {}}
     answers: tuple[tuple[str, Sequence[dict[str, type[nn.Module]]]], ...] = (
         ("purifiers", hook.fs_purifiers()),
         ("mappers", hook.fs_mappers()),

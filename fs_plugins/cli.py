@@ -25,9 +25,13 @@ console = Console()
 @app.command()
 def demo(
     full: Annotated[bool, typer.Option("--full", help="1,000 scenes instead of 220.")] = False,
-    images: Annotated[int | None, typer.Option(min=11, help="How many held-out scenes (every eleventh has no shape).")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=11, help="How many held-out scenes (every eleventh has no shape).")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 100,
-    eps: Annotated[str, typer.Option(help="l-inf radius of the attack in [0, 1] pixels, as people write it.")] = "16/255",
+    eps: Annotated[
+        str, typer.Option(help="l-inf radius of the attack in [0, 1] pixels, as people write it.")
+    ] = "16/255",
     n0: Annotated[int, typer.Option(min=1, help="Noisy draws per image.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the serving noise, so that a run can be repeated.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for summary.json and demo.png.")] = Path("runs/demo"),
@@ -48,7 +52,9 @@ def demo(
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Argument(help='Folder or hub id of an image-text-to-text model; "demo" is the one that ships.')],
+    model: Annotated[
+        str, typer.Argument(help='Folder or hub id of an image-text-to-text model; "demo" is the one that ships.')
+    ],
     image: Annotated[Path, typer.Argument(help="A PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     psm: Annotated[str, typer.Option(help='"auto", "none" for plain smoothing, a PSM folder or hub id.')] = "auto",
@@ -68,7 +74,9 @@ def ask(
 
         def timed() -> tuple[str, float]:
             began = time.perf_counter()
-            return answer(loaded, processor, [picture], [question], max_new_tokens=max_new_tokens)[0], time.perf_counter() - began
+            return answer(loaded, processor, [picture], [question], max_new_tokens=max_new_tokens)[
+                0
+            ], time.perf_counter() - began
 
         plain, plain_seconds = timed()
         chosen = None if psm == "none" else psm
@@ -140,7 +148,13 @@ def _show(result: Any) -> None:
         f"sigma {result.sigma:g}, n0 {settings.n0}"
     )
     names = {"none": "no defence", "fs_psm": "FS-PSM"}
-    columns = {"acc": "class", "asr": "attack success", "fcs": "feature cosine", "caption_acc": "caption", "vqa_acc": "question"}
+    columns = {
+        "acc": "class",
+        "asr": "attack success",
+        "fcs": "feature cosine",
+        "caption_acc": "caption",
+        "vqa_acc": "question",
+    }
     table = Table(title=title, title_justify="left")
     table.add_column("pictures")
     table.add_column("defence")
@@ -148,9 +162,17 @@ def _show(result: Any) -> None:
         table.add_column(label, justify="right")
     for which, rows in (("clean", result.clean), ("attacked", result.attacked)):
         for name, row in rows.items():
-            table.add_row(which, names[name], *(_cell(row.estimates()[key], key) for key in columns), end_section=name == "fs_psm")
+            table.add_row(
+                which, names[name], *(_cell(row.estimates()[key], key) for key in columns), end_section=name == "fs_psm"
+            )
     console.print(table)
-    parts = {"none": "none", "fs": "noise and average", "fs_m": "+ mapper", "fs_p": "+ purifier", "fs_pm": "+ purifier and mapper"}
+    parts = {
+        "none": "none",
+        "fs": "noise and average",
+        "fs_m": "+ mapper",
+        "fs_p": "+ purifier",
+        "fs_pm": "+ purifier and mapper",
+    }
     ablation = Table(title="What each part does (attacked pictures, class question)", title_justify="left")
     ablation.add_column("parts")
     for key in ("acc", "asr", "fcs"):
@@ -173,7 +195,13 @@ def _cell(estimate: Any, key: str) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
         def track(what: str, total: int) -> Any:

@@ -57,7 +57,9 @@ class SmoothingHook(_Pickled):
 
     _fresh = (("_pending", threading.local), ("_lock", threading.Lock))
 
-    def __init__(self, smoother: FeatureSmoother, adapter: str, observe: Callable[[SmoothingEvent], None] | None) -> None:
+    def __init__(
+        self, smoother: FeatureSmoother, adapter: str, observe: Callable[[SmoothingEvent], None] | None
+    ) -> None:
         self.smoother = smoother
         self.adapter = adapter
         self.observe = observe
@@ -91,7 +93,10 @@ class SmoothingHook(_Pickled):
                 f"{call.image_size[0]}x{call.image_size[1]}. Resize the images, or enable with psm=None."
             )
         if module.training:
-            self._warn("training", "The vision encoder is in training mode; smoothing goes on, but its features are not those of model.eval().")
+            self._warn(
+                "training",
+                "The vision encoder is in training mode; smoothing goes on, but its features are not those of model.eval().",
+            )
         if len(pixels) == 0:
             return None
         original = (args, dict(kwargs))
@@ -121,7 +126,9 @@ class SmoothingHook(_Pickled):
             self._count(tally, time.perf_counter() - began)
             return stop.value
 
-    def _arguments(self, step: Any, original: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(
+        self, step: Any, original: tuple[tuple[Any, ...], dict[str, Any]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The encoder's own arguments with the pass's pixels in place and batched tensors repeated with them."""
         args, kwargs = original
         name = self.smoother.call.pixels.argument
@@ -147,7 +154,10 @@ class SmoothingHook(_Pickled):
             self.non_finite += tally.non_finite
             self.seconds += seconds
         if tally.non_finite:
-            self._warn("non-finite", f"{tally.non_finite} draws gave NaN or infinite features and were left out of the average.")
+            self._warn(
+                "non-finite",
+                f"{tally.non_finite} draws gave NaN or infinite features and were left out of the average.",
+            )
         if self.observe is not None:
             self.observe(
                 SmoothingEvent(self.adapter, tally.images, tally.draws, self.smoother.sigma, seconds, tally.non_finite)
@@ -200,7 +210,11 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             table = getattr(module, name)
-            ours = [key for key, hook in table.items() if isinstance(getattr(hook, "__self__", None), SmoothingHook | Witness)]
+            ours = [
+                key
+                for key, hook in table.items()
+                if isinstance(getattr(hook, "__self__", None), SmoothingHook | Witness)
+            ]
             for key in ours:
                 for companion in _COMPANIONS[name]:
                     with suppress(AttributeError, KeyError):

@@ -134,7 +134,9 @@ class Registry:
 
     def recognise(self, call: VisionCall) -> list[str]:
         """Names of the entries with this encoder's weights; else of those of its architecture that nobody could verify."""
-        alike = [name for name, entry in self.entries.items() if entry.architecture.model_dump() == dict(call.architecture)]
+        alike = [
+            name for name, entry in self.entries.items() if entry.architecture.model_dump() == dict(call.architecture)
+        ]
         known = [name for name in alike if self.entries[name].fingerprint != "unverified"]
         if known:
             own = fingerprint(call.module)
@@ -169,7 +171,9 @@ class Registry:
         if psm.state == "shipped":
             folder = _resolve(psm.path, match.root)
             if not folder.is_dir():
-                raise RegistryError(f"The registry's PSM of {match.psm_name!r} is not at {folder}. Reinstall fs-plugins.")
+                raise RegistryError(
+                    f"The registry's PSM of {match.psm_name!r} is not at {folder}. Reinstall fs-plugins."
+                )
         else:
             folder = fetch(psm.path, psm.revision)
         found = checksum(folder)

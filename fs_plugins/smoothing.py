@@ -83,9 +83,13 @@ class FeatureSmoother:
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not math.isfinite(sigma) or sigma < 0:
-            raise SettingError(f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}.")
+            raise SettingError(
+                f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}."
+            )
         if sigma > 4:
-            raise SettingError(f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?")
+            raise SettingError(
+                f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?"
+            )
         _whole("n0", n0, "draws per image")
         _whole("chunk_size", chunk_size, "rows per forward")
         if noise not in get_args(Noise):
@@ -257,4 +261,3 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 def _whole(name: str, value: Any, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} ({what}) must be a whole number >= 1, got {value!r}.")
-

@@ -107,7 +107,9 @@ class PixelSpace:
         unit = self.to_unit(pixels.detach())
         low, high = unit.amin().item(), unit.amax().item()
         if not (low > -float("inf") and high < float("inf")):
-            raise PixelError(f"{self.argument} holds NaN or infinite values; smoothing would spread them to every draw.")
+            raise PixelError(
+                f"{self.argument} holds NaN or infinite values; smoothing would spread them to every draw."
+            )
         span = f"[{low:.2f}, {high:.2f}]"
         if low < -0.5 or high > 1.5:
             raise PixelError(
@@ -307,7 +309,7 @@ def is_direct() -> bool:
     return getattr(_direct, "depth", 0) > 0
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):

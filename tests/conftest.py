@@ -132,7 +132,12 @@ def make_psm(call: VisionCall, *, sigma: float = 0.25, purifier: bool = True, ma
         "image_size": call.image_size,
         "purifier": Part(kind="unet", args={"channels": [8, 16], "unshuffle": 2}) if purifier else None,
         "readouts": tuple(
-            ReadoutSpec(name=r.name, width=r.width, tokens=r.tokens, mapper=Part(kind="residual", args={"width": r.width, "heads": 2}))
+            ReadoutSpec(
+                name=r.name,
+                width=r.width,
+                tokens=r.tokens,
+                mapper=Part(kind="residual", args={"width": r.width, "heads": 2}),
+            )
             for r in call.readouts
             if mapper
         ),

@@ -40,7 +40,9 @@ def first_draws(source: NoiseSource, images: torch.Tensor) -> torch.Tensor:
 def test_call_scope_is_fresh_at_every_call_and_for_every_image():
     images = torch.zeros(3, 1, 2, 2)
     source = NoiseSource("call")
-    got = torch.cat([first_draws(source, images), first_draws(source, images), first_draws(NoiseSource("call"), images)])
+    got = torch.cat(
+        [first_draws(source, images), first_draws(source, images), first_draws(NoiseSource("call"), images)]
+    )
     assert len({tuple(row.tolist()) for row in got}) == 9
 
 

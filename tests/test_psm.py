@@ -48,10 +48,14 @@ def test_mapper_block_is_the_papers_formula():
     block, sigma, z = mapper.blocks[0], torch.tensor(0.25), torch.randn(2, 5, 8)
     gamma, beta = (block.film.second.weight @ F.gelu(block.film.first.weight @ sigma.view(1))).split(8)
     x = F.layer_norm(z, (8,), block.norm.weight, block.norm.bias)
-    q, k, v = (x @ block.attention.in_proj_weight.T + block.attention.in_proj_bias).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        (x @ block.attention.in_proj_weight.T + block.attention.in_proj_bias).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    )
     heads = torch.softmax(q @ k.transpose(-1, -2) / 4**0.5, -1) @ v
     h_attn = block.attention.out_proj(heads.transpose(1, 2).reshape(2, 5, 8))
-    h_mlp = F.linear(F.gelu(F.linear(x, block.mlp[0].weight, block.mlp[0].bias)), block.mlp[2].weight, block.mlp[2].bias)
+    h_mlp = F.linear(
+        F.gelu(F.linear(x, block.mlp[0].weight, block.mlp[0].bias)), block.mlp[2].weight, block.mlp[2].bias
+    )
     padded = F.pad(x, (0, 0, 1, 1))
     taps = block.conv.weight[:, 0]
     h_conv = sum(padded[:, i : i + 5] * taps[:, i] for i in range(3)) + block.conv.bias
@@ -207,6 +211,6 @@ def test_missing_files_and_folders_are_named(folder, tmp_path):
 
 
 def test_mapper_part_needs_its_width(call):
+    spec = {"name": "tokens", "width": 6, "tokens": 4, "mapper": Part(kind="residual", args={"depth": 3})}
     with pytest.raises(PSMError, match="does not take"):
-        spec = {"name": "tokens", "width": 6, "tokens": 4, "mapper": Part(kind="residual", args={"depth": 3})}
         make_psm(call, readouts=(spec,))

@@ -194,7 +194,15 @@ def test_sigma_must_be_a_finite_unit_pixel_number(call, sigma):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"n0": 0}, {"n0": 2.5}, {"n0": True}, {"chunk_size": 0}, {"noise": "sobol"}, {"noise_scope": "model"}, {"seed": "x"}],
+    [
+        {"n0": 0},
+        {"n0": 2.5},
+        {"n0": True},
+        {"chunk_size": 0},
+        {"noise": "sobol"},
+        {"noise_scope": "model"},
+        {"seed": "x"},
+    ],
 )
 def test_other_settings_are_checked(call, wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):

@@ -29,7 +29,9 @@ def test_to_unit_and_from_unit_are_inverse_up_to_rounding(mean, std, seed):
 
 
 def test_to_unit_is_the_processors_normalisation_undone():
-    pixels = (torch.full((1, 3, 1, 1), 0.5) - torch.tensor(CLIP.mean).view(3, 1, 1)) / torch.tensor(CLIP.std).view(3, 1, 1)
+    pixels = (torch.full((1, 3, 1, 1), 0.5) - torch.tensor(CLIP.mean).view(3, 1, 1)) / torch.tensor(CLIP.std).view(
+        3, 1, 1
+    )
     assert torch.allclose(CLIP.to_unit(pixels), torch.full((1, 3, 1, 1), 0.5))
     assert CLIP.to_unit(pixels.bfloat16()).dtype == torch.float32
     assert CLIP.from_unit(torch.rand(1, 3, 2, 2), torch.bfloat16).dtype == torch.bfloat16
@@ -74,7 +76,7 @@ def test_pixels_a_little_out_of_range_are_warned_about_and_honest_ones_are_not()
     assert "a little outside" in str(CLIP.check(CLIP.from_unit(images * 1.2 - 0.1, torch.float32)))
 
 
-Pair = namedtuple("Pair", "pooled layers")  # noqa: PYI024
+Pair = namedtuple("Pair", "pooled layers")
 
 
 def outputs():

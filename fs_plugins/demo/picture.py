@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path, metadata={"Software": "fs-plugins demo"})
 
 
-def _say(axes: object, panel: Panel) -> None:
+def _say(axes: Any, panel: Panel) -> None:
     lines = (
         ("clean picture", panel.said_clean),
         ("attacked, no defence", panel.said_attacked),
@@ -52,13 +53,13 @@ def _say(axes: object, panel: Panel) -> None:
     )
     for k, (who, said) in enumerate(lines):
         y = 0.86 - 0.33 * k
-        text = axes.text  # type: ignore[attr-defined]
+        text = axes.text
         text(0.03, y, who, fontsize=8.5, color="#777777", va="center")
         colour = _RIGHT if said == panel.truth else _WRONG
         text(0.03, y - 0.145, f"“{said}”", fontsize=10.5, color=colour, va="center")
 
 
-def _pixels(image: Tensor) -> object:
+def _pixels(image: Tensor) -> Any:
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
 
 

@@ -150,7 +150,9 @@ def run(settings: Settings, track: Track) -> Result:
     ablation = {"none": tables["attacked"]["none"]}
     for name, part in parts.items():
         options = {"psm": part, "sigma": psm.config.sigma}
-        ablation[name] = _ablate(model, processor, call, facts, clean, attacked, options, settings, track(name, len(facts)))
+        ablation[name] = _ablate(
+            model, processor, call, facts, clean, attacked, options, settings, track(name, len(facts))
+        )
     ablation["fs_pm"] = tables["attacked"]["fs_psm"]
 
     panels = _panels(psm, facts, clean, attacked, said, settings)
@@ -178,7 +180,12 @@ def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings
         size = len(clean[part])
         done.append(
             attack_vlm(
-                call, clean[part], targets[part], eps=settings.eps, steps=settings.steps, report=lambda _: advance(size)  # noqa: B023
+                call,
+                clean[part],
+                targets[part],
+                eps=settings.eps,
+                steps=settings.steps,
+                report=lambda _: advance(size),  # noqa: B023
             )
         )
     return torch.cat(done)

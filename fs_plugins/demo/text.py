@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from fs_plugins.demo.world import CAPTION_PROMPT, CLASS_PROMPT, CLASSES, COLOURS, NONE, PLACES, SIZES, _QUESTIONS
+from fs_plugins.demo.world import CAPTION_PROMPT, CLASS_PROMPT, CLASSES, COLOURS, NONE, PLACES, QUESTIONS, SIZES
 
 PAD, BOS, UNK, EOS, IMAGE = "<pad>", "<s>", "<unk>", "</s>", "<image>"
 SPECIAL = (PAD, BOS, UNK, EOS, IMAGE)
@@ -23,8 +23,14 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Special tokens first, then every word and mark of the world's sentences, in sorted order."""
-    sentences = [CAPTION_PROMPT, CLASS_PROMPT, NONE, "an empty background", *_QUESTIONS.values(), *CLASSES, *COLOURS]
-    sentences += [*SIZES, *PLACES, "a in the middle on the left", "USER: ASSISTANT:", "A. B. C. D. Answer with the letter only."]
+    sentences = [CAPTION_PROMPT, CLASS_PROMPT, NONE, "an empty background", *QUESTIONS.values(), *CLASSES, *COLOURS]
+    sentences += [
+        *SIZES,
+        *PLACES,
+        "a in the middle on the left",
+        "USER: ASSISTANT:",
+        "A. B. C. D. Answer with the letter only.",
+    ]
     sentences.append(" ".join(str(i) for i in range(21)))
     words = {word for sentence in sentences for word in re.findall(r"\w+|[^\w\s]", sentence)}
     return [*SPECIAL, *sorted(words)]

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def _attributes(scenes: list[world.Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def build_clip():
+def build_clip() -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     words = len(text.vocabulary())
@@ -101,7 +102,7 @@ def build_clip():
     return CLIPModel(config)
 
 
-def _tokens(tokenizer, sentences: list[str], length: int) -> tuple[Tensor, Tensor]:
+def _tokens(tokenizer: Any, sentences: list[str], length: int) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(sentences), length, dtype=torch.long)
     for row, encoding in zip(ids, tokenizer.encode_batch(sentences), strict=True):
         row[: len(encoding.ids)] = torch.tensor(encoding.ids)
@@ -160,7 +161,7 @@ def train_clip(out: Path, cache: Path, steps: int, batch: int, seed: int) -> Non
 
 
 @torch.no_grad()
-def zero_shot(model, count: int) -> dict[str, float]:
+def zero_shot(model: Any, count: int) -> dict[str, float]:
     """Held-out zero-shot accuracy by shape name."""
     tokenizer = text.build_tokenizer(append_eos=True)
     facts = [s for s in world.scenes("heldout", count) if s.shape]
@@ -204,7 +205,7 @@ def _write_image_processor(out: Path, processor_class: str) -> None:
     (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def build_llava(clip_folder: Path):
+def build_llava(clip_folder: Path) -> Any:
     """A LLaVA whose vision tower is the CLIP's, with a small Llama and a fresh projector."""
     from transformers import CLIPModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -242,12 +243,13 @@ def build_llava(clip_folder: Path):
 
 
 def questions_and_answers(scene: world.Scene) -> list[tuple[str, str]]:
-    """All that is asked of a training scene: caption, class, and each multiple-choice question."""
+    """All that is asked of a training scene: caption, class, and each question, open and multiple-choice."""
     label = str(scene.label) if scene.shape else world.NONE
     choices = [scene.question(about) for about in world.ATTRIBUTES]
     return [
         (world.CAPTION_PROMPT, scene.caption),
         (world.CLASS_PROMPT, label),
+        *((world.QUESTIONS[about], getattr(scene, about) if scene.shape else world.NONE) for about in world.ATTRIBUTES),
         *((question.prompt, question.answer) for question in choices),
     ]
 
@@ -266,7 +268,7 @@ class Dialogues:
     mask: Tensor
 
     @classmethod
-    def of(cls, tokenizer, facts: list[world.Scene]) -> Dialogues:
+    def of(cls, tokenizer: Any, facts: list[world.Scene]) -> Dialogues:
         before, after = text.prompt("{}").split(text.IMAGE)
         image = [text.SPECIAL.index(text.IMAGE)] * (world.IMAGE_SIZE // 8) ** 2
         prefix = tokenizer.encode(before).ids + image
@@ -276,7 +278,12 @@ class Dialogues:
 
         rows = []
         for scene in facts:
-            ids, labels, positions, turn = list(prefix), [-100] * len(prefix), list(range(len(prefix))), [0] * len(prefix)
+            ids, labels, positions, turn = (
+                list(prefix),
+                [-100] * len(prefix),
+                list(range(len(prefix))),
+                [0] * len(prefix),
+            )
             for number, (question, answer) in enumerate(questions_and_answers(scene), start=1):
                 head, tail = words(after.format(question)), [*words(answer), text.SPECIAL.index(text.EOS)]
                 ids += head + tail
@@ -292,7 +299,9 @@ class Dialogues:
         turns = padded(3, -1)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         same = (turns[:, None, :] == turns[:, :, None]) | (turns[:, None, :] == 0)
-        mask = torch.zeros(len(rows), 1, length, length).masked_fill(~(same & causal)[:, None], torch.finfo(torch.float32).min)
+        mask = torch.zeros(len(rows), 1, length, length).masked_fill(
+            ~(same & causal)[:, None], torch.finfo(torch.float32).min
+        )
         return cls(padded(0, 0), padded(1, -100), padded(2, 0), mask)
 
 
@@ -329,7 +338,10 @@ def train_llava(clip_folder: Path, out: Path, cache: Path, steps: int, batch: in
         scheduler.step()
         if step % 25 == 0 or step == steps - 1:
             right = (logits.argmax(-1) == wanted[asked]).float().mean().item()
-            print(f"llava {step}/{steps} loss {loss.item():.3f} tokens right {right:.3f} {time.time() - began:.0f}s", flush=True)
+            print(
+                f"llava {step}/{steps} loss {loss.item():.3f} tokens right {right:.3f} {time.time() - began:.0f}s",
+                flush=True,
+            )
         if step % 300 == 299 or step == steps - 1:
             model.save_pretrained(out)
             write_llava_processor(out)
@@ -422,7 +434,7 @@ def main() -> None:
     if arguments.what == "clip":
         train_clip(assets / "clip", cache, steps or 2200, 128, seed)
     elif arguments.what == "llava":
-        train_llava(assets / "clip", assets / "llava", cache, steps or 1600, 24, seed)
+        train_llava(assets / "clip", assets / "llava", cache, steps or 1300, 24, seed)
     else:
         train_parts(arguments.what, assets, cache, steps, seed)
 

@@ -33,7 +33,7 @@ NONE = "none of the above"
 
 CAPTION_PROMPT = "Describe this image in one concise sentence, no longer than 20 words."
 CLASS_PROMPT = (
-    "You are a precise visual classifier. What is the main shape in this image?: "
+    "You are a precise visual classifier. What is the main shape in this image? "
     + ", ".join(f"{i}. {name}" for i, name in enumerate(CLASSES))
     + ". Output only a single integer between 0 and 10 with no explanation."
 )
@@ -42,7 +42,7 @@ Split = Literal["train", "heldout", "target"]
 _SPLIT_SEED = {"train": 1, "heldout": 2, "target": 3}
 _VALUES = {"shape": CLASSES, "colour": tuple(COLOURS), "size": tuple(SIZES), "side": tuple(PLACES)}
 ATTRIBUTES = tuple(_VALUES)
-_QUESTIONS = {
+QUESTIONS = {
     "shape": "Which shape is in this image?",
     "colour": "What is the colour of the shape?",
     "size": "What is the size of the shape?",
@@ -103,7 +103,7 @@ class Scene:
         choices = [*offered, NONE]
         letters = "ABCD"
         listed = " ".join(f"{letters[i]}. {choice}" for i, choice in enumerate(choices))
-        prompt = f"{_QUESTIONS[about]} {listed} Answer with the letter only."
+        prompt = f"{QUESTIONS[about]} {listed} Answer with the letter only."
         return Question(prompt, letters[choices.index(truth)], about)
 
     def draw(self) -> Image.Image:

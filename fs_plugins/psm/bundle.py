@@ -196,7 +196,11 @@ class PSM(nn.Module):
             (fresh / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
             fresh.chmod(0o755)
             (fresh / WEIGHTS_NAME).chmod(0o644)
-            kept = [path for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME)] if target.exists() else []
+            kept = (
+                [path for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME)]
+                if target.exists()
+                else []
+            )
             for path in kept:
                 shutil.copy2(path, fresh / path.name)
             if target.exists():
@@ -236,7 +240,9 @@ class PSM(nn.Module):
         try:
             psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()})
         except (RuntimeError, SafetensorError) as error:
-            raise PSMError(f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}") from None
+            raise PSMError(
+                f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}"
+            ) from None
         return psm
 
 

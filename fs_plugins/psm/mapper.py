@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +48,17 @@ class MapperBlock(nn.Module):
         self.amplitude = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, 1))
         self.exponent = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, 1))
         self.scale = nn.Parameter(torch.full((width,), 5e-4))
-        outs = [self.mlp[2], self.conv, *([self.attention.out_proj] if self.attention is not None else [])]
+        outs: list[Any] = [self.mlp[2], self.conv]
+        if self.attention is not None:
+            outs.append(self.attention.out_proj)
+        amplitude: Any = self.amplitude[2]
         with torch.no_grad():
             for out in outs:
                 out.weight.mul_(fixup)
                 nn.init.zeros_(out.bias)
             # The direction has unit length whatever the branches' scale, so the block starts small here.
-            nn.init.zeros_(self.amplitude[2].weight)
-            nn.init.constant_(self.amplitude[2].bias, -2.0)
+            nn.init.zeros_(amplitude.weight)
+            nn.init.constant_(amplitude.bias, -2.0)
 
     def forward(self, z: Tensor, sigma: Tensor) -> Tensor:
         gamma, beta = self.film(sigma)

@@ -43,7 +43,7 @@ class UNetPurifier(nn.Module):
         folded = 3 * unshuffle**2
         self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)
-        self.net = UNet2DModel(
+        self.net: Any = UNet2DModel(
             in_channels=folded,
             out_channels=folded,
             block_out_channels=tuple(channels),

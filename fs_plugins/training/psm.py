@@ -161,9 +161,7 @@ def _train_purifier(
     purifier.eval().requires_grad_(False)
 
 
-def _train_mapper(
-    psm: PSM, call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, report: Report
-) -> None:
+def _train_mapper(psm: PSM, call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, report: Report) -> None:
     stage = config.mapper_stage
     psm.mappers.train().requires_grad_(True)
     optimizer, scheduler = _optimiser(psm.mappers, stage)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyEncoder, make_psm, tiny_call
+
+import fs_plugins
+from fs_plugins import ModelError, PluginError, hooks
+from fs_plugins.api import known_encoders
+from fs_plugins.psm import ResidualMapper, UNetPurifier
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """A manager of this test's own, with the adapters that ship."""
+    hooks.plugin_manager.cache_clear()
+    yield hooks.plugin_manager()
+    hooks.plugin_manager.cache_clear()
+
+
+def plugin(**implementations):
+    module = types.ModuleType("plugin")
+    for name, function in implementations.items():
+        setattr(module, name, fs_plugins.hookimpl(function))
+    return module
+
+
+def test_fs_vision_call_lets_a_stranger_claim_a_model(manager):
+    def claim(model):
+        return tiny_call(model) if isinstance(model, TinyEncoder) else None
+
+    hooks.register(manager, plugin(fs_vision_call=claim), "tiny")
+    encoder = TinyEncoder().eval()
+    images = torch.rand(2, 3, 8, 8)
+    pixels = tiny_call(encoder).pixels.from_unit(images, torch.float32)
+    scale = torch.tensor([1.0, 2.0])
+    with fs_plugins.enable(encoder, psm=make_psm(tiny_call(encoder))) as handle:
+        served = encoder(pixels, scale=scale)
+        assert served["tokens"].shape == (2, 4, 6)
+        assert handle.status().vision[0].adapter == "tiny"
+        keyword = encoder(pixel_values=pixels, scale=scale)
+        assert keyword["extra"].shape == (2, 2)
+
+
+def test_several_calls_per_model_are_each_smoothed(manager):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.video = TinyEncoder(1), TinyEncoder(2)
+
+        def forward(self, pixel_values):
+            return self.image(pixel_values)["tokens"] + self.video(pixel_values)["tokens"]
+
+    def claim(model):
+        return [tiny_call(model.image), tiny_call(model.video)] if isinstance(model, Two) else None
+
+    hooks.register(manager, plugin(fs_vision_call=claim), "two")
+    model = Two().eval()
+    with fs_plugins.enable(model, psm=None, sigma=0.25) as handle:
+        model(pixel_values=torch.zeros(1, 3, 8, 8))
+        assert [v.calls for v in handle.status().vision] == [1, 1]
+
+
+def test_two_adapters_that_both_claim_are_an_error_unless_one_is_chosen(manager, llava):
+    hooks.register(manager, plugin(fs_vision_call=lambda model: tiny_call(TinyEncoder())), "greedy")
+    with pytest.raises(ModelError, match="greedy, hf_multimodal"):
+        fs_plugins.vision_call(llava)
+    assert fs_plugins.vision_call(llava, adapter="hf_multimodal").module is llava.model.vision_tower
+
+
+def test_fs_purifiers_and_fs_mappers_are_found_by_kind(manager, tmp_path):
+    class MyPurifier(UNetPurifier):
+        pass
+
+    class MyMapper(ResidualMapper):
+        pass
+
+    hooks.register(
+        manager, plugin(fs_purifiers=lambda: {"mine": MyPurifier}, fs_mappers=lambda: {"my-mapper": MyMapper}), "parts"
+    )
+    parts = fs_plugins.api.plugin_parts()
+    assert parts == {"purifiers": {"mine": MyPurifier}, "mappers": {"my-mapper": MyMapper}}
+    call = tiny_call(TinyEncoder())
+    base = make_psm(call).config
+    config = base.model_copy(update={"purifier": base.purifier.model_copy(update={"kind": "mine"})})
+    psm = fs_plugins.PSM(config, **parts)
+    psm.save_pretrained(tmp_path / "psm")
+    assert isinstance(fs_plugins.PSM.from_pretrained(tmp_path / "psm", **parts).purifier, MyPurifier)
+    with pytest.raises(fs_plugins.PSMError, match="'mine'"):
+        fs_plugins.PSM.from_pretrained(tmp_path / "psm")
+
+
+def test_fs_registries_add_entries(manager, tmp_path):
+    shipped = Path(fs_plugins.registry.shipped_path()).read_text()
+    (tmp_path / "more.yaml").write_text(shipped.replace("  llava-1.5:", "  mine:"))
+    hooks.register(manager, plugin(fs_registries=lambda: [tmp_path / "more.yaml"]), "more")
+    assert "mine" in known_encoders().entries
+
+
+def test_fs_after_smoothing_observes_every_call(manager, llava, images):
+    from conftest import llava_inputs
+
+    seen = []
+    hooks.register(manager, plugin(fs_after_smoothing=lambda event: seen.append(event)), "watch")
+    with fs_plugins.enable(llava, psm=None, sigma=0.25, n0=3), torch.no_grad():
+        llava(**llava_inputs(images))
+    (event,) = seen
+    assert (event.adapter, event.images, event.n0, event.sigma, event.non_finite) == ("hf_multimodal", 3, 3, 0.25, 0)
+    assert event.seconds > 0
+
+
+def test_a_misspelled_hook_is_refused_with_both_sides(manager):
+    with pytest.raises(PluginError, match=r"fs_vision_cal(.|\n)*fs_vision_call"):
+        hooks.register(manager, plugin(fs_vision_cal=lambda model: None), "typo")
+    assert not manager.has_plugin("typo")
+
+
+def test_a_hook_with_an_unknown_argument_is_refused_with_both_sides(manager):
+    with pytest.raises(PluginError, match="modell"):
+        hooks.register(manager, plugin(fs_vision_call=lambda modell: None), "typo")
+
+
+class Broken:
+    """An installed plugin whose module does not import."""
+
+    name, value, group = "broken", "broken_plugin", hooks.GROUP
+    dist = types.SimpleNamespace(name="fs-plugins-broken")
+
+    def load(self):
+        raise ImportError("No module named 'flux_capacitor'")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    real = importlib.metadata.entry_points
+    monkeypatch.setattr(hooks, "entry_points", lambda group: [*real(group=group), Broken()])
+    hooks.plugin_manager.cache_clear()
+    yield
+    hooks.plugin_manager.cache_clear()
+
+
+def test_a_plugin_that_fails_to_import_is_named_with_the_way_out(broken, monkeypatch, llava):
+    with pytest.raises(PluginError, match=r"'broken'.*fs-plugins-broken.*flux_capacitor.*FS_PLUGINS_DISABLE=broken"):
+        fs_plugins.enable(llava, psm=None, sigma=0.25)
+    monkeypatch.setenv("FS_PLUGINS_DISABLE", "broken, other")
+    assert fs_plugins.vision_call(llava) is not None
+
+
+def test_plugins_can_be_turned_off(monkeypatch, llava):
+    monkeypatch.setenv("FS_PLUGINS_DISABLE", "hf_multimodal")
+    hooks.plugin_manager.cache_clear()
+    with pytest.raises(ModelError, match="hf_clip"):
+        fs_plugins.vision_call(llava)
+    monkeypatch.undo()
+    hooks.plugin_manager.cache_clear()
+
+
+def specifications() -> dict:
+    return {name: f for name, f in vars(hooks).items() if name.startswith("fs_")}
+
+
+@pytest.mark.parametrize("name", list(specifications()))
+def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
+    hook = specifications()[name]
+    doc = hook.__doc__ or ""
+    assert "versionadded" in doc
+    for argument in hook.__code__.co_varnames[: hook.__code__.co_argcount]:
+        assert f":param {argument}:" in doc
+    assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(), re.MULTILINE)
+    docs = Path(__file__).parent.parent / "docs" / "adapters.md"
+    assert name in docs.read_text()

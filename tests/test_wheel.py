@@ -1,0 +1,57 @@
+"""The wheel, away from the checkout: what a stranger installs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import fs_plugins, fs_plugins.adapters.hf_clip as adapter, fs_plugins.registry as registry
+from pathlib import Path
+from transformers import AutoModelForImageTextToText
+from fs_plugins.demo import assets
+from importlib.metadata import entry_points
+
+home = Path(fs_plugins.__file__).parent
+assert "site-packages" in str(home), home
+assert Path(adapter.__file__) == home / "adapters" / "hf_clip.py", adapter.__file__
+assert registry.shipped_path() == home / "registry.yaml", registry.shipped_path()
+assert (home / "py.typed").exists()
+assert {"hf_clip", "hf_multimodal"} <= {point.name for point in entry_points(group="fs_plugins")}
+model = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval()
+print(fs_plugins.enable(model).status())
+"""
+
+
+def build(folder: Path) -> Path:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_empty_environment_away_from_the_checkout(tmp_path):
+    wheel = build(tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fs_plugins/registry.yaml" in names
+    assert "fs_plugins/adapters/hf_multimodal.py" in names
+    assert not any(name.startswith(("adapters/", "tests/")) for name in names), "PyPI has a package called adapters"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[demo]"],
+        check=True,
+        cwd=tmp_path,
+    )
+    (tmp_path / "try.py").write_text(SCRIPT)
+    told = subprocess.run([python, "try.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "demo-psm-llava" in told.stdout
