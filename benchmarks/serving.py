@@ -26,8 +26,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import fs_plugins
 from fs_plugins.demo import assets
+from fs_plugins.identity import fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
-from fs_plugins.vision import VisionCall, fingerprint
+from fs_plugins.vision import VisionCall
 
 DRAWS = (1, 2, 4, 8, 16)
 CLIP_L = {

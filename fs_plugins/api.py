@@ -15,11 +15,12 @@ from torch import nn
 from fs_plugins import registry
 from fs_plugins.errors import FSPluginsWarning, ModelError, PluginError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
+from fs_plugins.identity import fingerprint, has_adapters, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.patch import SmoothingHook, Witness, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
-from fs_plugins.vision import PixelSpace, VisionCall, fingerprint, has_adapters, same_encoder
+from fs_plugins.vision import PixelSpace, VisionCall
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.identity import fingerprint, same_encoder
 from fs_plugins.psm import PSM
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME, fetch
-from fs_plugins.vision import VisionCall, fingerprint, same_encoder
+from fs_plugins.vision import VisionCall
 
 
 class _Strict(BaseModel):

@@ -6,7 +6,6 @@ Shapes: B images, C channels, H x W pixels, L tokens, D width, N rows (draws tim
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -328,67 +327,6 @@ def is_a(model: nn.Module, package: str, *names: str) -> bool:
     Asks without importing the package.
     """
     return any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(model).__mro__)
-
-
-_SKETCH_LENGTH = 16
-_SKETCH_SAMPLE = 16_384
-_SKETCH_TOLERANCE = 0.004
-
-
-def fingerprint(module: nn.Module) -> tuple[float, ...]:
-    """Sixteen numbers that say whose weights these are, the same in fp32, fp16 and bf16.
-
-    Random signed sums of up to 16,384 evenly spaced weights of every tensor, each tensor at unit length.
-    Rounding to bf16 moves them by about 0.001, fine-tuning by ten times that and more, another
-    encoder by about 1.4. Names that wrappers add (PEFT, compile) are ignored, as are LoRA weights.
-    An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
-
-    Raises:
-        ModelError: weights on the meta device (offloaded) cannot be read.
-    """
-    total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
-    count = 0
-    for name, tensor in sorted(_canonical(module).items()):
-        if tensor.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device (offloaded?), so the encoder cannot be recognised. "
-                'Pass psm=<a PSM or its folder> instead of psm="auto".'
-            )
-        flat = tensor.detach().flatten()
-        flat = flat[:: max(1, flat.numel() // _SKETCH_SAMPLE)].double().cpu()
-        length = flat.norm()
-        if length == 0:
-            continue
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        signs = torch.randint(0, 2, (_SKETCH_LENGTH, len(flat)), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        total += signs.double() @ flat / length
-        count += 1
-    return tuple(round(value, 6) for value in (total / max(1, count) ** 0.5).tolist())
-
-
-def same_encoder(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two fingerprints are of the same weights, up to half-precision rounding."""
-    difference = torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    return bool(difference.square().mean().sqrt() < _SKETCH_TOLERANCE)
-
-
-def has_adapters(module: nn.Module) -> bool:
-    """Whether LoRA-like weights sit on top of the encoder's own."""
-    return any("lora_" in name for name, _ in module.named_parameters())
-
-
-def _canonical(module: nn.Module) -> dict[str, Tensor]:
-    """The encoder's own floating-point weights by the names they have without wrappers."""
-    found = {}
-    for name, tensor in module.state_dict().items():
-        if "lora_" in name or "original_module." in name or not tensor.is_floating_point():
-            continue
-        parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model")]
-        name = ".".join(parts)
-        if "modules_to_save." in name:
-            name = name.split("modules_to_save.", 1)[1].split(".", 1)[1]
-        found[name] = tensor
-    return found
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

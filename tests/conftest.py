@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins import PSM, PixelSpace, Readout, VisionCall
+from fs_plugins.identity import fingerprint
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
-from fs_plugins.vision import Field, fingerprint
+from fs_plugins.vision import Field
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 IMAGE_TOKEN = 30

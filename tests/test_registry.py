@@ -10,7 +10,7 @@ from conftest import make_llava, make_psm
 
 import fs_plugins
 from fs_plugins import FSPluginsWarning, PSMError, RegistryError, registry
-from fs_plugins.vision import fingerprint
+from fs_plugins.identity import fingerprint
 
 SHIPPED = registry.shipped()
 DATA = yaml.safe_load(registry.shipped_path().read_text())

@@ -10,7 +10,7 @@ import torch
 import fs_plugins
 from fs_plugins import registry
 from fs_plugins.demo import assets, run, text, world
-from fs_plugins.demo.train import Dialogues, questions_and_answers
+from fs_plugins.demo.train.llava import Dialogues, questions_and_answers
 from fs_plugins.training.data import to_unit
 
 
@@ -40,9 +40,9 @@ def test_the_registrys_checksums_and_fingerprints_are_those_of_the_files(clip, l
     for psm in shipped.entries["demo-clip"].psms:
         folder = assets.ASSETS / psm.path.rsplit("/", 1)[1]
         assert registry.checksum(folder) == psm.sha256
-    own = fs_plugins.vision.fingerprint(fs_plugins.vision_call(clip[0]).module)
+    own = fs_plugins.identity.fingerprint(fs_plugins.vision_call(clip[0]).module)
     assert own == shipped.entries["demo-clip"].fingerprint
-    assert own == fs_plugins.vision.fingerprint(fs_plugins.vision_call(llava[0]).module)
+    assert own == fs_plugins.identity.fingerprint(fs_plugins.vision_call(llava[0]).module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fs_plugins import ModelError, PixelError, PixelSpace, Readout, SettingError
-from fs_plugins.vision import Field, fingerprint, has_adapters, is_a, map_tensors, same_encoder, unwrapped
+from fs_plugins.identity import fingerprint, has_adapters, same_encoder
+from fs_plugins.vision import Field, is_a, map_tensors, unwrapped
 
 CLIP = PixelSpace((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 

@@ -52,7 +52,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question about one scene: the prompt and the letter of the right choice."""
+    """A multiple-choice question about one scene: the prompt and the right choice."""
 
     prompt: str
     answer: str
@@ -100,11 +100,7 @@ class Scene:
             offered = [str(value) for value in rng.permutation([truth, *offered[:2]])]
         else:
             truth = NONE
-        choices = [*offered, NONE]
-        letters = "ABCD"
-        listed = " ".join(f"{letters[i]}. {choice}" for i, choice in enumerate(choices))
-        prompt = f"{QUESTIONS[about]} {listed} Answer with the letter only."
-        return Question(prompt, letters[choices.index(truth)], about)
+        return Question(f"{QUESTIONS[about]} Output one: {', '.join([*offered, NONE])}.", truth, about)
 
     def draw(self) -> Image.Image:
         """The picture: RGB, 64x64."""

@@ -43,7 +43,7 @@ class UNetPurifier(nn.Module):
         folded = 3 * unshuffle**2
         self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)
-        self.net: Any = UNet2DModel(
+        net: Any = UNet2DModel(
             in_channels=folded,
             out_channels=folded,
             block_out_channels=tuple(channels),
@@ -53,8 +53,9 @@ class UNetPurifier(nn.Module):
             norm_num_groups=8,
             add_attention=attention,
         )
-        nn.init.zeros_(self.net.conv_out.weight)
-        nn.init.zeros_(self.net.conv_out.bias)
+        nn.init.zeros_(net.conv_out.weight)
+        nn.init.zeros_(net.conv_out.bias)
+        self.net = net
 
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) noisy images (unclamped) -> (N, 3, H, W) purified images, clamped to [0, 1] in eval mode."""

@@ -15,9 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from fs_plugins.errors import SettingError
+from fs_plugins.identity import fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.training import losses
-from fs_plugins.vision import VisionCall, fingerprint
+from fs_plugins.vision import VisionCall
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called after each step: stage, step (from 1), steps, losses."""

@@ -1,0 +1,36 @@
+"""Train the embedded world's models: ``python -m fs_plugins.demo.train WHAT --assets FOLDER``.
+
+In this order: clip, llava, purifier, psm-llava, psm-clip, psm-llava-no-purifier. Everything is seeded and runs on
+a CPU; the folders written are the ones that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fs_plugins.demo.train.clip import train_clip
+from fs_plugins.demo.train.llava import train_llava
+from fs_plugins.demo.train.psm import train_parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ["purifier", "psm-llava", "psm-clip", "psm-llava-no-purifier"]
+    parser.add_argument("what", choices=["clip", "llava", *parts])
+    parser.add_argument("--assets", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("runs/world/train.npy"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    assets, cache, steps, seed = arguments.assets, arguments.cache, arguments.steps, arguments.seed
+    if arguments.what == "clip":
+        train_clip(assets / "clip", cache, steps or 2200, 128, seed)
+    elif arguments.what == "llava":
+        train_llava(assets / "clip", assets / "llava", cache, steps or 1000, 24, seed)
+    else:
+        train_parts(arguments.what, assets, cache, steps, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The demo's PSMs: one purifier, then a mapper for each readout."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import fs_plugins
+from fs_plugins.demo import world
+from fs_plugins.demo.train.data import TRAIN_SCENES, pictures
+from fs_plugins.demo.train.llava import build_llava
+from fs_plugins.psm import PSM, Part
+from fs_plugins.training import Stage, TrainingConfig, robustness_score, train_psm
+from fs_plugins.training.data import to_unit
+
+PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
+PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
+MAPPER_STAGE = Stage(steps=900, batch_size=16, draws=4, lr=2e-3)
+
+
+class Scenes(Dataset[Tensor]):
+    """Training pictures for a PSM: (3, 64, 64) floats in [0, 1]."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pixels[index].float() / 255
+
+
+def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: int) -> None:
+    """One of the demo's PSMs: the shared purifier (trained on LLaVA's readout), then a mapper for each readout."""
+    from transformers import CLIPModel, LlavaForConditionalGeneration
+
+    if what == "psm-clip":
+        model = CLIPModel.from_pretrained(assets / "clip").eval()
+    elif (assets / "llava" / "config.json").exists():
+        model = LlavaForConditionalGeneration.from_pretrained(assets / "llava").eval()
+    else:
+        model = build_llava(assets / "clip").eval()
+    stage = PURIFIER_STAGE if what == "purifier" else MAPPER_STAGE
+    stage = replace(stage, steps=steps or stage.steps)
+    config = TrainingConfig(
+        sigma=0.25,
+        purifier=None if what == "psm-llava-no-purifier" else PURIFIER,
+        mapper=None if what == "purifier" else Part(kind="residual"),
+        purifier_stage=stage,
+        mapper_stage=stage,
+        seed=seed,
+    )
+    start = PSM.from_pretrained(assets / "purifier") if what in ("psm-llava", "psm-clip") else None
+    call = fs_plugins.vision_call(model)
+    images = Scenes(pictures("train", TRAIN_SCENES, cache))
+    began = time.time()
+
+    def report(name: str, step: int, total: int, values: dict[str, float]) -> None:
+        if step % 25 == 0 or step == total:
+            shown = " ".join(f"{key} {value:.4f}" for key, value in values.items())
+            print(f"{what} {name} {step}/{total} {shown} {time.time() - began:.0f}s", flush=True)
+
+    encoder = "demo-clip"
+    psm = train_psm(call, images, config, name=f"demo-{what}", encoder=encoder, start=start, report=report)
+    psm.save_pretrained(assets / what)
+    held = torch.stack([to_unit(s.draw()) for s in world.scenes("heldout", 110)])
+    scores = {"plain noise": None, "purifier": psm.only(mapper=False), "mapper": psm.only(purifier=False), "both": psm}
+    print(json.dumps({k: robustness_score(call, part, held, config.sigma) for k, part in scores.items()}, indent=2))
