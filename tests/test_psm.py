@@ -116,6 +116,18 @@ def test_bundle_survives_the_disk_bit_for_bit(call, tmp_path):
     assert PSM.from_pretrained(tmp_path / "psm").config == again.config
 
 
+def test_half_precision_on_disk_is_fp32_in_memory(call, tmp_path):
+    psm = make_psm(call)
+    psm.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    psm.save_pretrained(tmp_path / "full")
+    sizes = [(tmp_path / name / WEIGHTS_NAME).stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.7 * sizes[1]
+    again = PSM.from_pretrained(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    z = torch.randn(2, 4, 6)
+    assert torch.allclose(again.map("tokens", z, 0.25), psm.map("tokens", z, 0.25), atol=1e-2)
+
+
 def test_save_refuses_a_folder_that_is_something_else_and_keeps_a_model_card(call, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(PSMError, match="not a PSM folder"):

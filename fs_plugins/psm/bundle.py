@@ -177,8 +177,10 @@ class PSM(nn.Module):
                     f"this model's is {_shape(readout.tokens, readout.width)}."
                 )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``psm.safetensors``; the folder appears whole or not at all.
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json`` and ``psm.safetensors``; the folder is replaced whole or not at all.
+
+        ``dtype=torch.float16`` halves the file; weights are loaded as fp32 whatever they are stored as.
 
         Raises:
             PSMError: the folder exists and holds something other than a PSM.
@@ -189,7 +191,7 @@ class PSM(nn.Module):
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+            weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
             save_file(weights, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
             digest = _sha256((fresh / WEIGHTS_NAME).read_bytes())
             config = self.config.model_copy(update={"weights_sha256": digest})
@@ -203,9 +205,11 @@ class PSM(nn.Module):
             )
             for path in kept:
                 shutil.copy2(path, fresh / path.name)
+            old = fresh.with_name(fresh.name + "-old")
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, old)
             os.replace(fresh, target)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 

@@ -38,12 +38,12 @@ class MapperBlock(nn.Module):
     The update is (1 + gamma) * v * alpha * sigma^beta' + beta * scale with v = h / ||h|| per token.
     """
 
-    def __init__(self, width: int, *, heads: int, attention: bool, fixup: float) -> None:
+    def __init__(self, width: int, *, heads: int, ratio: int, attention: bool, fixup: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.film = FiLM(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True) if attention else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
         self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)
         self.amplitude = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Linear(32, 1))
         self.exponent = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, 1))
@@ -81,13 +81,14 @@ class ResidualMapper(nn.Module):
         width: D of the readout.
         blocks: k.
         heads: attention heads of the first block.
+        ratio: hidden width of the MLP branch over ``width`` (the paper gives none).
     """
 
-    def __init__(self, width: int, *, blocks: int = 3, heads: int = 4) -> None:
+    def __init__(self, width: int, *, blocks: int = 3, heads: int = 4, ratio: int = 4) -> None:
         super().__init__()
         self.width = width
         self.blocks = nn.ModuleList(
-            MapperBlock(width, heads=heads, attention=i == 0, fixup=blocks**-0.5) for i in range(blocks)
+            MapperBlock(width, heads=heads, ratio=ratio, attention=i == 0, fixup=blocks**-0.5) for i in range(blocks)
         )
 
     def forward(self, z: Tensor, sigma: float | Tensor) -> Tensor:

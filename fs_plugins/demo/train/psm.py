@@ -21,7 +21,7 @@ from fs_plugins.training.data import to_unit
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
-MAPPER_STAGE = Stage(steps=900, batch_size=16, draws=4, lr=2e-3)
+MAPPER_STAGE = Stage(steps=600, batch_size=16, draws=4, lr=2e-3)
 
 
 class Scenes(Dataset[Tensor]):
@@ -52,7 +52,7 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
     config = TrainingConfig(
         sigma=0.25,
         purifier=None if what == "psm-llava-no-purifier" else PURIFIER,
-        mapper=None if what == "purifier" else Part(kind="residual"),
+        mapper=None if what == "purifier" else Part(kind="residual", args={"ratio": 2}),
         purifier_stage=stage,
         mapper_stage=stage,
         seed=seed,
@@ -69,7 +69,7 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
 
     encoder = "demo-clip"
     psm = train_psm(call, images, config, name=f"demo-{what}", encoder=encoder, start=start, report=report)
-    psm.save_pretrained(assets / what)
+    psm.save_pretrained(assets / what, dtype=torch.float16)
     held = torch.stack([to_unit(s.draw()) for s in world.scenes("heldout", 110)])
     scores = {"plain noise": None, "purifier": psm.only(mapper=False), "mapper": psm.only(purifier=False), "both": psm}
     print(json.dumps({k: robustness_score(call, part, held, config.sigma) for k, part in scores.items()}, indent=2))
