@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +13,11 @@ from typing import Any, cast
 from torch import nn
 
 from fs_plugins import registry
-from fs_plugins.errors import FSPluginsWarning, ModelError, PluginError, SettingError
+from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.identity import fingerprint, has_adapters, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
-from fs_plugins.patch import SmoothingHook, Witness, detach, hooks_of, recompile
+from fs_plugins.patch import SmoothingEvent, SmoothingHook, Witness, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
@@ -163,8 +163,7 @@ def enable(
     if processor is not None:
         pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
         calls = tuple(call.with_pixels(pixels) for call in calls)
-    observe = plugin_manager().hook.fs_after_smoothing
-    observer = (lambda event: observe(event=event)) if observe.get_hookimpls() else None
+    observer = _notify if plugin_manager().hook.fs_after_smoothing.get_hookimpls() else None
     hooks = []
     for call in calls:
         found = _find_psm(call, psm, sigma)
@@ -233,9 +232,8 @@ def _claim(model: nn.Module, adapter: str | None) -> tuple[str, tuple[VisionCall
     for implementation in manager.hook.fs_vision_call.get_hookimpls():
         if adapter not in (None, implementation.plugin_name):
             continue
-        answer: Any = implementation.function(model)
-        if answer is not None:
-            claims[implementation.plugin_name] = (answer,) if isinstance(answer, VisionCall) else tuple(answer)
+        if (answer := _ask(implementation.plugin_name, implementation.function, model)) is not None:
+            claims[implementation.plugin_name] = answer
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if not claims:
         asked = adapter or ", ".join(sorted(names))
@@ -248,6 +246,29 @@ def _claim(model: nn.Module, adapter: str | None) -> tuple[str, tuple[VisionCall
             f"one off with {DISABLE}=<name>."
         )
     return next(iter(claims.items()))
+
+
+def _ask(name: str, claim: Callable[[nn.Module], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:
+    """One adapter's answer, as a tuple."""
+    try:
+        answer = claim(model)
+    except FSPluginsError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"Adapter {name!r} failed on {type(model).__name__}: {type(error).__name__}: {error}. "
+            f"Choose another with enable(..., adapter=...), or turn it off with {DISABLE}={name}."
+        ) from error
+    if answer is None:
+        return None
+    calls = (answer,) if isinstance(answer, VisionCall) else answer
+    if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, VisionCall) for call in calls):
+        raise PluginError(f"Adapter {name!r} must answer a VisionCall, several, or None; it answered {answer!r}.")
+    return tuple(calls)
+
+
+def _notify(event: SmoothingEvent) -> None:
+    plugin_manager().hook.fs_after_smoothing(event=event)
 
 
 def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:

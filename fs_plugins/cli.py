@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -141,56 +142,64 @@ def _needs(*packages: str) -> None:
         raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[demo]".')
 
 
+_LABELS = {"acc": "class ACC", "asr": "ASR", "fcs": "FCS", "caption_acc": "caption", "vqa_acc": "question"}
+_DEFENCES = {"none": "no defence", "fs_psm": "FS-PSM"}
+_PARTS = {
+    "none": "none",
+    "fs": "noise + average",
+    "fs_m": "... + mapper",
+    "fs_p": "... + purifier",
+    "fs_pm": "... + both",
+}
+
+
 def _show(result: Any) -> None:
     settings = result.settings
-    title = (
-        f"{settings.images} held-out scenes, targeted attack at l-inf {settings.eps * 255:g}/255, {settings.steps} steps; "
-        f"sigma {result.sigma:g}, n0 {settings.n0}"
+    console.print(
+        f"[bold]{settings.images} held-out scenes[/], targeted attack at l-inf {settings.eps * 255:g}/255, "
+        f"{settings.steps} steps\n",
+        highlight=False,
     )
-    names = {"none": "no defence", "fs_psm": "FS-PSM"}
-    columns = {
-        "acc": "class",
-        "asr": "attack success",
-        "fcs": "feature cosine",
-        "caption_acc": "caption",
-        "vqa_acc": "question",
-    }
-    table = Table(title=title, title_justify="left")
-    table.add_column("pictures")
-    table.add_column("defence")
-    for label in columns.values():
-        table.add_column(label, justify="right")
+    table = _table(list(_LABELS))
     for which, rows in (("clean", result.clean), ("attacked", result.attacked)):
         for name, row in rows.items():
-            table.add_row(
-                which, names[name], *(_cell(row.estimates()[key], key) for key in columns), end_section=name == "fs_psm"
-            )
+            _row(table, f"{which}, {_DEFENCES[name]}", row, list(_LABELS), last=name == "fs_psm")
     console.print(table)
-    parts = {
-        "none": "none",
-        "fs": "noise and average",
-        "fs_m": "+ mapper",
-        "fs_p": "+ purifier",
-        "fs_pm": "+ purifier and mapper",
-    }
-    ablation = Table(title="What each part does (attacked pictures, class question)", title_justify="left")
-    ablation.add_column("parts")
-    for key in ("acc", "asr", "fcs"):
-        ablation.add_column(columns[key], justify="right")
-    for name, label in parts.items():
-        ablation.add_row(label, *(_cell(result.ablation[name].estimates()[key], key) for key in ("acc", "asr", "fcs")))
+    console.print("\n[bold]What each part does[/] to the attacked pictures\n")
+    ablation = _table(["acc", "asr", "fcs"])
+    for name, label in _PARTS.items():
+        _row(ablation, label, result.ablation[name], ["acc", "asr", "fcs"])
     console.print(ablation)
     console.print(
-        "Brackets: 95 % intervals. The attack is made against the undefended tower. "
-        f"Empirical robustness is not a certificate. {result.seconds:.0f} s.",
+        f"\nsigma {result.sigma:g}, n0 {settings.n0}. In per cent with 95 % intervals: class ACC, ASR (answers the attacker's\n"
+        "class), exact captions, multiple-choice questions. FCS: cosine of the features consumed from\n"
+        "the clean and the attacked picture (of two runs, for clean ones). The attack is made against\n"
+        f"the undefended tower. Empirical robustness is not a certificate. {result.seconds:.0f} s.",
         style="dim",
+        highlight=False,
     )
+
+
+def _table(keys: list[str]) -> Table:
+    table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("", min_width=18)
+    for key in keys:
+        table.add_column(_LABELS[key], justify="right")
+    return table
+
+
+def _row(table: Table, label: str, row: Any, keys: list[str], *, last: bool = False) -> None:
+    estimates = row.estimates()
+    table.add_row(label, *(_cell(estimates[key], key) for key in keys), end_section=last)
 
 
 def _cell(estimate: Any, key: str) -> str:
+    """Value and interval, in per cent but for cosines."""
+    value, low, high = estimate.value, estimate.low, estimate.high
     if key == "fcs":
-        return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+        return f"{value:.2f} [dim]{low:.2f}-{high:.2f}[/]".replace("0.", ".")
+    shown = f"{100 * value:.1f}" if 0 < value < 0.1 else f"{100 * value:.0f}"
+    return f"{shown} [dim]{100 * low:.0f}-{100 * high:.0f}[/]"
 
 
 @contextmanager

@@ -233,6 +233,25 @@ def test_peft_models_are_smoothed(images, options, order):
     assert not fs_plugins.status(model).enabled
 
 
+def test_clip_in_peft_is_smoothed(clip, images):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(clip, peft.LoraConfig(target_modules=r".*text_model.*q_proj", r=2)).eval()
+    ids = torch.tensor([[1, 4, 39]])
+    with fs_plugins.enable(model, psm=make_psm(fs_plugins.vision_call(model))) as handle, torch.no_grad():
+        model(input_ids=ids, pixel_values=pixels_of(images))
+        assert handle.status().vision[0].calls == 1
+
+
+def test_draws_are_fresh_per_call_or_fixed_per_image(llava, images):
+    with fs_plugins.enable(llava, **PLAIN):
+        assert not torch.equal(consumed(llava, images), consumed(llava, images))
+    with fs_plugins.enable(llava, **PLAIN, noise_scope="image"):
+        assert torch.equal(consumed(llava, images), consumed(llava, images))
+        repeated = consumed(llava, images[[0, 0, 1]])
+        assert torch.allclose(repeated[0], repeated[1], atol=1e-5)
+        assert not torch.allclose(repeated[0], repeated[2], atol=1e-2)
+
+
 def test_lora_on_the_tower_is_smoothed_and_mentioned(images):
     peft = pytest.importorskip("peft")
     llava = make_llava()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pickle
 import re
 import types
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_several_calls_per_model_are_each_smoothed(manager):
         assert [v.calls for v in handle.status().vision] == [1, 1]
 
 
+@pytest.mark.parametrize("answer", ["a string", [], [1]])
+def test_an_adapter_that_answers_nonsense_is_named(manager, answer):
+    hooks.register(manager, plugin(fs_vision_call=lambda model: answer), "nonsense")
+    with pytest.raises(PluginError, match="'nonsense' must answer a VisionCall"):
+        fs_plugins.vision_call(TinyEncoder())
+
+
+def test_an_adapter_that_fails_is_named_with_the_way_out(manager):
+    def fail(model):
+        raise AttributeError("no such tower")
+
+    hooks.register(manager, plugin(fs_vision_call=fail), "fragile")
+    with pytest.raises(
+        PluginError, match=r"'fragile' failed on TinyEncoder.*no such tower.*FS_PLUGINS_DISABLE=fragile"
+    ):
+        fs_plugins.vision_call(TinyEncoder())
+
+
 def test_two_adapters_that_both_claim_are_an_error_unless_one_is_chosen(manager, llava):
     hooks.register(manager, plugin(fs_vision_call=lambda model: tiny_call(TinyEncoder())), "greedy")
     with pytest.raises(ModelError, match="greedy, hf_multimodal"):
@@ -108,6 +127,7 @@ def test_fs_after_smoothing_observes_every_call(manager, llava, images):
     seen = []
     hooks.register(manager, plugin(fs_after_smoothing=lambda event: seen.append(event)), "watch")
     with fs_plugins.enable(llava, psm=None, sigma=0.25, n0=3), torch.no_grad():
+        pickle.dumps(llava)
         llava(**llava_inputs(images))
     (event,) = seen
     assert (event.adapter, event.images, event.n0, event.sigma, event.non_finite) == ("hf_multimodal", 3, 3, 0.25, 0)
