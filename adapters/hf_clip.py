@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fs_plugins import SettingError, hookimpl
+from fs_plugins import hookimpl
 from fs_plugins.vision import Field, FlattenedTokens, LinearEmbedding, PixelSpace, Readout, VisionCall, is_a, unwrapped
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,7 +49,7 @@ def pixel_space(model: Any, mean: tuple[float, ...], std: tuple[float, ...], fam
         try:
             saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
             return PixelSpace.from_processor(SimpleNamespace(**saved), source=f"the image processor of {checkpoint}")
-        except (OSError, SettingError):
+        except (OSError, ValueError):
             pass
     return PixelSpace(mean, std, source=f"the default of {family} (no processor found beside the checkpoint)")
 

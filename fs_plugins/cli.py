@@ -40,6 +40,7 @@ def demo(
     """Attack a small real LLaVA live, without and with the plugin. Offline, about two minutes on two cores."""
     with _errors_for_people():
         _needs("transformers", "matplotlib")
+        _quieten()
         from fs_plugins.demo import picture, run
 
         settings = run.Settings(images or (1000 if full else 220), _radius(eps), steps, n0, seed)
@@ -67,6 +68,7 @@ def ask(
     """The answer without and with smoothing, side by side, with the time each took."""
     with _errors_for_people():
         _needs("transformers")
+        _quieten()
         import fs_plugins
         from fs_plugins.evaluation import ask as answer
 
@@ -153,6 +155,14 @@ _PARTS = {
 }
 
 
+def _quieten() -> None:
+    """Keep transformers' loading bars and notices out of a command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _show(result: Any) -> None:
     settings = result.settings
     console.print(
@@ -171,9 +181,9 @@ def _show(result: Any) -> None:
         _row(ablation, label, result.ablation[name], ["acc", "asr", "fcs"])
     console.print(ablation)
     console.print(
-        f"\nsigma {result.sigma:g}, n0 {settings.n0}. In per cent with 95 % intervals: class ACC, ASR (answers the attacker's\n"
-        "class), exact captions, multiple-choice questions. FCS: cosine of the features consumed from\n"
-        "the clean and the attacked picture (of two runs, for clean ones). The attack is made against\n"
+        f"\nsigma {result.sigma:g}, n0 {settings.n0}. In per cent with 95 % intervals: class ACC, ASR (answers the attacker's "
+        "class), exact captions, multiple-choice questions. FCS: cosine of the features consumed from "
+        "the clean and the attacked picture (of two runs, for clean ones). The attack is made against "
         f"the undefended tower. Empirical robustness is not a certificate. {result.seconds:.0f} s.",
         style="dim",
         highlight=False,

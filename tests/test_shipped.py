@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from fs_plugins import registry
 from fs_plugins.demo import assets, run, text, world
 from fs_plugins.demo.train.llava import Dialogues, questions_and_answers
 from fs_plugins.training.data import to_unit
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +143,29 @@ def test_panels_show_the_scenes_that_were_attacked():
     assert torch.equal(result.pictures[0].clean, to_unit(first.draw()))
 
 
+def documented(page: str) -> dict[tuple[str, str], list[float]]:
+    """The rows of a page's table of results: (pictures, defence) -> ACC, ASR, FCS, caption, question."""
+    rows = {}
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [cell.strip().replace(" %", "") for cell in line.strip("|").split("|")]
+        if cells[0] in ("clean", "attacked") and len(cells) == 7:
+            rows[cells[0], cells[1]] = [float(cell) for cell in cells[2:]]
+    return rows
+
+
 @pytest.mark.slow
-def test_the_demo_holds_what_the_project_promises():
-    """The thresholds the project set itself, on the command's own defaults."""
+def test_the_demo_holds_what_the_project_promises_and_documents():
+    """The thresholds the project set itself, on the command's own defaults, and the tables that quote it."""
     summary = run.run(run.Settings(), lambda what, total: lambda done: None).summary()
+    for page in ("README.md", "fs_plugins/demo/assets/README.md"):
+        table = documented(page)
+        assert len(table) == 4
+        for (which, defence), quoted in table.items():
+            row = summary[which][{"none": "none", "FS-PSM": "fs_psm"}[defence]]
+            for name, value in zip(("acc", "asr", "fcs", "caption_acc", "vqa_acc"), quoted, strict=True):
+                # Another processor rounds differently, which may turn a few of 200 answers.
+                measured, slack = (row[name], 0.02) if name == "fcs" else (100 * row[name], 3)
+                assert abs(measured - value) <= slack, (page, which, defence, name, measured, value)
     clean, attacked, ablation = summary["clean"], summary["attacked"], summary["ablation"]
     assert clean["none"]["acc"] >= 0.95
     assert clean["none"]["caption_acc"] >= 0.90

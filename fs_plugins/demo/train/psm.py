@@ -21,7 +21,9 @@ from fs_plugins.training.data import to_unit
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
-MAPPER_STAGE = Stage(steps=600, batch_size=16, draws=4, lr=2e-3)
+MAPPER_STAGE = Stage(steps=400, batch_size=16, draws=4, lr=1e-3)
+LAMBDA3 = 1.0
+"""The paper's 100 drowns the consistency loss here: this tower's features are larger than CLIP-L's."""
 
 
 class Scenes(Dataset[Tensor]):
@@ -55,6 +57,7 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
         mapper=None if what == "purifier" else Part(kind="residual", args={"ratio": 2}),
         purifier_stage=stage,
         mapper_stage=stage,
+        lambda3=LAMBDA3,
         seed=seed,
     )
     start = PSM.from_pretrained(assets / "purifier") if what in ("psm-llava", "psm-clip") else None
