@@ -79,6 +79,16 @@ def test_an_untrained_mapper_starts_near_the_identity():
     assert (moved.norm(dim=-1) < 0.1 * z.norm(dim=-1)).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("length", [0.1, 3.0, 100.0])
+def test_calibration_sets_the_length_of_the_update_and_keeps_the_identity(length):
+    mapper, z = ResidualMapper(16, blocks=1, heads=2), torch.randn(4, 9, 16) * length
+    mapper.calibrate(z, 0.25)
+    with torch.no_grad():
+        moved = mapper(z, 0.25) - z
+        assert torch.allclose(moved.norm(dim=-1), 0.05 * z.norm(dim=-1).mean().expand(4, 9), rtol=1e-3)
+        assert torch.equal(mapper(z, 0.0), z)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (15, 21), (8, 40)])
 def test_purifier_takes_any_size_and_starts_as_the_identity(size):
     purifier = UNetPurifier(channels=(8, 16), unshuffle=2).eval()

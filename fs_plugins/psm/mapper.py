@@ -91,6 +91,22 @@ class ResidualMapper(nn.Module):
             MapperBlock(width, heads=heads, ratio=ratio, attention=i == 0, fixup=blocks**-0.5) for i in range(blocks)
         )
 
+    @torch.no_grad()
+    def calibrate(self, z: Tensor, sigma: float, share: float = 0.05) -> None:
+        """Start every block's update at this share of the tokens' mean length, at this sigma.
+
+        The printed update has a length of its own, whatever the features'; training from the wrong order of
+        magnitude would spend itself on reaching the right one. An initialisation, not part of the formula.
+        """
+        wanted = share * z.norm(dim=-1).mean()
+        for block in self.blocks:
+            block = cast(MapperBlock, block)
+            level = torch.tensor(sigma, dtype=z.dtype, device=z.device)
+            alpha = wanted / level ** F.softplus(block.exponent(level.view(1)))
+            last = cast(nn.Linear, block.amplitude[2])
+            nn.init.zeros_(last.weight)
+            last.bias.copy_(alpha + torch.log(-torch.expm1(-alpha)))
+
     def forward(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, L, D) tokens or (N, D) pooled vectors, sigma in [0, 1] pixel units -> the same shape."""
         level = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import fingerprint
-from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
+from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec, ResidualMapper
 from fs_plugins.training import losses
-from fs_plugins.vision import VisionCall
+from fs_plugins.vision import Features, VisionCall
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called after each step: stage, step (from 1), steps, losses."""
@@ -174,6 +174,8 @@ def _train_mapper(psm: PSM, call: VisionCall, images: Dataset[Tensor], config: T
             reference = call.embed(features).repeat(stage.draws, 1)
             repeated = clean.repeat(stage.draws, 1, 1, 1)
             noised = call.encode(psm.purify(repeated + sigma * torch.randn_like(repeated), sigma))
+        if step == 1:
+            _calibrate(psm, noised, sigma)
         mapped = {name: psm.map(name, value, sigma) for name, value in noised.items()}
         rb = losses.consistency(call.embed(mapped), reference)
         stats = torch.stack([losses.statistics(mapped[name], features[name]) for name in psm.mapped]).sum()
@@ -181,6 +183,13 @@ def _train_mapper(psm: PSM, call: VisionCall, images: Dataset[Tensor], config: T
         _update(rb + config.lambda3 * stats + config.lambda4 * still, psm.mappers, optimizer, scheduler)
         report("mapper", step, stage.steps, {"l_rb": rb.item(), "l_stats": stats.item(), "l_id": still.item()})
     psm.mappers.eval().requires_grad_(False)
+
+
+def _calibrate(psm: PSM, features: Features, sigma: float) -> None:
+    """Let mappers that can set their initial scale do so on real features."""
+    for name, mapper in zip(psm.mapped, psm.mappers, strict=True):
+        if isinstance(mapper, ResidualMapper):
+            mapper.calibrate(features[name], sigma)
 
 
 def _sized(mapper: Part, width: int) -> Part:

@@ -21,7 +21,7 @@ from fs_plugins.training.data import to_unit
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
-MAPPER_STAGE = Stage(steps=400, batch_size=16, draws=4, lr=1e-3)
+MAPPER_STAGE = Stage(steps=400, batch_size=16, draws=4, lr=2e-3)
 LAMBDA3 = 1.0
 """The paper's 100 drowns the consistency loss here: this tower's features are larger than CLIP-L's."""
 
