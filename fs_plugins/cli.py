@@ -81,12 +81,14 @@ def ask(
                 0
             ], time.perf_counter() - began
 
+        answer(loaded, processor, [picture], [question], max_new_tokens=1)  # the first call pays for warming up
         plain, plain_seconds = timed()
         chosen = None if psm == "none" else psm
         with fs_plugins.enable(loaded, psm=chosen, sigma=sigma, n0=n0, seed=seed) as handle:
             smoothed, smoothed_seconds = timed()
             told = handle.status()
-        table = Table(title=f"{image.name}: {question}", title_justify="left")
+        console.print(f"{image.name}: {question}", markup=False, highlight=False)
+        table = Table(box=HORIZONTALS)
         table.add_column("")
         table.add_column("answer", overflow="fold")
         table.add_column("seconds", justify="right")
