@@ -65,6 +65,7 @@ def save_tokenizer(folder: Path, *, append_eos: bool, model_max_length: int) -> 
         "eos_token": EOS,
         "image_token": IMAGE,
         "padding_side": "right" if append_eos else "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     if not append_eos:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fs_plugins.demo import text, world
@@ -155,7 +156,18 @@ def train_llava(clip_folder: Path, out: Path, cache: Path, steps: int, batch: in
             )
         if step % 300 == 299 or step == steps - 1:
             model.save_pretrained(out)
+            use_public_names(out / "model.safetensors")
             write_llava_processor(out)
+
+
+def use_public_names(path: Path) -> None:
+    """Name the tower's weights as public LLaVA checkpoints do, so that transformers 4.57 and 5.x both load them."""
+    inner, outer = "vision_tower.", "vision_tower.vision_model."
+    weights = {
+        outer + name.removeprefix(inner) if name.startswith(inner) and not name.startswith(outer) else name: value
+        for name, value in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def write_llava_processor(out: Path) -> None:
