@@ -8,12 +8,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from fs_plugins import PSM, PixelSpace, Readout, VisionCall
 from fs_plugins.identity import fingerprint
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Field
+
+# A busy machine is no failure.
+settings.register_profile("fs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fs")
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 IMAGE_TOKEN = 30
