@@ -25,7 +25,7 @@ from fs_plugins.psm import PSM
 from fs_plugins.training.data import to_unit
 from fs_plugins.vision import VisionCall
 
-BATCH = 110
+BATCH = 44
 Advance = Callable[[int], None]
 Track = Callable[[str, int], Advance]
 """(what, how many images) -> a function that is told how many more are done."""
@@ -113,7 +113,7 @@ def run(settings: Settings, track: Track) -> Result:
 
     began = time.time()
     processor = AutoProcessor.from_pretrained(assets.LLAVA)
-    model = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval()
+    model = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval().requires_grad_(False)
     facts = world.scenes("heldout", settings.images)
     aims = world.scenes("target", settings.images)
     clean, targets = _pictures(facts), _pictures(aims)
