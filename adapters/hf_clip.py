@@ -1,71 +1,65 @@
-"""Hugging Face CLIP: CLIPModel, CLIPVisionModelWithProjection (zero-shot) and CLIPVisionModel."""
+"""Hugging Face image encoders that are compared with text or used alone: CLIP, SigLIP, SigLIP2, BLIP."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
+from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.vision import Field, FlattenedTokens, LinearEmbedding, PixelSpace, Readout, VisionCall, is_a, unwrapped
+from fs_plugins.layouts import Layout, PatchBatch
+from fs_plugins.vision import Field, FlattenedTokens, LinearEmbedding, Readout, VisionCall, unwrapped
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_POOLED = "pooler_output"
+
+@dataclass(frozen=True)
+class Encoder:
+    """A family: its classes, where the encoder is in them, and the bias-free projection after it, if any."""
+
+    models: tuple[str, ...]
+    module: str | None = "vision_model"
+    projection: str | None = None
+    patches: bool = False
+    endings: tuple[str, ...] = ("",)
+
+
+ENCODERS = (
+    Encoder(("CLIPModel", "CLIPVisionModelWithProjection", "BlipModel"), projection="visual_projection"),
+    Encoder(("SiglipModel",)),
+    Encoder(("Siglip2Model",), patches=True),
+    Encoder(("CLIPVisionModel", "SiglipVisionModel"), module=None),
+    Encoder(("Siglip2VisionModel",), module=None, patches=True),
+)
 
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim a CLIP model: the tower's pooled output, embedded by the visual projection where there is one."""
-    clip = unwrapped(model)
-    if is_a(clip, "transformers", "CLIPModel", "CLIPVisionModelWithProjection"):
-        embed: Any = LinearEmbedding(_POOLED, clip.visual_projection)
-        module = clip.vision_model
-    elif is_a(clip, "transformers", "CLIPVisionModel"):
-        module, embed = clip, FlattenedTokens()
-    else:
+    """Claim an image encoder: its pooled output, embedded by the visual projection where there is one."""
+    whole = unwrapped(model)
+    family = find(whole, ENCODERS)
+    if family is None:
         return None
-    config = getattr(clip.config, "vision_config", clip.config)
+    module = getattr(whole, family.module) if family.module else whole
+    config = getattr(whole.config, "vision_config", whole.config)
+    pooled = getattr(config, "vision_use_head", True)
+    name, tokens = ("pooler_output", 0) if pooled else ("last_hidden_state", None)
+    projection = getattr(whole, family.projection) if family.projection else None
+    space = pixel_space(whole, config, layout=_patches(module, config) if family.patches else Layout())
+    embed: Any = FlattenedTokens() if projection is None else LinearEmbedding(name, projection)
     return VisionCall(
         module=module,
-        pixels=pixel_space(clip, CLIP_MEAN, CLIP_STD, "CLIP"),
-        readouts=(Readout(_POOLED, (Field(_POOLED, 1),), width=config.hidden_size),),
-        image_size=(config.image_size, config.image_size),
+        pixels=space,
+        readouts=(Readout(name, (Field(name, int(pooled)),), width=config.hidden_size, tokens=tokens),),
+        image_size=None if family.patches else space.size or image_size(config),
         architecture=architecture(config),
         embed=embed,
     )
 
 
-def pixel_space(model: Any, mean: tuple[float, ...], std: tuple[float, ...], family: str) -> PixelSpace:
-    """Mean and std from the processor saved beside the checkpoint, else the family's own.
-
-    Looks on this machine only: ``enable`` never reaches for the network.
-    """
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    checkpoint = getattr(model.config, "_name_or_path", "")
-    if checkpoint:
-        try:
-            saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
-            return PixelSpace.from_processor(SimpleNamespace(**saved), source=f"the image processor of {checkpoint}")
-        except (OSError, ValueError):
-            pass
-    return PixelSpace(mean, std, source=f"the default of {family} (no processor found beside the checkpoint)")
-
-
-def architecture(vision_config: Any) -> dict[str, int | str]:
-    """A CLIP vision configuration in the registry's words."""
-    numbers = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "image_size",
-    )
-    return {
-        "family": "clip_vision",
-        **{name: getattr(vision_config, name) for name in numbers},
-        "hidden_act": vision_config.hidden_act,
-    }
+def _patches(module: Any, config: Any) -> PatchBatch:
+    """SigLIP2's mask is called attention_mask inside Siglip2Model on transformers 4."""
+    known = inspect.signature(module.forward).parameters
+    mask = "pixel_attention_mask" if "pixel_attention_mask" in known else "attention_mask"
+    return PatchBatch(config.patch_size, config.num_channels, mask)

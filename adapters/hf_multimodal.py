@@ -1,41 +1,172 @@
-"""Hugging Face LLaVA: the language side consumes hidden states of a CLIP tower."""
+"""Hugging Face models whose language side looks at images: one declaration a family.
+
+``FAMILIES`` says by class name where each family's encoder is and what is consumed out of its output. To add a
+family, add a line; if it consumes something new, a function beside ``layers``.
+"""
 
 from __future__ import annotations
 
-from fs_plugins.adapters.hf_clip import CLIP_MEAN, CLIP_STD, architecture, pixel_space
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.vision import Field, Readout, VisionCall, is_a, unwrapped
+from fs_plugins.layouts import Layout, Packed, PatchRows, Tiles
+from fs_plugins.vision import Field, Readout, VisionCall, unwrapped
+
+Consumed = Callable[[Any, Any], tuple[Readout, ...]]
+
+
+def layers(config: Any, vision: Any, *, strategy: str | None = None) -> tuple[Readout, ...]:
+    """LLaVA and its kin: hidden states of the layers asked for, without the class token by "default"."""
+    asked = next(
+        value
+        for name in ("vision_feature_layer", "vision_feature_layers")
+        if (value := getattr(config, name, None)) is not None
+    )
+    strategy = strategy or getattr(config, "vision_feature_select_strategy", "default")
+    skip = 1 if strategy == "default" else 0
+    return tuple(
+        Readout(
+            f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
+            (Field("hidden_states", 2), layer),
+            width=vision.hidden_size,
+            tokens=_tokens(vision, skip),
+            skip=skip,
+        )
+        for layer in ([asked] if isinstance(asked, int) else asked)
+    )
+
+
+def last(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """The encoder's last hidden state, with its class token if it has one."""
+    width = getattr(vision, "vision_output_dim", None) or vision.hidden_size
+    return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
+
+
+def internvl(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """InternVL: the normalised last hidden state for layer -1, else that layer; no class token by "default"."""
+    if config.vision_feature_layer != -1:
+        return layers(config, vision)
+    skip = 1 if config.vision_feature_select_strategy == "default" else 0
+    name = "last_hidden_state" + ("[1:]" if skip else "")
+    return (Readout(name, (Field("last_hidden_state", 0),), width=vision.hidden_size, tokens=None, skip=skip),)
+
+
+def merged(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Qwen and GLM: tokens after the patch merger. Transformers 4 returns them bare, 5 as the pooler's output."""
+    width = getattr(vision, "out_hidden_size", None) or vision.hidden_size
+    return (Readout("pooler_output", (Field("pooler_output", _bare(0, 1)),), width=width, tokens=None),)
+
+
+def deepstack(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Qwen3-VL: the merged tokens, and those of the layers that go deep into the language model."""
+    return merged(config, vision) + tuple(
+        Readout(
+            f"deepstack_features[{i}]",
+            (Field("deepstack_features", _bare(1, 4)), i),
+            width=vision.out_hidden_size,
+            tokens=None,
+        )
+        for i in range(len(vision.deepstack_visual_indexes))
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: the beginnings of its class names, and tower -> (what is consumed, the model's pixel arguments)."""
+
+    models: tuple[str, ...]
+    towers: Mapping[str, tuple[Consumed, tuple[str, ...]]]
+    endings: tuple[str, ...] = ("ForConditionalGeneration", "Model")
+
+
+_IMAGES = ("pixel_values",)
+_BOTH = ("pixel_values", "pixel_values_videos")
+
+FAMILIES = (
+    Family(("Llava", "VipLlava", "LlavaNext", "AyaVision", "Mistral3"), {"vision_tower": (layers, _IMAGES)}),
+    Family(("LlavaOnevision",), {"vision_tower": (layers, _BOTH)}),
+    Family(
+        ("VideoLlava",),
+        {
+            "image_tower": (layers, ("pixel_values_images",)),
+            "video_tower": (partial(layers, strategy="full"), ("pixel_values_videos",)),
+        },
+    ),
+    Family(("Blip2", "InstructBlip"), {"vision_model": (last, _IMAGES)}),
+    Family(
+        ("Blip", "Blip2"),
+        {"vision_model": (last, _IMAGES)},
+        endings=("ForConditionalGeneration", "ForQuestionAnswering", "ForImageTextRetrieval"),
+    ),
+    Family(("PaliGemma", "Gemma3"), {"vision_tower": (last, _IMAGES)}),
+    Family(("Idefics2", "Idefics3", "SmolVLM", "Mllama"), {"vision_model": (last, _IMAGES)}),
+    Family(("InternVL",), {"vision_tower": (internvl, _IMAGES)}),
+    Family(("Qwen2VL", "Qwen2_5_VL", "Qwen3_5", "Glm4v"), {"visual": (merged, _BOTH)}),
+    Family(("Qwen3VL",), {"visual": (deepstack, _BOTH)}),
+)
 
 
 @hookimpl
-def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim a LLaVA with a CLIP tower: every consumed layer, without the class token where it is dropped."""
-    llava = unwrapped(model)
-    if not is_a(llava, "transformers", "LlavaForConditionalGeneration", "LlavaModel"):
+def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
+    """Claim a model of a declared family: one call for each tower it has."""
+    whole = unwrapped(model)
+    family = find(whole, FAMILIES)
+    if family is None:
         return None
-    config, vision = llava.config, llava.config.vision_config
-    if vision.model_type != "clip_vision_model":
-        return None
-    core = getattr(llava, "model", llava)
-    layers = config.vision_feature_layer
-    skip = 1 if config.vision_feature_select_strategy == "default" else 0
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1 - skip
+    towers = {name: tower for name in family.towers if (tower := _tower(whole, name)) is not None}
+    return [_call(whole, tower, *family.towers[name]) for name, tower in towers.items()]
+
+
+def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
+    config, vision = whole.config, getattr(module, "config", whole.config.vision_config)
+    layout, argument = _layout(vision)
+    space = pixel_space(whole, vision, argument=argument, layout=layout)
+    readouts = consumed(config, vision)
+    any_size = isinstance(layout, Packed | PatchRows) or vision.model_type.startswith("idefics2")
+    deep = any(isinstance(step, Field) and step.name == "hidden_states" for r in readouts for step in r.path)
     return VisionCall(
-        module=core.vision_tower,
-        pixels=pixel_space(llava, CLIP_MEAN, CLIP_STD, "CLIP"),
-        readouts=tuple(
-            Readout(
-                f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
-                (Field("hidden_states", 2), layer),
-                width=vision.hidden_size,
-                tokens=tokens,
-                skip=skip,
-            )
-            for layer in ([layers] if isinstance(layers, int) else layers)
-        ),
-        image_size=(vision.image_size, vision.image_size),
+        module=module,
+        pixels=space,
+        readouts=readouts,
+        image_size=None if any_size else space.size or image_size(vision),
         architecture=architecture(vision),
-        kwargs={"output_hidden_states": True},
+        kwargs={"output_hidden_states": True} if deep else {},
+        inputs=inputs,
     )
+
+
+def _tower(whole: Any, name: str) -> nn.Module | None:
+    """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes."""
+    return getattr(getattr(whole, "model", None), name, None) or getattr(whole, name, None)
+
+
+def _layout(vision: Any) -> tuple[Layout, str]:
+    """How a vision configuration's encoder takes pixels, and the argument's name."""
+    if hasattr(vision, "temporal_patch_size"):
+        return PatchRows(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size), "hidden_states"
+    if vision.model_type == "pixtral":
+        return Packed(), "pixel_values"
+    if vision.model_type == "mllama_vision_model":
+        return Tiles(vision.max_num_tiles), "pixel_values"
+    return Layout(), "pixel_values"
+
+
+def _tokens(vision: Any, skip: int) -> int | None:
+    """L of a fixed-size CLIP or SigLIP tower, as consumed."""
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return None
+    class_token = 1 if vision.model_type == "clip_vision_model" else 0
+    return (vision.image_size // vision.patch_size) ** 2 + class_token - skip
+
+
+def _bare(before: int, since: int) -> int:
+    """A field's position in plain outputs: transformers 4 (``before``) or 5 (``since``)."""
+    import transformers
+
+    return before if transformers.__version__.startswith("4.") else since

@@ -17,7 +17,7 @@ from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, Plug
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.identity import fingerprint, has_adapters, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
-from fs_plugins.patch import SmoothingEvent, SmoothingHook, Witness, detach, hooks_of, recompile
+from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
@@ -174,9 +174,7 @@ def enable(
             call, psm=found, sigma=level, n0=n0, noise=noise, noise_scope=noise_scope, seed=seed, chunk_size=chunk_size
         )
         hooks.append(SmoothingHook(smoother, name, observer))
-    for hook in hooks:
-        hook.attach()
-    Witness(calls[0].pixels.argument).attach(model)
+    attach(hooks, model, [name for call in calls for name in call.inputs or (call.pixels.argument,)])
     recompile()
     return SmoothingHandle(model)
 

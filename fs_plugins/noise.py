@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fs_plugins.pickled import Pickled
 
 Noise = Literal["iid", "antithetic"]
 NoiseScope = Literal["call", "image"]
@@ -36,7 +38,7 @@ def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, coun
             drawn = None
 
 
-class NoiseSource:
+class NoiseSource(Pickled):
     """Hands out one generator per image of a vision call.
 
     ``scope="call"``: fresh, independent draws at every call. ``scope="image"``: an image's draws follow
@@ -46,6 +48,8 @@ class NoiseSource:
     the entropy comes from the operating system, not from torch's global generator.
     """
 
+    _fresh = (("_lock", threading.Lock),)
+
     def __init__(self, scope: NoiseScope = "call", seed: int | None = None) -> None:
         self.scope = scope
         self.seed = seed
@@ -53,17 +57,16 @@ class NoiseSource:
         self._calls = 0
         self._lock = threading.Lock()
 
-    def generators(self, images: Tensor) -> list[torch.Generator]:
-        """One seeded generator for each image of (B, C, H, W), on the images' device."""
+    def generators(self, images: Sequence[Tensor] | Tensor) -> list[torch.Generator]:
+        """One seeded generator for each image of a vision call, on the images' device."""
         if self.scope == "image":
-            pixels = images.detach().float().cpu().contiguous().numpy()
-            marks = [b"image" + row.tobytes() for row in pixels]
+            marks = [b"image" + image.detach().float().cpu().contiguous().numpy().tobytes() for image in images]
         else:
             with self._lock:
                 call = self._calls
                 self._calls += 1
             marks = [f"call {call} image {i}".encode() for i in range(len(images))]
-        return [self._generator(mark, images.device) for mark in marks]
+        return [self._generator(mark, image.device) for mark, image in zip(marks, images, strict=True)]
 
     def _generator(self, mark: bytes, device: torch.device) -> torch.Generator:
         digest = hashlib.sha256(self._key + mark).digest()
@@ -71,11 +74,7 @@ class NoiseSource:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of an unseeded source gets a key of its own: two models never share their noise."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        state = super().__getstate__()
         if self.seed is None:
             state["_key"] = secrets.token_bytes(32)
         return state
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()

@@ -6,19 +6,22 @@ pickles of an enabled model are enabled too, each with its own encoder.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fs_plugins.errors import FSPluginsWarning, PixelError
-from fs_plugins.smoothing import FeatureSmoother, Tally
+from fs_plugins.pickled import Pickled
+from fs_plugins.smoothing import FeatureSmoother, Pass, Tally
 from fs_plugins.vision import direct, is_direct
 
 
@@ -37,22 +40,11 @@ class SmoothingEvent:
     non_finite: int
 
 
-class _Pickled:
-    """Thread-bound parts are left out of copies and made anew."""
-
-    _fresh: tuple[tuple[str, Callable[[], Any]], ...] = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        fresh = {name for name, _ in self._fresh}
-        return {name: value for name, value in self.__dict__.items() if name not in fresh}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for name, make in self._fresh:
-            setattr(self, name, make())
+class _Hook(Pickled):
+    """What ``detach`` removes: bound methods of these are ours."""
 
 
-class SmoothingHook(_Pickled):
+class SmoothingHook(_Hook):
     """The pair of hooks on one vision encoder. Holds counts, never a call's state across threads."""
 
     _fresh = (("_pending", threading.local), ("_lock", threading.Lock))
@@ -79,33 +71,33 @@ class SmoothingHook(_Pickled):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._pending.call = None
         call = self.smoother.call
-        name = call.pixels.argument
-        pixels = kwargs.get(name, args[0] if args else None)
-        if is_direct() or self.smoother.is_identity or pixels is None:
-            if pixels is not None and not is_direct():
-                self._count(Tally(len(pixels), 0), 0.0)
+        space = call.pixels
+        names, given = _named(module, space.argument, args, kwargs)
+        pixels = given.get(space.argument)
+        if is_direct() or pixels is None:
             return None
-        if warning := call.pixels.check(pixels):
-            self._warn("range", warning)
-        if tuple(pixels.shape[-2:]) != call.image_size and self.smoother.psm is not None:
-            raise PixelError(
-                f"The encoder was given {pixels.shape[-2]}x{pixels.shape[-1]} pixels; its PSM was made for "
-                f"{call.image_size[0]}x{call.image_size[1]}. Resize the images, or enable with psm=None."
-            )
+        space.check(pixels)
+        groups = space.layout.groups(pixels, given) if len(pixels) else []
+        if self.smoother.is_identity or not groups:
+            self._count(Tally(sum(len(group.units) for group in groups)), 0.0)
+            return None
+        for group in groups:
+            if warning := space.check_range(space.to_unit(group.pixels)):
+                self._warn("range", warning)
+            if wrong := self.smoother.unfit(group.pixels):
+                raise PixelError(wrong)
         if module.training:
             self._warn(
                 "training",
                 "The vision encoder is in training mode; smoothing goes on, but its features are not those of model.eval().",
             )
-        if len(pixels) == 0:
-            return None
-        original = (args, dict(kwargs))
         tally = Tally()
-        passes = self.smoother.passes(call.pixels.to_unit(pixels), pixels.dtype, tally)
+        passes = self.smoother.passes(groups, pixels.dtype, tally)
         began = time.perf_counter()
         step = next(passes)
-        self._pending.call = (passes, step, original, tally, began)
-        return self._arguments(step, original)
+        units = [unit for group in groups for unit in group.units]
+        self._pending.call = (passes, (names, given, len(args)), (units, pixels), tally, began)
+        return self._arguments(step, names, given, len(args))
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -115,36 +107,27 @@ class SmoothingHook(_Pickled):
         self._pending.call = None
         if output is None:  # the encoder raised
             return None
-        passes, _, original, tally, began = pending
+        passes, original, (units, pixels), tally, began = pending
         try:
             while True:
-                step = passes.send(output)
-                step_args, step_kwargs = self._arguments(step, original)
+                step_args, step_kwargs = self._arguments(passes.send(output), *original)
                 with direct():
                     output = module(*step_args, **step_kwargs)
         except StopIteration as stop:
             self._count(tally, time.perf_counter() - began)
-            return stop.value
+            return self.smoother.call.pixels.layout.closed(stop.value, units, pixels)
 
     def _arguments(
-        self, step: Any, original: tuple[tuple[Any, ...], dict[str, Any]]
+        self, step: Pass, names: Sequence[str], given: Mapping[str, Any], positional: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The encoder's own arguments with the pass's pixels in place and batched tensors repeated with them."""
-        args, kwargs = original
-        name = self.smoother.call.pixels.argument
-        batch = len(kwargs[name] if kwargs.get(name) is not None else args[0])
-
-        def expanded(value: Any) -> Any:
-            return step.expand(value) if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
-
-        new_kwargs = {key: expanded(value) for key, value in kwargs.items()}
-        for key, value in self.smoother.call.kwargs.items():
-            if not new_kwargs.get(key):
-                new_kwargs[key] = value
-        if kwargs.get(name) is not None:
-            new_kwargs[name] = step.pixels
-            return tuple(map(expanded, args)), new_kwargs
-        return (step.pixels, *map(expanded, args[1:])), new_kwargs
+        """The encoder's own arguments with the pass's in their place, each as it was passed."""
+        call = self.smoother.call
+        changed = {**given, **step.arguments(call.pixels.argument)}
+        for name, value in call.kwargs.items():
+            if not changed.get(name):
+                changed[name] = value
+        args = tuple(changed.pop(name) for name in names[:positional])
+        return args, {name: value for name, value in changed.items() if name not in call.pixels.layout.derived}
 
     def _count(self, tally: Tally, seconds: float) -> None:
         with self._lock:
@@ -171,13 +154,13 @@ class SmoothingHook(_Pickled):
         warnings.warn(message, FSPluginsWarning, stacklevel=4)
 
 
-class Witness(_Pickled):
+class Witness(_Hook):
     """Counts the model's own calls that carry pixels, so that ``status`` can tell a bypassed encoder."""
 
     _fresh = (("_lock", threading.Lock),)
 
-    def __init__(self, argument: str) -> None:
-        self.argument = argument
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = tuple(arguments)
         self.calls = 0
         self._lock = threading.Lock()
 
@@ -186,9 +169,84 @@ class Witness(_Pickled):
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get(self.argument) is not None and not is_direct():
+        _, given = _named(module, None, args, kwargs)
+        if any(given.get(name) is not None for name in self.arguments) and not is_direct():
             with self._lock:
                 self.calls += 1
+
+
+class GradScope(_Hook):
+    """Keeps gradients on in a module around which the framework switches them off, while its inputs require them.
+
+    OpenFlamingo and the original LLaVA run vision under ``no_grad``, which blinds whoever attacks the smoothed
+    model. Every torch function inside runs with gradients on; the mode outside is never touched, so it cannot
+    be left changed.
+    """
+
+    _fresh = (("_entered", threading.local),)
+
+    def __init__(self) -> None:
+        self._entered = threading.local()
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        modes = self._modes()
+        modes.append(None)
+        if not is_direct() and not torch.is_inference_mode_enabled() and _requires_grad((args, kwargs)):
+            modes[-1] = _GradientsOn()
+            modes[-1].__enter__()
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if (modes := self._modes()) and (mode := modes.pop()) is not None:
+            mode.__exit__(None, None, None)
+
+    def _modes(self) -> list[Any]:
+        if not hasattr(self._entered, "modes"):
+            self._entered.modes = []
+        return self._entered.modes
+
+
+class _GradientsOn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch.enable_grad():
+            return func(*args, **(kwargs or {}))
+
+
+def attach(hooks: Sequence[SmoothingHook], model: nn.Module, inputs: Sequence[str]) -> None:
+    """Attach everything. Gradient scopes go outermost: first before, last after."""
+    scopes = [(GradScope(), hook.smoother.call.grad_scope) for hook in hooks]
+    for scope, module in scopes:
+        if module is not None:
+            module.register_forward_pre_hook(scope.before, with_kwargs=True)
+    for hook in hooks:
+        hook.attach()
+    for scope, module in scopes:
+        if module is not None:
+            module.register_forward_hook(scope.after, with_kwargs=True, always_call=True)
+    Witness(inputs).attach(model)
+
+
+def _named(
+    module: nn.Module, first: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
+    """Names of the positional arguments, and all arguments by name. ``first`` is what we call the first one."""
+    names = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ][: len(args)]
+    names += [f"*{i}" for i in range(len(names), len(args))]
+    if args and first is not None:
+        names[0] = first
+    return names, {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_requires_grad, items))
 
 
 def hooks_of(model: nn.Module) -> tuple[list[SmoothingHook], list[Witness]]:
@@ -210,11 +268,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             table = getattr(module, name)
-            ours = [
-                key
-                for key, hook in table.items()
-                if isinstance(getattr(hook, "__self__", None), SmoothingHook | Witness)
-            ]
+            ours = [key for key, hook in table.items() if isinstance(getattr(hook, "__self__", None), _Hook)]
             for key in ours:
                 for companion in _COMPANIONS[name]:
                     with suppress(AttributeError, KeyError):

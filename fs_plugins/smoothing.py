@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,23 +16,35 @@ import torch
 from torch import Tensor
 
 from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.layouts import Group, Layout
 from fs_plugins.noise import Noise, NoiseScope, NoiseSource, draws
+from fs_plugins.outputs import map_tensors
+from fs_plugins.pickled import Pickled
 from fs_plugins.psm import PSM
-from fs_plugins.vision import Features, VisionCall, map_tensors
+from fs_plugins.vision import Features, VisionCall
 
 DEFAULT_CHUNK_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of the encoder: ``draws`` noisy copies of ``images`` (a slice of the batch), draw by draw."""
+    """One forward of the encoder: ``draws`` noisy copies of some ``images`` of a group, draw by draw.
 
-    pixels: Tensor
+    ``pixels`` are (draws * images, ..., C, H, W), normalised.
+    """
+
+    group: Group
     images: slice
     draws: int
+    pixels: Tensor
 
-    def expand(self, value: Tensor) -> Tensor:
-        """Rows of another batched argument, (B, ...) -> (draws * images, ...), in the order of ``pixels``."""
+    def arguments(self, argument: str) -> dict[str, Tensor]:
+        """The encoder's pixel argument and the others that go with these rows, by name."""
+        template = None if self.group.template is None else self._expanded(self.group.template)
+        companions = {name: self._expanded(value) for name, value in self.group.companions.items()}
+        return {**companions, argument: self.group.pack(self.pixels, template)}
+
+    def _expanded(self, value: Tensor) -> Tensor:
         part = value[self.images]
         return part.repeat(self.draws, *[1] * (part.ndim - 1))
 
@@ -46,7 +58,7 @@ class Tally:
     non_finite: int = 0
 
 
-class FeatureSmoother:
+class FeatureSmoother(Pickled):
     """Smooths one VisionCall.
 
     What is served is the mean of the draws' unit embeddings, scaled to the draws' mean length:
@@ -69,6 +81,8 @@ class FeatureSmoother:
         SettingError: a value out of range.
         PSMError: the PSM does not fit the call or sigma.
     """
+
+    _fresh = (("_lock", threading.Lock), ("_psms", dict))
 
     def __init__(
         self,
@@ -115,25 +129,43 @@ class FeatureSmoother:
         """Whether smoothing would change nothing: no PSM and no noise."""
         return self.psm is None and self.sigma == 0
 
+    def unfit(self, pixels: Tensor) -> str | None:
+        """Why the PSM cannot serve images of this size, in words; None if it can."""
+        if self.psm is None or self.psm.config.image_size == tuple(pixels.shape[-2:]):
+            return None
+        if self.call.image_size is None and not self.psm.mapped:
+            return None
+        height, width = self.psm.config.image_size
+        return (
+            f"The encoder was given {pixels.shape[-2]}x{pixels.shape[-1]} pixels; its PSM was made for "
+            f"{height}x{width}. Resize the images, or enable with psm=None."
+        )
+
     def smooth(self, images: Tensor) -> Features:
-        """(B, C, H, W) images in [0, 1] -> the served features, without going through the model.
+        """(B, C, H, W) still images in [0, 1] -> the served features, without going through the model.
 
         Gradients follow the images: this is what an adaptive attack differentiates.
         """
-        steps = self.passes(images, self.call.dtype, Tally())
+        units = tuple(range(len(images)))
+        wide = torch.promote_types(images.dtype, torch.float32)
+        still = Group(units, self.call.pixels.from_unit(images, wide), {})
+        steps = self.passes([still], self.call.dtype, Tally())
         step = next(steps)
         while True:
             output = self.call.forward(step.pixels)
             try:
                 step = steps.send(output)
             except StopIteration as stop:
-                return self.call.features(stop.value)
+                return self.call.features(Layout().closed(stop.value, units, images))
 
     def views(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images and standard normal noise of one shape -> what the encoder is shown: P(x + sigma e), fp32."""
         noisy = images + self.sigma * noise
         psm = self._psm_on(images.device)
-        return noisy if psm is None else psm.purify(noisy, self.sigma).to(noisy.dtype)
+        if psm is None:
+            return noisy
+        frames = noisy.flatten(0, -4)
+        return psm.purify(frames, self.sigma).to(noisy.dtype).view(noisy.shape)
 
     def mapped(self, features: Features) -> Features:
         """The encoder's features -> the same after their mappers, fp32."""
@@ -141,32 +173,44 @@ class FeatureSmoother:
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
         return wide if psm is None else {name: psm.map(name, value, self.sigma) for name, value in wide.items()}
 
-    def passes(self, images: Tensor, dtype: torch.dtype, tally: Tally) -> Generator[Pass, Any, Any]:
-        """Yield what the encoder must be run on, take its outputs by ``send``, return the smoothed output.
+    def passes(self, groups: Sequence[Group], dtype: torch.dtype, tally: Tally) -> Generator[Pass, Any, list[Any]]:
+        """Yield what the encoder must be run on, take its raw outputs by ``send``, return the smoothed ones.
 
         Args:
-            images: (B, C, H, W) in [0, 1].
+            groups: the images of one vision call.
             dtype: of the pixels the encoder expects.
             tally: counts images, draws and non-finite draws as they come.
+
+        Returns:
+            smoothed outputs, opened (one row per image), whose rows are the groups' images in order.
         """
-        tally.images, tally.draws = len(images), self.n0
-        generators = self.source.generators(images)
-        group = min(len(images), self.chunk_size)
-        per_pass = min(self.n0, self.chunk_size // group)
+        layout = self.call.pixels.layout
+        views = [self.call.pixels.to_unit(group.pixels) for group in groups]
+        by_unit = dict(
+            pair for group, images in zip(groups, views, strict=True) for pair in zip(group.units, images, strict=True)
+        )
+        tally.images, tally.draws = len(by_unit), self.n0
+        generators = self.source.generators([by_unit[unit] for unit in range(len(by_unit))])
         done = []
-        for start in range(0, len(images), group):
-            part = slice(start, min(start + group, len(images)))
-            streams = [draws(g, tuple(images.shape[1:]), self.noise, self.n0) for g in generators[part]]
-            mean = _Mean(self)
-            for first in range(0, self.n0, per_pass):
-                count = min(per_pass, self.n0 - first)
-                noise = torch.stack([torch.stack([next(stream) for stream in streams]) for _ in range(count)])
-                shown = self.views(images[part].repeat(count, 1, 1, 1), noise.flatten(0, 1))
-                output = yield Pass(self.call.pixels.from_unit(shown, dtype), part, count)
-                mean.add(output, count)
-            tally.non_finite += mean.non_finite
-            done.append(mean.result())
-        return done[0] if len(done) == 1 else map_tensors(done, lambda parts: torch.cat(list(parts)))
+        for group, images in zip(groups, views, strict=True):
+            size = min(len(images), self.chunk_size)
+            per_pass = min(self.n0, self.chunk_size // size)
+            for start in range(0, len(images), size):
+                part = slice(start, min(start + size, len(images)))
+                streams = [
+                    draws(generators[unit], tuple(images.shape[1:]), self.noise, self.n0) for unit in group.units[part]
+                ]
+                mean = _Mean(self)
+                for first in range(0, self.n0, per_pass):
+                    count = min(per_pass, self.n0 - first)
+                    noise = torch.stack([torch.stack([next(stream) for stream in streams]) for _ in range(count)])
+                    copies = images[part].repeat(count, *[1] * (images.ndim - 1))
+                    shown = self.views(copies, noise.flatten(0, 1))
+                    output = yield Pass(group, part, count, self.call.pixels.from_unit(shown, dtype))
+                    mean.add(layout.opened(output, len(shown)), count)
+                tally.non_finite += mean.non_finite
+                done.append(mean.result())
+        return done
 
     def _psm_on(self, device: torch.device) -> PSM | None:
         """The PSM on the device the pixels are on; a model split over devices gets a copy for each."""
@@ -177,13 +221,6 @@ class FeatureSmoother:
                 own = next(self.psm.parameters(), torch.empty(0, device=device))
                 self._psms[device] = self.psm if own.device == device else copy.deepcopy(self.psm).to(device)
             return self._psms[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_psms": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
 
 class _Mean:

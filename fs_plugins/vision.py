@@ -5,9 +5,8 @@ Shapes: B images, C channels, H x W pixels, L tokens, D width, N rows (draws tim
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fs_plugins.errors import ModelError, PixelError, SettingError
+from fs_plugins.errors import PixelError, SettingError
+from fs_plugins.layouts import Layout
+from fs_plugins.outputs import Field, Readout, map_tensors
+
+__all__ = [
+    "Features",
+    "Field",
+    "FlattenedTokens",
+    "LinearEmbedding",
+    "PixelSpace",
+    "Readout",
+    "VisionCall",
+    "direct",
+    "is_a",
+    "is_direct",
+    "map_tensors",
+    "unwrapped",
+]
 
 Features = dict[str, Tensor]
 """Readout name -> (N, L, D) tokens or (N, D) pooled vectors."""
@@ -29,14 +45,18 @@ class PixelSpace:
 
     Args:
         mean, std: per channel, in [0, 1] units: ``pixels = (image - mean) / std``.
-        argument: the keyword of the pixel argument; it is also the first positional one.
-        source: where mean and std come from, in words, for ``status``.
+        argument: the keyword of the vision module's pixel argument; it is also the first positional one.
+        source: where mean, std and size come from, in words, for ``status``.
+        size: (H, W) that the preprocessing makes, where it makes one size.
+        layout: how the argument holds images.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     argument: str = "pixel_values"
     source: str = "given by hand"
+    size: tuple[int, int] | None = None
+    layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
@@ -46,7 +66,7 @@ class PixelSpace:
 
     @classmethod
     def from_processor(cls, processor: Any, *, source: str = "the processor given") -> PixelSpace:
-        """Read mean and std off a Hugging Face processor or image processor.
+        """Read mean, std and size off a Hugging Face processor or image processor.
 
         Raises:
             SettingError: the object has no ``image_mean``/``image_std``, or does not rescale to [0, 1].
@@ -65,15 +85,15 @@ class PixelSpace:
                 f"{type(processor).__name__} has do_rescale=False, so it does not say how its pixels relate to "
                 "[0, 1]. Pass a PixelSpace(mean=..., std=...) that does."
             )
-        return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source)
+        return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source, size=_size(images))
 
     def to_unit(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) pixels as the module receives them -> fp32 images, nominally in [0, 1]."""
+        """(..., C, H, W) normalised pixels -> fp32 images, nominally in [0, 1]."""
         mean, std = self._columns(pixels)
         return pixels.to(_wide(pixels.dtype)) * std + mean
 
     def from_unit(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images in [0, 1] -> (B, C, H, W) pixels in ``dtype``. Inverse of ``to_unit`` up to rounding."""
+        """Images in [0, 1] -> (..., C, H, W) pixels in ``dtype``. Inverse of ``to_unit`` up to rounding."""
         mean, std = self._columns(images)
         return ((images - mean) / std).to(dtype)
 
@@ -82,29 +102,31 @@ class PixelSpace:
         mean = torch.tensor(self.mean, dtype=wide, device=like.device).view(-1, 1, 1)
         return mean, torch.tensor(self.std, dtype=wide, device=like.device).view(-1, 1, 1)
 
-    def check(self, pixels: Any) -> str | None:
-        """Refuse pixels this space cannot mean; return a warning for those it can but hardly does.
+    def check(self, pixels: Any) -> None:
+        """Refuse a pixel argument that cannot hold images of this space.
 
         Raises:
-            PixelError: wrong type, rank, channel count or dtype, non-finite values, or a range so far
-                outside [0, 1] that the normalisation must be another one.
+            PixelError: wrong type, shape or dtype.
         """
         if not isinstance(pixels, Tensor):
             raise PixelError(f"{self.argument} must be a tensor, got {type(pixels).__name__}.")
-        channels = len(self.mean)
-        if pixels.ndim != 4 or pixels.shape[1] != channels:
-            raise PixelError(
-                f"{self.argument} must be (images, {channels}, height, width), got shape {tuple(pixels.shape)}."
-            )
+        if wrong := self.layout.check(pixels, len(self.mean)):
+            raise PixelError(f"{self.argument} {wrong}, got shape {tuple(pixels.shape)}.")
         if not pixels.is_floating_point():
             raise PixelError(
                 f"{self.argument} must be floating point, normalised with mean {self.mean} and std {self.std}; "
                 f"got {pixels.dtype}. Run the images through the model's processor."
             )
-        if pixels.numel() == 0:
+
+    def check_range(self, images: Tensor) -> str | None:
+        """Refuse images in [0, 1] that are not; return a warning for those that hardly are.
+
+        Raises:
+            PixelError: non-finite values, or a range so far outside [0, 1] that the normalisation must be another one.
+        """
+        if images.numel() == 0:
             return None
-        unit = self.to_unit(pixels.detach())
-        low, high = unit.amin().item(), unit.amax().item()
+        low, high = (bound.item() for bound in images.detach().aminmax())
         if not (low > -float("inf") and high < float("inf")):
             raise PixelError(
                 f"{self.argument} holds NaN or infinite values; smoothing would spread them to every draw."
@@ -124,103 +146,14 @@ class PixelSpace:
         return None
 
 
-@dataclass(frozen=True)
-class Field:
-    """One field of a module's output: by name, or by position where the output is a plain tuple."""
-
-    name: str
-    position: int
-
-
-@dataclass(frozen=True)
-class Readout:
-    """One thing the language side consumes out of the vision module's output.
-
-    Args:
-        name: part of a PSM's key, e.g. ``"hidden_states[-2][1:]"`` or ``"pooler_output"``.
-        path: the way through the output: Fields, and ints for tuples and lists.
-        width: D.
-        tokens: L as consumed; 0 for a pooled vector (N, D).
-        skip: leading tokens that are not consumed (1 where the class token is dropped).
-    """
-
-    name: str
-    path: tuple[Field | int, ...]
-    width: int
-    tokens: int = 0
-    skip: int = 0
-
-    def get(self, output: Any) -> Tensor:
-        """The consumed tensor, (N, L, D) or (N, D).
-
-        Raises:
-            ModelError: the output has no such field.
-        """
-        value = output
-        for step in self.path:
-            value = _step(value, step, self.name)
-        if not isinstance(value, Tensor):
-            raise ModelError(
-                f"The vision module's output holds {type(value).__name__} where readout {self.name!r} expects a tensor. "
-                "Ask the module for it (output_hidden_states=True), or name another readout."
-            )
-        return value[:, self.skip :] if self.skip else value
-
-    def put(self, output: Any, value: Tensor) -> Any:
-        """A copy of ``output`` with ``value`` in the readout's place; ``output`` is left alone."""
-        return _put(output, self.path, value, self)
-
-
-def _step(value: Any, step: Field | int, readout: str) -> Any:
-    try:
-        if isinstance(step, int):
-            return value[step]
-        return value[step.name] if isinstance(value, Mapping) else value[step.position]
-    except (KeyError, IndexError, TypeError):
-        raise ModelError(
-            f"The vision module's output has no {step} for readout {readout!r}. "
-            "Ask the module for it (output_hidden_states=True), or name another readout."
-        ) from None
-
-
-def _put(output: Any, path: tuple[Field | int, ...], value: Tensor, readout: Readout) -> Any:
-    if not path:
-        return torch.cat([output[:, : readout.skip], value], dim=1) if readout.skip else value
-    step, rest = path[0], path[1:]
-    inner = _put(_step(output, step, readout.name), rest, value, readout)
-    if isinstance(output, Mapping):
-        assert isinstance(step, Field)
-        changed: Any = copy.copy(output)
-        changed[step.name] = inner
-        return changed
-    at = step if isinstance(step, int) else step.position
-    items = list(output)
-    items[at] = inner
-    return _sequence_like(output, items)
-
-
-def map_tensors(outputs: Sequence[Any], change: Callable[[Sequence[Tensor]], Any]) -> Any:
-    """Rebuild a nested output (mapping, tuple, list, tensor) from several of the same shape.
-
-    ``change`` gets the tensors found at one place of all ``outputs``; what is no tensor comes from the first.
-    """
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return change(outputs)
-    if isinstance(first, Mapping):
-        changed: Any = copy.copy(first)
-        for key in first:
-            changed[key] = map_tensors([output[key] for output in outputs], change)
-        return changed
-    if isinstance(first, list | tuple):
-        return _sequence_like(first, [map_tensors(items, change) for items in zip(*outputs, strict=True)])
-    return first
-
-
-def _sequence_like(original: Any, items: list[Any]) -> Any:
-    if isinstance(original, tuple):
-        return type(original)(*items) if hasattr(original, "_fields") else tuple(items)
-    return items
+def _size(images: Any) -> tuple[int, int] | None:
+    """(H, W) that an image processor makes of every picture, or None where it follows the picture."""
+    cropped = getattr(images, "do_center_crop", False) is True
+    size = getattr(images, "crop_size" if cropped else "size", None)
+    if isinstance(size, int):
+        return (size, size) if cropped else None
+    height, width = (getattr(size, "get", lambda _: None)(side) for side in ("height", "width"))
+    return (int(height), int(width)) if height and width else None
 
 
 class FlattenedTokens:
@@ -254,22 +187,27 @@ class VisionCall:
         module: the outermost vision encoder, called with the pixels. It is hooked, never replaced.
         pixels: its pixel space.
         readouts: what is consumed out of its output, by name.
-        image_size: (H, W) the encoder was built for.
+        image_size: (H, W) the encoder was built for; None where it takes images as they come.
         architecture: what the encoder is, as the registry writes it (family, widths, layers, patch size).
         embed: Features -> (N, E), linear without bias; certificates speak of its direction.
         kwargs: arguments under which the module computes every readout, used where the caller left them out.
+        inputs: keywords under which the model itself takes pixels; ``pixels.argument`` if empty.
+        grad_scope: a module around which the framework switches gradients off on its own account; while its
+            inputs require a gradient, they stay on.
     """
 
     module: nn.Module
     pixels: PixelSpace
     readouts: tuple[Readout, ...]
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     architecture: Mapping[str, int | str]
     embed: Callable[[Features], Tensor] = field(default_factory=FlattenedTokens)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    grad_scope: nn.Module | None = None
 
     def features(self, output: Any) -> Features:
-        """The consumed features out of the module's output."""
+        """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""
         return {readout.name: readout.get(output) for readout in self.readouts}
 
     @property
@@ -278,17 +216,21 @@ class VisionCall:
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, pixels: Tensor) -> Any:
-        """(N, C, H, W) pixels, normalised -> the module's raw output, around any smoothing that is enabled."""
+        """(N, C, H, W) still images, normalised -> the module's raw output, around any smoothing that is enabled."""
+        argument, others = self.pixels.layout.still(pixels)
         with direct():
-            return self.module(**{self.pixels.argument: pixels}, **self.kwargs)
+            return self.module(argument, **others, **self.kwargs)
 
     def encode(self, images: Tensor) -> Features:
         """(N, C, H, W) images in [0, 1] -> the plain encoder's features, fp32. Gradients follow the images."""
         output = self.forward(self.pixels.from_unit(images, self.dtype))
-        return {name: value.to(_wide(value.dtype)) for name, value in self.features(output).items()}
+        features = self.features(self.pixels.layout.opened(output, len(images)))
+        return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
 
     def with_pixels(self, pixels: PixelSpace) -> VisionCall:
-        return replace(self, pixels=replace(pixels, argument=self.pixels.argument))
+        """The same call under another mean, std and, if it says one, size."""
+        own = replace(self.pixels, mean=pixels.mean, std=pixels.std, source=pixels.source, size=pixels.size)
+        return replace(self, pixels=own, image_size=self.image_size and (pixels.size or self.image_size))
 
 
 _direct = threading.local()

@@ -79,9 +79,9 @@ def llava_inputs(images: Tensor, tokens: int = 16) -> dict[str, Tensor]:
 
 
 def pixels_of(images: Tensor) -> Tensor:
-    from fs_plugins.adapters.hf_clip import CLIP_MEAN, CLIP_STD
+    from fs_plugins.adapters.hf import CLIP
 
-    return PixelSpace(CLIP_MEAN, CLIP_STD).from_unit(images, torch.float32)
+    return PixelSpace(*CLIP).from_unit(images, torch.float32)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fs_plugins import FeatureSmoother, PSMError, Readout, SettingError
 from fs_plugins.errors import ModelError
+from fs_plugins.layouts import Group
 from fs_plugins.noise import draws
 from fs_plugins.smoothing import Tally
 from fs_plugins.vision import Field
@@ -18,6 +19,10 @@ from fs_plugins.vision import Field
 
 def batch(count: int = 3) -> torch.Tensor:
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def whole(smoother: FeatureSmoother, images: torch.Tensor) -> Group:
+    return Group(tuple(range(len(images))), smoother.call.pixels.from_unit(images, torch.float32), {})
 
 
 def by_hand(smoother: FeatureSmoother, images: torch.Tensor) -> torch.Tensor:
@@ -95,14 +100,14 @@ def test_forced_path_at_sigma_zero_agrees_to_rounding(call):
 def test_every_other_field_is_the_mean_over_draws_so_nothing_escapes(call):
     images = batch()
     smoother = FeatureSmoother(call, psm=None, sigma=0.25, n0=4, noise="iid", seed=3, chunk_size=3)
-    steps = smoother.passes(images, torch.float32, Tally())
+    steps = smoother.passes([whole(smoother, images)], torch.float32, Tally())
     shown, step = [], next(steps)
     while True:
         shown.append(step.pixels)
         try:
             step = steps.send(call.forward(step.pixels))
         except StopIteration as stop:
-            output = stop.value
+            (output,) = stop.value
             break
     extra = call.module.extra(torch.stack(shown).flatten(2)).mean(0)
     assert torch.allclose(output["extra"], extra, atol=1e-6)
@@ -155,11 +160,11 @@ def test_opposite_draws_cancel_without_a_nan():
 def test_non_finite_draws_are_left_out_and_counted():
     smoother = switched(lambda i, row: torch.full((4, 6), float("nan") if i == 1 else 2.0))
     tally = Tally()
-    steps = smoother.passes(batch(1), torch.float32, tally)
+    steps = smoother.passes([whole(smoother, batch(1))], torch.float32, tally)
     step = next(steps)
     with pytest.raises(StopIteration) as stop:
         steps.send(smoother.call.forward(step.pixels))
-    assert torch.allclose(stop.value.value["tokens"], torch.full((1, 4, 6), 2.0))
+    assert torch.allclose(stop.value.value[0]["tokens"], torch.full((1, 4, 6), 2.0))
     assert (tally.images, tally.draws, tally.non_finite) == (1, 4, 1)
 
 

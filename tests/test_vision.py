@@ -66,15 +66,19 @@ def test_pixel_space_reads_a_processor_and_says_what_it_misses():
     ],
 )
 def test_impossible_pixels_are_refused(pixels, message):
-    with pytest.raises(PixelError, match=message):
+    def check():
         CLIP.check(pixels)
+        CLIP.check_range(CLIP.to_unit(pixels))
+
+    with pytest.raises(PixelError, match=message):
+        check()
 
 
 def test_pixels_a_little_out_of_range_are_warned_about_and_honest_ones_are_not():
     images = torch.rand(1, 3, 8, 8)
-    assert CLIP.check(CLIP.from_unit(images, torch.float32)) is None
-    assert CLIP.check(CLIP.from_unit(images, torch.bfloat16)) is None
-    assert "a little outside" in str(CLIP.check(CLIP.from_unit(images * 1.2 - 0.1, torch.float32)))
+    assert CLIP.check_range(CLIP.to_unit(CLIP.from_unit(images, torch.float32))) is None
+    assert CLIP.check_range(CLIP.to_unit(CLIP.from_unit(images, torch.bfloat16))) is None
+    assert "a little outside" in str(CLIP.check_range(images * 1.2 - 0.1))
 
 
 Pair = namedtuple("Pair", "pooled layers")

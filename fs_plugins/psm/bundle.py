@@ -148,7 +148,7 @@ class PSM(nn.Module):
             PSMError: with both sides of what does not fit.
         """
         config = self.config
-        if config.image_size != call.image_size:
+        if call.image_size not in (None, config.image_size):
             raise PSMError(
                 f"PSM {config.name!r} was trained at {_size(config.image_size)} pixels, "
                 f"this encoder sees {_size(call.image_size)}. Train a PSM at this resolution, or pass psm=None."
@@ -171,10 +171,11 @@ class PSM(nn.Module):
                     f"PSM {config.name!r} maps readout {spec.name!r}; this model consumes {', '.join(served)}. "
                     "A mapper fits one readout: take the PSM of this model's readout."
                 )
-            if (spec.width, spec.tokens) != (readout.width, readout.tokens):
+            tokens = spec.tokens if readout.tokens is None else readout.tokens
+            if (spec.width, spec.tokens) != (readout.width, tokens):
                 raise PSMError(
                     f"PSM {config.name!r} maps {spec.name!r} of {_shape(spec.tokens, spec.width)}; "
-                    f"this model's is {_shape(readout.tokens, readout.width)}."
+                    f"this model's is {_shape(tokens, readout.width)}."
                 )
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:

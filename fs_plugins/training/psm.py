@@ -74,7 +74,8 @@ def train_psm(
 
     Args:
         call: the encoder, frozen; from ``fs_plugins.vision_call(model)``.
-        images: (C, H, W) floats in [0, 1] at ``call.image_size``, no labels.
+        images: (C, H, W) floats in [0, 1], no labels, at ``call.image_size``; where the encoder takes any
+            size, all at the one size that the PSM is to serve.
         config: see TrainingConfig.
         name, encoder: written into the PSM's configuration.
         start: a PSM whose purifier is taken as it is; stage 1 is skipped.
@@ -86,23 +87,28 @@ def train_psm(
     if config.purifier is None and config.mapper is None:
         raise SettingError("Nothing to train: both purifier and mapper are None.")
     first = images[0]
-    if tuple(first.shape[-2:]) != call.image_size or first.min() < 0 or first.max() > 1:
+    height, width = call.image_size or first.shape[-2:]
+    if tuple(first.shape[-2:]) != (height, width) or first.min() < 0 or first.max() > 1:
         raise SettingError(
-            f"Training images must be (C, {call.image_size[0]}, {call.image_size[1]}) in [0, 1]; the first is "
+            f"Training images must be (C, {height}, {width}) in [0, 1]; the first is "
             f"{tuple(first.shape)} in [{first.min():.2f}, {first.max():.2f}]."
         )
     torch.manual_seed(config.seed)
-    readouts = call.readouts if config.mapper is not None else ()
+    readouts = {}
+    if config.mapper is not None:
+        with torch.no_grad():
+            sample = call.encode(first[None].to(next(call.module.parameters()).device))
+        readouts = {name: (value.shape[1] if value.ndim == 3 else 0, value.shape[-1]) for name, value in sample.items()}
     psm = PSM(
         PSMConfig(
             name=name,
             sigma=config.sigma,
             sigma_range=config.sigma_range or (config.sigma, config.sigma),
-            image_size=call.image_size,
+            image_size=(height, width),
             purifier=config.purifier,
             readouts=tuple(
-                ReadoutSpec(name=r.name, width=r.width, tokens=r.tokens, mapper=_sized(config.mapper, r.width))
-                for r in readouts
+                ReadoutSpec(name=readout, width=size, tokens=tokens, mapper=_sized(config.mapper, size))
+                for readout, (tokens, size) in readouts.items()
                 if config.mapper is not None
             ),
             encoder=encoder,

@@ -1,0 +1,112 @@
+"""What the Hugging Face adapters share: preprocessing constants, where they come from, an encoder's description."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from fs_plugins.errors import SettingError
+from fs_plugins.layouts import Layout
+from fs_plugins.vision import PixelSpace, is_a
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+
+CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# The image processor's own constants, by the vision configuration's model_type.
+DEFAULTS: dict[str, Normalisation] = {
+    "clip_vision_model": CLIP,
+    "siglip_vision_model": HALF,
+    "siglip2_vision_model": HALF,
+    "blip_vision_model": CLIP,
+    "blip_2_vision_model": CLIP,
+    "instructblip_vision_model": CLIP,
+    "pixtral": CLIP,
+    "idefics2": HALF,
+    "idefics2_vision": HALF,
+    "idefics3_vision": HALF,
+    "smolvlm_vision": HALF,
+    "internvl_vision": IMAGENET,
+    "qwen2_vl": CLIP,
+    "qwen2_vl_vision": CLIP,
+    "qwen2_5_vl": CLIP,
+    "qwen2_5_vl_vision": CLIP,
+    "qwen3_vl": HALF,
+    "qwen3_vl_vision": HALF,
+    "qwen3_5": HALF,
+    "qwen3_5_vision": HALF,
+    "glm4v": CLIP,
+    "glm4v_vision": CLIP,
+    "mllama_vision_model": CLIP,
+}
+
+
+def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None) -> PixelSpace:
+    """Mean, std and size from the processor saved beside the checkpoint, else the family's own.
+
+    Looks on this machine only: ``enable`` never reaches for the network.
+
+    Raises:
+        SettingError: no processor, and no default for this kind of encoder.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    layout = layout or Layout()
+    checkpoint = getattr(model.config, "_name_or_path", "")
+    if checkpoint:
+        try:
+            saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
+            source = f"the image processor of {checkpoint}"
+            found = PixelSpace.from_processor(SimpleNamespace(**saved), source=source)
+            return PixelSpace(found.mean, found.std, argument, source, found.size, layout)
+        except (OSError, ValueError):
+            pass
+    if vision.model_type not in DEFAULTS:
+        raise SettingError(
+            f"No processor was found beside {checkpoint or 'the model'}, and mean and std of a {vision.model_type} "
+            "encoder are not known. Pass enable(..., processor=...)."
+        )
+    mean, std = DEFAULTS[vision.model_type]
+    source = f"the default of {vision.model_type} (no processor found beside the checkpoint)"
+    return PixelSpace(mean, std, argument, source, layout=layout)
+
+
+def image_size(vision: Any) -> tuple[int, int] | None:
+    """(H, W) out of a vision configuration, which writes it as a number, a list, or not at all."""
+    size = getattr(vision, "image_size", None)
+    if isinstance(size, int):
+        return (size, size)
+    return (int(size[0]), int(size[1])) if size else None
+
+
+def architecture(vision: Any) -> dict[str, int | str]:
+    """A vision configuration in the registry's words, as far as it has them."""
+    family = "clip_vision" if vision.model_type == "clip_vision_model" else vision.model_type
+    words: dict[str, int | str] = {"family": family}
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "hidden_act",
+    ):
+        value = getattr(vision, name, None)
+        if isinstance(value, int | str):
+            words[name] = value
+        elif isinstance(value, list | tuple):
+            words[name] = "x".join(map(str, value))
+    return words
+
+
+def find(model: nn.Module, families: tuple[Any, ...]) -> Any:
+    """The declared family that this model is one of, by class name, or None."""
+    for family in families:
+        if is_a(model, "transformers", *(name + ending for name in family.models for ending in family.endings)):
+            return family
+    return None
