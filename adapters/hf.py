@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from fs_plugins.errors import SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.vision import PixelSpace, is_a
 
@@ -46,12 +45,9 @@ DEFAULTS: dict[str, Normalisation] = {
 
 
 def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None) -> PixelSpace:
-    """Mean, std and size from the processor saved beside the checkpoint, else the family's own.
+    """Mean, std and size from the processor saved beside the checkpoint, else the family's own, else unknown.
 
     Looks on this machine only: ``enable`` never reaches for the network.
-
-    Raises:
-        SettingError: no processor, and no default for this kind of encoder.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -65,14 +61,9 @@ def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layo
             return PixelSpace(found.mean, found.std, argument, source, found.size, layout)
         except (OSError, ValueError):
             pass
-    if vision.model_type not in DEFAULTS:
-        raise SettingError(
-            f"No processor was found beside {checkpoint or 'the model'}, and mean and std of a {vision.model_type} "
-            "encoder are not known. Pass enable(..., processor=...)."
-        )
-    mean, std = DEFAULTS[vision.model_type]
+    mean, std = DEFAULTS.get(vision.model_type, HALF)
     source = f"the default of {vision.model_type} (no processor found beside the checkpoint)"
-    return PixelSpace(mean, std, argument, source, layout=layout)
+    return PixelSpace(mean, std, argument, source if vision.model_type in DEFAULTS else "", layout=layout)
 
 
 def image_size(vision: Any) -> tuple[int, int] | None:

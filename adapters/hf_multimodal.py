@@ -22,14 +22,16 @@ Consumed = Callable[[Any, Any], tuple[Readout, ...]]
 
 
 def layers(config: Any, vision: Any, *, strategy: str | None = None) -> tuple[Readout, ...]:
-    """LLaVA and its kin: hidden states of the layers asked for, without the class token by "default"."""
+    """LLaVA and its kin: hidden states of the layers asked for, without the class token by "default".
+
+    ``strategy`` is for families whose code settles it and whose configuration does not say.
+    """
     asked = next(
         value
         for name in ("vision_feature_layer", "vision_feature_layers")
         if (value := getattr(config, name, None)) is not None
     )
-    strategy = strategy or getattr(config, "vision_feature_select_strategy", "default")
-    skip = 1 if strategy == "default" else 0
+    skip = 1 if (strategy or config.vision_feature_select_strategy) == "default" else 0
     return tuple(
         Readout(
             f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
@@ -89,7 +91,9 @@ _IMAGES = ("pixel_values",)
 _BOTH = ("pixel_values", "pixel_values_videos")
 
 FAMILIES = (
-    Family(("Llava", "VipLlava", "LlavaNext", "AyaVision", "Mistral3"), {"vision_tower": (layers, _IMAGES)}),
+    Family(("Llava", "LlavaNext", "AyaVision"), {"vision_tower": (layers, _IMAGES)}),
+    Family(("VipLlava",), {"vision_tower": (partial(layers, strategy="default"), _IMAGES)}),
+    Family(("Mistral3",), {"vision_tower": (partial(layers, strategy="full"), _IMAGES)}),
     Family(("LlavaOnevision",), {"vision_tower": (layers, _BOTH)}),
     Family(
         ("VideoLlava",),

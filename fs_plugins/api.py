@@ -22,6 +22,8 @@ from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
 
+PSMChoice = str | os.PathLike[str] | PSM | None
+
 
 @dataclass(frozen=True)
 class ReadoutStatus:
@@ -115,7 +117,7 @@ class SmoothingHandle:
 def enable(
     model: nn.Module,
     *,
-    psm: str | os.PathLike[str] | PSM | None = "auto",
+    psm: PSMChoice | Sequence[PSMChoice] = "auto",
     sigma: float | None = None,
     n0: int = 4,
     noise: Noise = "antithetic",
@@ -130,7 +132,8 @@ def enable(
     Args:
         model: any model an adapter claims, also inside PEFT, torch.compile or DDP; in eval mode.
         psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution; a PSM, its folder
-            or its hub id is used as given; ``None`` is plain smoothing at ``sigma``.
+            or its hub id is used as given; ``None`` is plain smoothing at ``sigma``. A list has one for each
+            vision encoder of a model that has several (Video-LLaVA: images, then video).
         sigma: standard deviation of the noise in [0, 1] pixel units at the resolution the encoder sees.
             Left out, the PSM's own. Required with ``psm=None``.
         n0: draws per image. More is steadier and slower.
@@ -159,14 +162,23 @@ def enable(
         )
     if model.training:
         raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
-    name, calls = _claim(model, adapter)
+    name, calls = claim(model, adapter)
     if processor is not None:
         pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
         calls = tuple(call.with_pixels(pixels) for call in calls)
+    for call in calls:
+        if not call.pixels.source:
+            raise SettingError(
+                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there is "
+                "no processor beside the checkpoint. Pass enable(..., processor=<the model's processor or a PixelSpace>)."
+            )
+    psms = list(psm) if isinstance(psm, list | tuple) else [psm] * len(calls)
+    if len(psms) != len(calls):
+        raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
     observer = _notify if plugin_manager().hook.fs_after_smoothing.get_hookimpls() else None
     hooks = []
-    for call in calls:
-        found = _find_psm(call, psm, sigma)
+    for call, choice in zip(calls, psms, strict=True):
+        found = _find_psm(call, choice, sigma)
         if found is None and sigma is None:
             raise SettingError("psm=None is plain smoothing and needs a sigma in [0, 1] pixel units; 0.25 is usual.")
         level = sigma if sigma is not None else cast(PSM, found).config.sigma
@@ -218,10 +230,16 @@ def vision_call(model: nn.Module, *, adapter: str | None = None) -> VisionCall:
     Raises:
         ModelError: no adapter, or several, claim the model.
     """
-    return _claim(model, adapter)[1][0]
+    return claim(model, adapter)[1][0]
 
 
-def _claim(model: nn.Module, adapter: str | None) -> tuple[str, tuple[VisionCall, ...]]:
+def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[VisionCall, ...]]:
+    """The adapter that claims this model, and its whole answer.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model.
+        PluginError: the adapter asked for does not exist, fails, or answers nonsense.
+    """
     manager = plugin_manager()
     names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
     if adapter is not None and adapter not in names:

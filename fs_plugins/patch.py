@@ -72,7 +72,7 @@ class SmoothingHook(_Hook):
         self._pending.call = None
         call = self.smoother.call
         space = call.pixels
-        names, given = _named(module, space.argument, args, kwargs)
+        names, given = named_arguments(module, space.argument, args, kwargs)
         pixels = given.get(space.argument)
         if is_direct() or pixels is None:
             return None
@@ -169,7 +169,7 @@ class Witness(_Hook):
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, given = _named(module, None, args, kwargs)
+        _, given = named_arguments(module, None, args, kwargs)
         if any(given.get(name) is not None for name in self.arguments) and not is_direct():
             with self._lock:
                 self.calls += 1
@@ -179,8 +179,9 @@ class GradScope(_Hook):
     """Keeps gradients on in a module around which the framework switches them off, while its inputs require them.
 
     OpenFlamingo and the original LLaVA run vision under ``no_grad``, which blinds whoever attacks the smoothed
-    model. Every torch function inside runs with gradients on; the mode outside is never touched, so it cannot
-    be left changed.
+    model. Where the module is called inside the ``no_grad`` the mode is set for the call; where the
+    ``no_grad`` decorates the module's own ``forward`` it is kept from taking effect. A caller's own
+    ``no_grad`` around a decorated module stays in force. The mode is restored whatever happens.
     """
 
     _fresh = (("_entered", threading.local),)
@@ -190,27 +191,42 @@ class GradScope(_Hook):
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        modes = self._modes()
-        modes.append(None)
-        if not is_direct() and not torch.is_inference_mode_enabled() and _requires_grad((args, kwargs)):
-            modes[-1] = _GradientsOn()
-            modes[-1].__enter__()
+        self._entered.undo = None
+        if is_direct() or torch.is_inference_mode_enabled() or not _requires_grad((args, kwargs)):
+            return
+        if torch.is_grad_enabled():
+            mode = _KeepGradients()
+            mode.__enter__()
+            self._entered.undo = lambda: mode.__exit__(None, None, None)
+        else:
+            torch.set_grad_enabled(True)
+            self._entered.undo = lambda: torch.set_grad_enabled(False)
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if (modes := self._modes()) and (mode := modes.pop()) is not None:
-            mode.__exit__(None, None, None)
-
-    def _modes(self) -> list[Any]:
-        if not hasattr(self._entered, "modes"):
-            self._entered.modes = []
-        return self._entered.modes
+        undo = getattr(self._entered, "undo", None)
+        if undo is not None and not is_direct():
+            self._entered.undo = None
+            undo()
 
 
-class _GradientsOn(TorchFunctionMode):
+class _KeepGradients(TorchFunctionMode):
+    """Ignores the first ``no_grad`` and what it restores; after that it does nothing.
+
+    A KeyboardInterrupt skips torch's hooks, so the mode can be left behind: inert by then, for ``no_grad``
+    has been left on the way out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth, self._done = 0, False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch.enable_grad():
-            return func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled and not self._done:
+            self._depth += -1 if args[0] else 1
+            self._done = self._depth <= 0
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def attach(hooks: Sequence[SmoothingHook], model: nn.Module, inputs: Sequence[str]) -> None:
@@ -227,7 +243,7 @@ def attach(hooks: Sequence[SmoothingHook], model: nn.Module, inputs: Sequence[st
     Witness(inputs).attach(model)
 
 
-def _named(
+def named_arguments(
     module: nn.Module, first: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
     """Names of the positional arguments, and all arguments by name. ``first`` is what we call the first one."""

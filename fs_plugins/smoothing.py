@@ -130,10 +130,17 @@ class FeatureSmoother(Pickled):
         return self.psm is None and self.sigma == 0
 
     def unfit(self, pixels: Tensor) -> str | None:
-        """Why the PSM cannot serve images of this size, in words; None if it can."""
-        if self.psm is None or self.psm.config.image_size == tuple(pixels.shape[-2:]):
+        """Why the PSM cannot serve (B, C, H, W) images or (B, F, C, H, W) videos like these, in words; None if it can."""
+        if self.psm is None:
             return None
-        if self.call.image_size is None and not self.psm.mapped:
+        any_size = self.call.image_size is None
+        if any_size and self.psm.mapped and pixels.ndim > 4:
+            return (
+                f"The encoder was given a video of {pixels.shape[1]} distinct frames; the PSM's mapper "
+                f"({', '.join(self.psm.mapped)}) was made for the tokens of single images. Its purifier applies to videos: "
+                "enable with psm.only(mapper=False)."
+            )
+        if self.psm.config.image_size == tuple(pixels.shape[-2:]) or (any_size and not self.psm.mapped):
             return None
         height, width = self.psm.config.image_size
         return (

@@ -46,7 +46,8 @@ class PixelSpace:
     Args:
         mean, std: per channel, in [0, 1] units: ``pixels = (image - mean) / std``.
         argument: the keyword of the vision module's pixel argument; it is also the first positional one.
-        source: where mean, std and size come from, in words, for ``status``.
+        source: where mean, std and size come from, in words, for ``status``; empty if nobody knows, and then
+            ``enable`` asks for a processor.
         size: (H, W) that the preprocessing makes, where it makes one size.
         layout: how the argument holds images.
     """
