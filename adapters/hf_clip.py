@@ -36,7 +36,7 @@ ENCODERS = (
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim an image encoder: its pooled output, embedded by the visual projection where there is one."""
+    """Image encoders of transformers, by class (CLIP, SigLIP, SigLIP2, BLIP): the pooled output, and its projection."""
     whole = unwrapped(model)
     family = find(whole, ENCODERS)
     if family is None:

@@ -118,7 +118,7 @@ FAMILIES = (
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
-    """Claim a model of a declared family: one call for each tower it has."""
+    """Language models of transformers that look at images, by class (see FAMILIES): one call for each vision tower."""
     whole = unwrapped(model)
     family = find(whole, FAMILIES)
     if family is None:

@@ -13,7 +13,7 @@ from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, unwr
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim a LlavaLlama, LlavaMpt or LlavaMistral: the selected layer, without the class token for "patch".
+    """LlavaLlama, LlavaMpt and LlavaMistral of the package llava: the selected layer, without the class token for "patch".
 
     Its tower's ``forward`` is decorated with ``no_grad``, so the tower is the gradient scope.
 
@@ -53,4 +53,5 @@ def fs_vision_call(model: nn.Module) -> VisionCall | None:
 def _pixel_space(tower: Any) -> PixelSpace:
     if getattr(tower, "image_processor", None) is not None:
         return PixelSpace.from_processor(tower.image_processor, source="LLaVA's own image_processor")
-    return PixelSpace(*CLIP, source="the default of CLIP (the tower has no image_processor)")
+    mean, std = CLIP
+    return PixelSpace(mean, std, source="the default of CLIP (the tower has no image_processor)")

@@ -14,7 +14,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim an open_clip model: the projected image embedding, and CoCa's tokens beside it."""
+    """CLIP, CustomTextCLIP and CoCa of the package open_clip: the projected embedding, and CoCa's tokens beside it."""
     clip = unwrapped(model)
     if not is_a(clip, "open_clip", "CLIP", "CustomTextCLIP", "CoCa"):
         return None
@@ -54,7 +54,7 @@ def architecture(visual: Any) -> dict[str, int | str]:
 
 def pooled(clip: Any) -> Readout:
     """The embedding that is compared with text, after the tower's own projection."""
-    known = (clip.visual, getattr(clip, "text", None))  # timm's tower does not say, its text's partner does
+    known: tuple[Any, ...] = (clip.visual, getattr(clip, "text", None))  # timm's tower does not say, the text's does
     width = next(part.output_dim for part in known if hasattr(part, "output_dim"))
     return Readout("embedding", (Field("embedding", 0),), width=width)
 

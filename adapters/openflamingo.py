@@ -11,7 +11,7 @@ from fs_plugins.vision import Readout, VisionCall, is_a, unwrapped
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """Claim a Flamingo: item 1 of the tower's answer, the tokens of each of b * T * F frames.
+    """Flamingo of the package open_flamingo: item 1 of the tower's answer, the tokens of each of b * T * F frames.
 
     It runs the tower under ``no_grad`` on its own account, so the tower is the gradient scope.
     """

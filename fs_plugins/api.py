@@ -139,8 +139,8 @@ def enable(
         n0: draws per image. More is steadier and slower.
         noise: ``"antithetic"`` (pairs e, -e) or ``"iid"``.
         noise_scope: ``"call"`` draws afresh at every vision call. ``"image"`` fixes an image's draws by a secret
-            key and its content: for callers that recompute the encoder within one answer (transformers 4
-            beams, ``use_cache=False``, gradient checkpointing around the encoder).
+            key and its content: for callers that recompute the encoder, or repeat its images, within one answer
+            (beams and ``use_cache=False`` on older transformers, gradient checkpointing around the encoder).
         seed: reproducible draws, for experiments. An attacker who knows the seed knows the noise.
         chunk_size: rows (draws times images) per forward of the encoder; bounds memory, never the result.
         processor: the model's processor, image processor or a PixelSpace, where mean and std cannot be found.
@@ -244,24 +244,33 @@ def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[Visi
     names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
     if adapter is not None and adapter not in names:
         raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(names)}.")
-    claims: dict[str, tuple[VisionCall, ...]] = {}
-    for implementation in manager.hook.fs_vision_call.get_hookimpls():
-        if adapter not in (None, implementation.plugin_name):
-            continue
-        if (answer := _ask(implementation.plugin_name, implementation.function, model)) is not None:
-            claims[implementation.plugin_name] = answer
+    found = claims(model, adapter)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if not claims:
+    if not found:
         asked = adapter or ", ".join(sorted(names))
         raise ModelError(
             f"No adapter claims {kind} (asked: {asked}). docs/adapters.md shows how to write one, in about 40 lines."
         )
-    if len(claims) > 1:
+    if len(found) > 1:
         raise ModelError(
-            f"Several adapters claim {kind}: {', '.join(sorted(claims))}. Choose with enable(..., adapter=...), or turn "
+            f"Several adapters claim {kind}: {', '.join(sorted(found))}. Choose with enable(..., adapter=...), or turn "
             f"one off with {DISABLE}=<name>."
         )
-    return next(iter(claims.items()))
+    return next(iter(found.items()))
+
+
+def claims(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[VisionCall, ...]]:
+    """Every adapter that claims this model, or the one asked for if it does -> its answer.
+
+    Raises:
+        PluginError: an adapter fails, or answers nonsense.
+    """
+    answers = {
+        implementation.plugin_name: _ask(implementation.plugin_name, implementation.function, model)
+        for implementation in plugin_manager().hook.fs_vision_call.get_hookimpls()
+        if adapter in (None, implementation.plugin_name)
+    }
+    return {name: answer for name, answer in answers.items() if answer is not None}
 
 
 def _ask(name: str, claim: Callable[[nn.Module], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:

@@ -1,4 +1,4 @@
-"""``fs-plugins``: the demo, and one question to any model."""
+"""``fs-plugins``: the demo, one question to any model, and a look at what is installed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -98,6 +99,48 @@ def ask(
         console.print(str(told), style="dim", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help='Folder or hub id of a transformers model; "demo" is the one that ships.')
+    ] = None,
+) -> None:
+    """What is installed, which adapters loaded, and what enable would find in a model."""
+    with _errors_for_people():
+        from fs_plugins import doctor as consulting
+
+        table = _plain_table("framework", "version")
+        for name, number in consulting.frameworks().items():
+            table.add_row(name, number or "[dim]not installed[/]")
+        console.print(table)
+        table = _plain_table("plugin", "from", "provides")
+        for plugin in consulting.plugins():
+            provides = ", ".join(plugin.hooks) if plugin.problem is None else f"[red]{escape(plugin.problem)}[/]"
+            table.add_row(plugin.name, f"{plugin.distribution}\n[dim]{escape(plugin.location)}[/]", provides)
+        console.print(table)
+        if model is None:
+            return
+        _needs("transformers")
+        _quieten()
+        found = consulting.diagnose(_load_any(model))
+        lines = [("model", found.model)]
+        lines += [("claimed by", f"{name}: {rule}") for name, rule in found.rules.items()]
+        for encoder in found.encoders:
+            lines += [
+                ("encoder", f"{encoder.module}, images {encoder.image_size}"),
+                ("mean, std", encoder.pixels),
+                ("features", ", ".join(encoder.readouts)),
+                ("recognised", ", ".join(encoder.recognised) or "no entry of the registry has this encoder"),
+                ("PSM", encoder.psm),
+            ]
+        table = Table(box=None, show_header=False)
+        for what, told in lines:
+            table.add_row(f"[bold]{what}[/]", escape(told))
+        console.print(table)
+        if found.problem:
+            raise errors.ModelError(found.problem)
+
+
 def main() -> None:
     """Entry point."""
     warnings.showwarning = _show_warning
@@ -117,6 +160,22 @@ def _load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise errors.ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _load_any(name: str) -> Any:
+    """A transformers model of whatever class its configuration names."""
+    import transformers
+
+    from fs_plugins.demo import assets
+
+    source = str(assets.LLAVA) if name == "demo" else name
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
+        kind = getattr(transformers, own[0]) if own else transformers.AutoModel
+        return kind.from_pretrained(source, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"Cannot load {name!r} with transformers: {error}") from None
 
 
 def _picture(path: Path) -> Any:
@@ -190,6 +249,13 @@ def _show(result: Any) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _plain_table(*columns: str) -> Table:
+    table = Table(box=HORIZONTALS, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _table(keys: list[str]) -> Table:

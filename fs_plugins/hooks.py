@@ -103,9 +103,8 @@ def plugin_manager() -> pluggy.PluginManager:
             argument the specification lacks.
     """
     manager = new_manager()
-    disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     for point in entry_points(group=GROUP):
-        if point.name in disabled or manager.has_plugin(point.name):
+        if point.name in disabled() or manager.has_plugin(point.name):
             continue
         try:
             plugin = point.load()
@@ -117,6 +116,11 @@ def plugin_manager() -> pluggy.PluginManager:
             ) from error
         register(manager, plugin, point.name)
     return manager
+
+
+def disabled() -> set[str]:
+    """Names of plugins that the environment turns off."""
+    return {name.strip() for name in os.environ.get(DISABLE, "").split(",")} - {""}
 
 
 def new_manager() -> pluggy.PluginManager:

@@ -1,7 +1,61 @@
-"""Real frameworks in environments of their own; the default suite does not look in here."""
+"""Real frameworks in environments of their own; the default suite does not look in here.
 
+``--report FILE`` writes what each family did, for ``matrix.py``.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
 
+import pytest
 import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report", type=Path, help="write the kit's results on every family to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--report"):
+        config.pluginmanager.register(Recorder(config.getoption("--report")))
+
+
+class Recorder:
+    """Family -> test -> how it went."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.families: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> object:
+        report = (yield).get_result()
+        family = getattr(getattr(item, "cls", None), "family", None)
+        if family is None or not (report.when == "call" or report.outcome != "passed"):
+            return
+        if hasattr(report, "wasxfail"):
+            kind, why = ("expected" if report.skipped else "failed"), report.wasxfail
+        elif report.skipped:
+            kind, why = "skipped", report.longrepr[2].removeprefix("Skipped: ")
+        else:
+            kind, why = report.outcome, ""
+        self.families[family][kind][item.originalname] = why
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        import exceptions
+        from test_families import INSTALLED, absent
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        told = {
+            "transformers": str(INSTALLED),
+            "torch": version("torch"),
+            "families": self.families,
+            "absent": {name: exceptions.ABSENT[name] for name in absent()},
+        }
+        self.path.write_text(json.dumps(told, indent=1))

@@ -47,16 +47,24 @@ def suite(family: Family) -> type[AdapterConformance]:
     )
 
 
-def here() -> list[Family]:
-    """The families that this environment can build."""
-    families = list(FAMILIES)
-    if importlib.util.find_spec("open_flamingo"):
-        from frameworks import FRAMEWORKS
+def known() -> list[Family]:
+    """The families of the frameworks that are installed here."""
+    if importlib.util.find_spec("open_flamingo") is None:
+        return list(FAMILIES)
+    from frameworks import FRAMEWORKS
 
-        families += FRAMEWORKS
-    return [family for family in families if not family.since or Version(family.since) <= INSTALLED]
+    return [*FAMILIES, *FRAMEWORKS]
 
 
-for _family in here():
+def runs_here(family: Family) -> bool:
+    return family.since is None or Version(family.since) <= INSTALLED
+
+
+def absent() -> list[str]:
+    """Families that this transformers does not have."""
+    return [family.name for family in known() if not runs_here(family)]
+
+
+for _family in filter(runs_here, known()):
     _suite = suite(_family)
     globals()[_suite.__name__] = _suite

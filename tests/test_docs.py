@@ -25,8 +25,11 @@ def blocks(language: str) -> list:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, tmp_path, monkeypatch):
-    """The demo's model stands in for the one a reader has."""
+    """The demo's model stands in for the one a reader has; a file that is shown is the file."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "example-plugin" / "src"))
+    if shown := re.match(r"# (docs/\S+)\n", code):
+        assert code[shown.end() :] == (ROOT / shown[1]).read_text()
     for i in range(20):
         (tmp_path / "photos").mkdir(exist_ok=True)
         world.scene("train", i).draw().save(tmp_path / "photos" / f"{i}.png")
@@ -36,6 +39,14 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(code, "documentation", "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks("toml"))
+def test_toml_blocks_are_part_of_the_file_they_name(code):
+    shown = re.match(r"# (docs/\S+)\n", code)
+    assert shown
+    lines = (ROOT / shown[1]).read_text().splitlines()
+    assert all(line in lines for line in code[shown.end() :].splitlines())
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

@@ -193,4 +193,5 @@ def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
         assert f":param {argument}:" in doc
     assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(), re.MULTILINE)
     docs = Path(__file__).parent.parent / "docs" / "adapters.md"
-    assert name in docs.read_text()
+    arguments = ", ".join(hook.__code__.co_varnames[: hook.__code__.co_argcount])
+    assert f"| `{name}({arguments})` |" in docs.read_text()

@@ -288,7 +288,7 @@ class AdapterConformance:
         model, images = self._model_and_images()
         images.requires_grad_(True)
         with fs_plugins.enable(model, psm=None, sigma=SIGMA, n0=2):
-            self.outcome(model, self._inputs(model, images)).float().square().sum().backward()
+            _number(self.outcome(model, self._inputs(model, images))).backward()
         assert images.grad is not None
         assert images.grad.isfinite().all()
         assert (images.grad != 0).float().mean() > 0.9
@@ -302,8 +302,7 @@ class AdapterConformance:
         def value(x: Tensor) -> Tensor:
             # The same seed anew: the same draws for every x.
             with fs_plugins.enable(model, psm=None, sigma=SIGMA, n0=2, seed=3):
-                result = self.outcome(model, self._inputs(model, x)).double()
-            return (result * torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)).sum()
+                return _number(self.outcome(model, self._inputs(model, x)))
 
         point = images.clone().requires_grad_(True)
         (slope,) = torch.autograd.grad(value(point), point)
@@ -492,6 +491,12 @@ def _random_psm(call: VisionCall, shown: list[Tensor], fallback: tuple[int, int]
         for parameter in psm.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return psm
+
+
+def _number(outcome: Tensor) -> Tensor:
+    """One number that every entry of the outcome moves; a sum of squares would not see embeddings of length 1 turn."""
+    weights = torch.linspace(-1, 1, outcome.numel(), dtype=torch.float64, device=outcome.device)
+    return (outcome.double() * weights.view(outcome.shape)).sum()
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -1,0 +1,133 @@
+"""What is installed here, which plugins loaded and from where, and what would happen to a model."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from torch import nn
+
+from fs_plugins.api import claims, known_encoders
+from fs_plugins.errors import FSPluginsError
+from fs_plugins.hooks import DISABLE, GROUP, disabled, new_manager, plugin_manager, register
+from fs_plugins.vision import VisionCall
+
+FRAMEWORKS = (
+    "fs-plugins",
+    "torch",
+    "transformers",
+    "open_clip_torch",
+    "open_flamingo",
+    "llava-torch",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry of the group ``fs_plugins``. ``problem`` says why it is not in use, if it is not."""
+
+    name: str
+    distribution: str
+    location: str
+    hooks: tuple[str, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One vision encoder of a model, as its adapter describes it. ``psm`` names the PSM that fits or says why none does."""
+
+    module: str
+    pixels: str
+    image_size: str
+    readouts: tuple[str, ...]
+    recognised: tuple[str, ...]
+    psm: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``enable`` would find in a model. ``rules`` are the claiming adapters' own words for what they claim."""
+
+    model: str
+    rules: dict[str, str]
+    problem: str | None
+    encoders: tuple[Encoder, ...] = ()
+
+
+def frameworks() -> dict[str, str | None]:
+    """Python and the frameworks that matter here -> version, None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in FRAMEWORKS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def plugins() -> list[Plugin]:
+    """Every plugin that is installed, each loaded on its own so that a broken one hides no other."""
+    found = []
+    for point in entry_points(group=GROUP):
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+        if point.name in disabled():
+            found.append(Plugin(point.name, origin, point.value, (), f"turned off by {DISABLE}"))
+            continue
+        try:
+            plugin = point.load()
+            manager = new_manager()
+            register(manager, plugin, point.name)
+        except Exception as error:
+            found.append(Plugin(point.name, origin, point.value, (), f"{type(error).__name__}: {error}"))
+            continue
+        hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
+        found.append(Plugin(point.name, origin, getattr(plugin, "__file__", None) or point.value, hooks))
+    return found
+
+
+def diagnose(model: nn.Module) -> Diagnosis:
+    """Who claims this model, where its pixels' normalisation comes from, which PSM fits. Changes nothing."""
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    try:
+        answers = claims(model)
+    except FSPluginsError as error:
+        return Diagnosis(kind, {}, str(error))
+    rules = {name: _rule(name) for name in answers}
+    if len(answers) != 1:
+        several = f"several adapters claim it; choose with enable(..., adapter=...) or {DISABLE}=<name>"
+        return Diagnosis(kind, rules, several if answers else "no adapter claims it; see docs/adapters.md")
+    (calls,) = answers.values()
+    return Diagnosis(kind, rules, None, tuple(map(_encoder, calls)))
+
+
+def _encoder(call: VisionCall) -> Encoder:
+    registry = known_encoders()
+    recognised: tuple[str, ...] = ()
+    try:
+        recognised = tuple(registry.recognise(call))
+        match = registry.find(call)
+        psm = f"{match.psm_name}, sigma {match.psm.sigma:g} ({match.psm.path})"
+    except FSPluginsError as error:
+        psm = str(error)
+    size = call.pixels.size or call.image_size
+    return Encoder(
+        module=type(call.module).__name__,
+        pixels=call.pixels.source or "unknown: pass enable(..., processor=...)",
+        image_size=f"{size[0]}x{size[1]}" if size else "as the images come",
+        readouts=tuple(readout.name for readout in call.readouts),
+        recognised=recognised,
+        psm=psm,
+    )
+
+
+def _rule(adapter: str) -> str:
+    """What an adapter claims, in its own words: the first paragraph of its hook's docstring."""
+    claim = getattr(plugin_manager().get_plugin(adapter), "fs_vision_call", None)
+    return " ".join((inspect.getdoc(claim) or "it does not say").split("\n\n")[0].split())

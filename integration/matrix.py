@@ -1,0 +1,78 @@
+"""Write docs/compatibility.md from the reports of the integration runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from exceptions import EXEMPTIONS
+
+HEAD = """# Compatibility
+
+Every family is a small, randomly initialised model of the framework's own class, and every cell is a run of the whole
+[conformance kit](adapters.md#the-conformance-kit) on it. `make integration` builds the environments, runs the kit and
+writes this page.
+
+A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below.
+"""
+
+
+def main(out: Path, reports: list[Path]) -> None:
+    runs = sorted((json.loads(path.read_text()) for path in reports), key=lambda run: _order(run["transformers"]))
+    reasons: dict[str, str] = {}
+    rows = [_row(family, runs, reasons) for family in _families(runs)]
+    columns = [f"transformers {run['transformers']}" for run in runs]
+    lines = [HEAD, f"| family | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}", *rows, ""]
+    lines += [f"- ({mark}) {reason}" for reason, mark in reasons.items()]
+    lines += [
+        "",
+        "Tests that do not apply are not counted: generating where a model does not, pickling where the model itself does "
+        f"not, a second device where there is none. Everything ran on torch {runs[0]['torch']}.",
+        "",
+    ]
+    out.write_text("\n".join(lines))
+    failed = [f"{family}: {test}" for run in runs for family, kinds in run["families"].items() for test in kinds.get("failed", ())]
+    print(f"Written: {out}; {len(rows)} families on {', '.join(columns)}; {len(failed)} failures.")
+    for line in failed:
+        print("  failed", line)
+
+
+def _families(runs: list[dict[str, Any]]) -> list[str]:
+    """All families, in the order of the run that has most."""
+    names: dict[str, None] = {}
+    for run in sorted(runs, key=lambda run: -len(run["families"])):
+        names |= dict.fromkeys([*run["families"], *run["absent"]])
+    return list(names)
+
+
+def _row(family: str, runs: list[dict[str, Any]], reasons: dict[str, str]) -> str:
+    return f"| {family} | {' | '.join(_cell(family, run, reasons) for run in runs)} |"
+
+
+def _cell(family: str, run: dict[str, Any], reasons: dict[str, str]) -> str:
+    if family in run["absent"]:
+        return f"none ({_mark(run['absent'][family], reasons)})"
+    if family not in run["families"]:
+        return "not run"
+    kinds = run["families"][family]
+    if kinds.get("failed"):
+        return f"**{len(kinds['failed'])} failed**"
+    exempt = dict(kinds.get("expected", {}))
+    known = {exemption.reason for exemption in EXEMPTIONS}
+    exempt |= {test: why for test, why in kinds.get("skipped", {}).items() if why in known}
+    marks = "".join(f" +1 ({_mark(why, reasons)})" for why in exempt.values())
+    return f"{len(kinds.get('passed', ()))}{marks}"
+
+
+def _mark(reason: str, reasons: dict[str, str]) -> str:
+    return reasons.setdefault(reason, "abcdefghijklmnopqrstuvwxyz"[len(reasons)])
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]])
