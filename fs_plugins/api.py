@@ -46,6 +46,7 @@ class VisionStatus:
     noise: Noise
     noise_scope: NoiseScope
     pixels: str
+    image_size: str
     readouts: tuple[ReadoutStatus, ...]
     calls: int
     images: int
@@ -78,7 +79,7 @@ class Status:
                 f"fs_plugins: enabled on {v.encoder} through {v.adapter}",
                 f"  PSM       {psm}; purifier {v.purifier or 'none'}",
                 f"  noise     sigma {v.sigma:g} in [0, 1] pixels, n0 {v.n0}, {v.noise}, fresh per {v.noise_scope}",
-                f"  pixels    {v.pixels}",
+                f"  pixels    mean and std: {v.pixels}; images {v.image_size}",
                 f"  features  {features}",
                 f"  so far    {v.calls} smoothed calls, {v.images} images, {v.draws} draws, "
                 f"{v.non_finite} not finite, {v.seconds:.2f} s",
@@ -360,6 +361,7 @@ def _vision_status(hook: SmoothingHook) -> VisionStatus:
         noise=smoother.noise,
         noise_scope=smoother.source.scope,
         pixels=smoother.call.pixels.source,
+        image_size=smoother.call.size_in_words,
         readouts=tuple(
             ReadoutStatus(readout.name, psm is not None and readout.name in psm.mapped)
             for readout in smoother.call.readouts

@@ -116,11 +116,10 @@ def _encoder(call: VisionCall) -> Encoder:
         psm = f"{match.psm_name}, sigma {match.psm.sigma:g} ({match.psm.path})"
     except FSPluginsError as error:
         psm = str(error)
-    size = call.pixels.size or call.image_size
     return Encoder(
         module=type(call.module).__name__,
         pixels=call.pixels.source or "unknown: pass enable(..., processor=...)",
-        image_size=f"{size[0]}x{size[1]}" if size else "as the images come",
+        image_size=call.size_in_words,
         readouts=tuple(readout.name for readout in call.readouts),
         recognised=recognised,
         psm=psm,

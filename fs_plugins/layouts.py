@@ -89,6 +89,7 @@ class Tiles(Layout):
         kinds = _alike([tuple(row.tolist()) for row in mask])
         groups = []
         for kind, units in kinds.items():
+            # An image that is padding altogether still has to have a shape.
             real = torch.tensor([i for i, is_real in enumerate(kind) if is_real] or [0])
             at = list(units)
             shown = template[at][:, real]

@@ -216,6 +216,11 @@ class VisionCall:
         """The floating-point type the module works in."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
+    @property
+    def size_in_words(self) -> str:
+        """The resolution the encoder sees, for people."""
+        return f"{self.image_size[0]}x{self.image_size[1]}" if self.image_size else "as they come"
+
     def forward(self, pixels: Tensor) -> Any:
         """(N, C, H, W) still images, normalised -> the module's raw output, around any smoothing that is enabled."""
         argument, others = self.pixels.layout.still(pixels)

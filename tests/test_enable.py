@@ -404,11 +404,18 @@ def test_text_only_calls_pass_through(llava):
         assert (told.model_calls, told.vision[0].calls, told.warnings) == (0, 0, ())
 
 
-def test_importing_the_package_imports_no_framework():
+def test_importing_and_asking_the_adapters_imports_no_framework():
     import subprocess
     import sys
 
-    code = "import fs_plugins, sys; print([m for m in ('transformers', 'diffusers', 'peft', 'open_clip') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    code = """
+import sys, fs_plugins, torch
+try:
+    fs_plugins.vision_call(torch.nn.Linear(2, 2))
+except fs_plugins.ModelError:
+    pass
+frameworks = ("transformers", "diffusers", "peft", "accelerate", "open_clip", "open_flamingo", "llava", "torchvision")
+print([name for name in frameworks if name in sys.modules])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
