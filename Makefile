@@ -38,7 +38,7 @@ test-transformers4: $(VENV)4/.dev
 integration: $(VENV)-all/.ready $(VENV)4/.dev $(VENV)5/.ready
 	rm -rf runs/integration; failed=0; \
 	for venv in $(VENV)-all $(VENV)4 $(VENV)5; do \
-	    $$venv/bin/python -m pytest integration --report runs/integration/$$(basename $$venv).json || failed=1; \
+	    $$venv/bin/python -m pytest integration --report runs/integration/run$$(basename $$venv).json || failed=1; \
 	done; \
 	$(VENV)-all/bin/python integration/matrix.py docs/compatibility.md runs/integration/*.json && exit $$failed
 

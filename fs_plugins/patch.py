@@ -74,8 +74,13 @@ class SmoothingHook(_Hook):
         space = call.pixels
         names, given = named_arguments(module, space.argument, args, kwargs)
         pixels = given.get(space.argument)
-        if is_direct() or pixels is None:
+        if is_direct():
             return None
+        if pixels is None:
+            raise PixelError(
+                f"The vision encoder was called with {', '.join(given) or 'nothing'} and without {space.argument}, so what it "
+                "looks at cannot be smoothed. Does the adapter name the right pixel argument?"
+            )
         space.check(pixels)
         groups = space.layout.groups(pixels, given) if len(pixels) else []
         if self.smoother.is_identity or not groups:

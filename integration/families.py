@@ -368,6 +368,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     talks("Video-LLaVA images", "VideoLlava", video_llava_images, **LLAVA_CLIP, video_token_index=VIDEO),
     talks("Video-LLaVA videos", "VideoLlava", video_llava_frames, **LLAVA_CLIP, video_token_index=VIDEO),
+    embeds("BLIP with text", "BlipModel", with_text(CLIP_NORM), "image_embeds", **BLIP, projection_dim=24),
     talks("BLIP", "Blip", with_text(CLIP_NORM), **BLIP),
     Family(
         "BLIP question answering",

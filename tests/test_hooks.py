@@ -4,6 +4,7 @@ import importlib.metadata
 import pickle
 import re
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_several_calls_per_model_are_each_smoothed(manager):
     with fs_plugins.enable(model, psm=None, sigma=0.25) as handle:
         model(pixel_values=torch.zeros(1, 3, 8, 8))
         assert [v.calls for v in handle.status().vision] == [1, 1]
+
+
+def test_an_encoder_called_with_other_names_is_an_error_never_unprotected(manager):
+    def claim(model):
+        if not isinstance(model, TinyEncoder):
+            return None
+        return tiny_call(model, pixels=replace(tiny_call(model).pixels, argument="images"))
+
+    hooks.register(manager, plugin(fs_vision_call=claim), "tiny")
+    encoder = TinyEncoder().eval()
+    with fs_plugins.enable(encoder, psm=None, sigma=0.25):
+        with pytest.raises(fs_plugins.PixelError, match=r"called with pixel_values and without images"):
+            encoder(pixel_values=torch.zeros(1, 3, 8, 8))
+        encoder(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("answer", ["a string", [], [1]])

@@ -91,7 +91,7 @@ class AdapterConformance:
             assert any(call.module is module for module in modules), "the vision module is not inside the model"
             assert call.readouts, "an adapter names what is consumed"
 
-    def test_importing_the_adapter_leaves_the_model_alone(self) -> None:
+    def test_claiming_leaves_the_model_alone(self) -> None:
         model, images = self._model_and_images()
         before = self._outcome(model, images)
         claim(model)
