@@ -147,7 +147,8 @@ def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, 
 
 def _tower(whole: Any, name: str) -> nn.Module | None:
     """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes."""
-    return getattr(getattr(whole, "model", None), name, None) or getattr(whole, name, None)
+    inner = getattr(getattr(whole, "model", None), name, None)
+    return getattr(whole, name, None) if inner is None else inner
 
 
 def _layout(vision: Any) -> tuple[Layout, str]:

@@ -178,7 +178,7 @@ def enable(
         raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
     observer = _notify if plugin_manager().hook.fs_after_smoothing.get_hookimpls() else None
     hooks = []
-    for call, choice in zip(calls, psms, strict=True):
+    for place, (call, choice) in enumerate(zip(calls, psms, strict=True)):
         found = _find_psm(call, choice, sigma)
         if found is None and sigma is None:
             raise SettingError("psm=None is plain smoothing and needs a sigma in [0, 1] pixel units; 0.25 is usual.")
@@ -186,7 +186,8 @@ def enable(
         smoother = FeatureSmoother(
             call, psm=found, sigma=level, n0=n0, noise=noise, noise_scope=noise_scope, seed=seed, chunk_size=chunk_size
         )
-        hooks.append(SmoothingHook(smoother, name, observer))
+        hooks.append(SmoothingHook(smoother, name, observer, place))
+    detach(model)  # what disabling an inner model may have left on its wrapper
     attach(hooks, model, [name for call in calls for name in call.inputs or (call.pixels.argument,)])
     recompile()
     return SmoothingHandle(model)

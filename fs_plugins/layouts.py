@@ -85,7 +85,8 @@ class Tiles(Layout):
 
     def groups(self, pixels: Tensor, others: Mapping[str, Any]) -> list[Group]:
         template = pixels.flatten(0, 1)
-        mask = _companion(others, "aspect_ratio_mask").flatten(0, 1).bool().cpu()
+        _shaped(others, "aspect_ratio_ids", pixels.shape[:2])
+        mask = _shaped(others, "aspect_ratio_mask", pixels.shape[:3]).flatten(0, 1).bool().cpu()
         kinds = _alike([tuple(row.tolist()) for row in mask])
         groups = []
         for kind, units in kinds.items():
@@ -129,6 +130,8 @@ class Packed(Layout):
         sizes = others.get("image_sizes")
         if sizes is None:
             sizes = [tuple(pixels.shape[-2:])] * len(pixels)
+        if len(sizes) != len(pixels):
+            raise PixelError(f"image_sizes speaks of {len(sizes)} images, but {len(pixels)} came.")
         kinds = _alike([(int(height), int(width)) for height, width in sizes])
         groups = []
         for (height, width), units in kinds.items():
@@ -170,10 +173,14 @@ class PatchRows(Layout):
         return None if pixels.ndim == 2 and pixels.shape[1] == width else f"must be (patches, {width})"
 
     def groups(self, pixels: Tensor, others: Mapping[str, Any]) -> list[Group]:
-        grids = [tuple(row) for row in _companion(others, self.grid).tolist()]
+        grids = [tuple(row) for row in _shaped(others, self.grid, (None, 3)).tolist()]
         counts = [t * h * w for t, h, w in grids]
         if sum(counts) != len(pixels):
             raise PixelError(f"{self.grid} speaks of {sum(counts)} patches, but {len(pixels)} came.")
+        if any(h % self.merge or w % self.merge for _, h, w in grids):
+            raise PixelError(
+                f"{self.grid} must have heights and widths that are multiples of {self.merge}, got {grids}."
+            )
         images = [self._images(rows, grid) for rows, grid in zip(pixels.split(counts), grids, strict=True)]
         stills = [tuple(_is_still(pair) for pair in frames) for frames in images]
         groups = []
@@ -238,7 +245,9 @@ class PatchBatch(Layout):
         return None if pixels.ndim == 3 and pixels.shape[2] == width else f"must be (images, patches, {width})"
 
     def groups(self, pixels: Tensor, others: Mapping[str, Any]) -> list[Group]:
-        shapes = [tuple(row) for row in _companion(others, "spatial_shapes").tolist()]
+        shapes = [tuple(row) for row in _shaped(others, "spatial_shapes", (len(pixels), 2)).tolist()]
+        if any(h * w > pixels.shape[1] for h, w in shapes):
+            raise PixelError(f"spatial_shapes speaks of more patches than the {pixels.shape[1]} that came: {shapes}.")
         groups = []
         for (h, w), units in _alike(shapes).items():
             at, p = list(units), self.patch
@@ -284,6 +293,14 @@ def _companion(others: Mapping[str, Any], name: str) -> Tensor:
     value = others.get(name)
     if not isinstance(value, Tensor):
         raise ModelError(f"The vision module was called without {name}, which says how its pixels make up images.")
+    return value
+
+
+def _shaped(others: Mapping[str, Any], name: str, shape: Sequence[int | None]) -> Tensor:
+    value = _companion(others, name)
+    if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise PixelError(f"{name} must be ({wanted}) to go with these pixels, got shape {tuple(value.shape)}.")
     return value
 
 

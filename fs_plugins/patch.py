@@ -45,13 +45,18 @@ class _Hook(Pickled):
 
 
 class SmoothingHook(_Hook):
-    """The pair of hooks on one vision encoder. Holds counts, never a call's state across threads."""
+    """The pair of hooks on one vision encoder, the adapter's ``place``-th. No call's state crosses threads."""
 
     _fresh = (("_pending", threading.local), ("_lock", threading.Lock))
 
     def __init__(
-        self, smoother: FeatureSmoother, adapter: str, observe: Callable[[SmoothingEvent], None] | None
+        self,
+        smoother: FeatureSmoother,
+        adapter: str,
+        observe: Callable[[SmoothingEvent], None] | None,
+        place: int = 0,
     ) -> None:
+        self.place = place
         self.smoother = smoother
         self.adapter = adapter
         self.observe = observe
@@ -62,10 +67,10 @@ class SmoothingHook(_Hook):
         self._lock = threading.Lock()
 
     def attach(self) -> None:
-        module = self.smoother.call.module
-        module.register_forward_pre_hook(self.before, with_kwargs=True)
-        # always_call: an exception inside the encoder must not leave this thread's call pending.
-        module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        for module in _alternatives(self.smoother.call.module):
+            module.register_forward_pre_hook(self.before, with_kwargs=True)
+            # always_call: an exception inside the encoder must not leave this thread's call pending.
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,6 +253,15 @@ def attach(hooks: Sequence[SmoothingHook], model: nn.Module, inputs: Sequence[st
     Witness(inputs).attach(model)
 
 
+def _alternatives(module: nn.Module) -> list[nn.Module]:
+    """The module, or those that PEFT's ``modules_to_save`` wrapper chooses from: merging throws the wrapper away."""
+    saved = getattr(module, "modules_to_save", None)
+    original = getattr(module, "original_module", None)
+    if isinstance(saved, nn.ModuleDict) and isinstance(original, nn.Module):
+        return [original, *saved.values()]
+    return [module]
+
+
 def named_arguments(
     module: nn.Module, first: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
@@ -281,7 +295,7 @@ def hooks_of(model: nn.Module) -> tuple[list[SmoothingHook], list[Witness]]:
                 smoothing[id(owner)] = owner
             elif isinstance(owner, Witness):
                 witnesses[id(owner)] = owner
-    return list(smoothing.values()), list(witnesses.values())
+    return sorted(smoothing.values(), key=lambda hook: hook.place), list(witnesses.values())
 
 
 def detach(model: nn.Module) -> None:

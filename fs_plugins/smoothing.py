@@ -226,7 +226,8 @@ class FeatureSmoother(Pickled):
         with self._lock:
             if device not in self._psms:
                 own = next(self.psm.parameters(), torch.empty(0, device=device))
-                self._psms[device] = self.psm if own.device == device else copy.deepcopy(self.psm).to(device)
+                with torch.inference_mode(False):  # a copy made in the mode would never have gradients
+                    self._psms[device] = self.psm if own.device == device else copy.deepcopy(self.psm).to(device)
             return self._psms[device]
 
 

@@ -33,7 +33,12 @@ def main(out: Path, reports: list[Path]) -> None:
         "",
     ]
     out.write_text("\n".join(lines))
-    failed = [f"{family}: {test}" for run in runs for family, kinds in run["families"].items() for test in kinds.get("failed", ())]
+    failed = [
+        f"{family}: {test}"
+        for run in runs
+        for family, kinds in run["families"].items()
+        for test in kinds.get("failed", ())
+    ]
     print(f"Written: {out}; {len(rows)} families on {', '.join(columns)}; {len(failed)} failures.")
     for line in failed:
         print("  failed", line)
