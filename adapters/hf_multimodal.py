@@ -35,7 +35,7 @@ def layers(config: Any, vision: Any, *, strategy: str | None = None) -> tuple[Re
     return tuple(
         Readout(
             f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
-            (Field("hidden_states", 2), layer),
+            (Field("hidden_states", 2 if _is_pooled(vision) else 1), layer),
             width=vision.hidden_size,
             tokens=_tokens(vision, skip),
             skip=skip,
@@ -160,6 +160,11 @@ def _layout(vision: Any) -> tuple[Layout, str]:
     if vision.model_type == "mllama_vision_model":
         return Tiles(vision.max_num_tiles), "pixel_values"
     return Layout(), "pixel_values"
+
+
+def _is_pooled(vision: Any) -> bool:
+    """Whether the tower's output has a pooled vector before its hidden states; plain tuples leave out what is None."""
+    return vision.model_type != "pixtral" and getattr(vision, "vision_use_head", True)
 
 
 def _tokens(vision: Any, skip: int) -> int | None:
