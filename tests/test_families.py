@@ -157,10 +157,9 @@ def test_a_familys_encoder_is_smoothed_in_the_shape_it_answers(build, wanted):
         assert not torch.allclose(after, before, atol=1e-3)
 
 
-@pytest.mark.parametrize(("build", "wanted"), FAMILIES.values(), ids=FAMILIES)
-def test_a_familys_plain_tuples_hold_the_same_readouts(build, wanted):
-    model = build()
-    call = fs_plugins.vision_call(model)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "SigLIP2"])  # by name only on transformers 4
+def test_a_familys_plain_tuples_hold_the_same_readouts(name):
+    call = fs_plugins.vision_call(FAMILIES[name][0]())
     argument, others = call.pixels.layout.still(call.pixels.from_unit(torch.rand(2, 3, 16, 16), torch.float32))
     given = {call.pixels.argument: argument, **others, **call.kwargs}
     with torch.no_grad():

@@ -700,6 +700,7 @@ INCONSISTENT = [
     ("batch", changed("spatial_shapes", lambda x: x * 5)),
     ("batch", changed("spatial_shapes", lambda x: x[:2])),
     ("batch", changed("spatial_shapes", lambda x: x.repeat(2, 1))),
+    ("packed", changed("image_sizes", lambda x: x[:2])),
     ("packed", changed("image_sizes", lambda x: x.repeat(2, 1))),
     ("tiles", changed("aspect_ratio_mask", lambda x: x[:2])),
     ("tiles", changed("aspect_ratio_mask", lambda x: torch.cat([x, x], dim=2))),

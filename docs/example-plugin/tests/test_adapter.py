@@ -1,6 +1,7 @@
 import torch
-from fs_plugins.testing import AdapterConformance
 from tinyvlm import TinyVLM
+
+from fs_plugins.testing import AdapterConformance
 
 
 class TestTinyVLM(AdapterConformance):
