@@ -201,8 +201,10 @@ class GradScope(_Hook):
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_direct():  # a further pass inside the scope
+            return
         self._entered.undo = None
-        if is_direct() or torch.is_inference_mode_enabled() or not _requires_grad((args, kwargs)):
+        if torch.is_inference_mode_enabled() or not _requires_grad((args, kwargs)):
             return
         if torch.is_grad_enabled():
             mode = _KeepGradients()
