@@ -1,6 +1,7 @@
 """Certified robustness for multimodal models as a plugin: feature-space smoothing of the vision encoder."""
 
-from fs_plugins.api import SmoothingHandle, Status, disable, enable, status, vision_call
+from fs_plugins.api import SmoothingHandle, Status, certify, disable, enable, status, vision_call
+from fs_plugins.certificates import Certificate
 from fs_plugins.errors import (
     FSPluginsError,
     FSPluginsWarning,
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PSM",
+    "Certificate",
     "FSPluginsError",
     "FSPluginsWarning",
     "FeatureSmoother",
@@ -37,6 +39,7 @@ __all__ = [
     "SmoothingHandle",
     "Status",
     "VisionCall",
+    "certify",
     "disable",
     "enable",
     "hookimpl",

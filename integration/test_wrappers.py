@@ -216,7 +216,8 @@ def test_checkpointed_layers_give_the_same_gradients(name, options):
     tower = fs_plugins.vision_call(model).module
     layer = next(module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer))
     runs: list[nn.Module] = []
-    layer.register_forward_pre_hook(lambda layer, _: runs.append(layer))
+    # Of something inside it: transformers 5.23 leaves a layer's own hooks out of the second computation.
+    next(layer.children()).register_forward_pre_hook(lambda part, _: runs.append(part))
     with fs_plugins.enable(model, **SMOOTHING, chunk_size=3):
         wanted = family.gradient(model)
         once = len(runs)

@@ -19,7 +19,7 @@ from torch import nn
 
 import fs_plugins
 from fs_plugins import FeatureSmoother, Field, PixelSpace, Readout, VisionCall, hooks
-from fs_plugins.patch import GradScope
+from fs_plugins.patch import attach, detach
 from fs_plugins.testing import AdapterConformance
 
 pytest_plugins = ("pytester",)
@@ -385,8 +385,18 @@ def unweighted(monkeypatch):
     monkeypatch.setattr("fs_plugins.smoothing._Mean.result", lambda self: self.output)
 
 
-def left_behind(monkeypatch):
+def not_undone(monkeypatch):
     monkeypatch.setattr("fs_plugins.api.detach", lambda model: None)
+
+
+def left_behind(monkeypatch):
+    """Everything is undone but for a hook that does nothing."""
+
+    def detached(model):
+        detach(model)
+        model.register_forward_hook(lambda module, args, output: None)
+
+    monkeypatch.setattr("fs_plugins.api.detach", detached)
 
 
 PACKAGE = {
@@ -396,7 +406,8 @@ PACKAGE = {
     "no purifier": (unpurified, "test_a_purifier_and_mappers_apply"),
     "no mappers": (unmapped, "test_a_purifier_and_mappers_apply"),
     "another average": (unweighted, "test_what_is_consumed_is_the_smoothed_feature"),
-    "hooks left behind": (left_behind, "test_disabling_restores_bit_for_bit_and_leaves_no_trace"),
+    "not disabled": (not_undone, "test_disabling_restores_bit_for_bit_and_leaves_no_trace"),
+    "a hook left behind": (left_behind, "test_disabling_restores_bit_for_bit_and_leaves_no_trace"),
 }
 
 
@@ -531,10 +542,10 @@ BOTH = pytest.mark.parametrize("kind", [Inside, Decorates])
 
 
 def scoped(kind: type[nn.Module]) -> nn.Module:
+    """A framework with a gradient scope and no smoothing."""
     model = kind()
-    scope = GradScope()
-    model.tower.register_forward_pre_hook(scope.before, with_kwargs=True)
-    model.tower.register_forward_hook(scope.after, with_kwargs=True, always_call=True)
+    call = types.SimpleNamespace(grad_scope=model.tower)
+    attach([types.SimpleNamespace(smoother=types.SimpleNamespace(call=call), attach=lambda: None)], model, ())
     return model
 
 
@@ -716,27 +727,28 @@ def test_what_follows_the_encoder_inside_the_frameworks_no_grad_stays_under_it(c
     assert modes == [False]
 
 
-def test_scopes_of_several_threads_do_not_disturb_each_other():
-    model = scoped(Decorates)
-    x = pixels()
-    (wanted,) = torch.autograd.grad(undecorated(model, x).sum(), x)
-    wrong: list[str] = []
+def test_a_call_in_another_thread_does_not_end_this_ones_scope():
+    model = scoped(Inside)
+    inside, go_on, finished = threading.Event(), threading.Event(), []
+
+    def wait(module, args):
+        if threading.current_thread().name == "attack":
+            inside.set()
+            assert go_on.wait(10)
 
     def attack() -> None:
-        for _ in range(20):
-            own = pixels()
-            (got,) = torch.autograd.grad(model(own).sum(), own)
-            if not torch.allclose(got, wanted):
-                wrong.append("gradients")
+        x = pixels()
+        assert model.tower(x).requires_grad
+        with torch.no_grad():
+            assert not (x * 2).requires_grad, "a user's own no_grad is ignored"
+        finished.append("attack")
 
-    def serve() -> None:
-        for _ in range(20):
-            if model(pixels().detach()).requires_grad:
-                wrong.append("a graph nobody asked for")
-
-    threads = [threading.Thread(target=work) for work in (attack, serve) * 3]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    model.encoder.one.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=attack, name="attack")
+    thread.start()
+    assert inside.wait(10)
+    assert not model(pixels().detach()).requires_grad, "a graph nobody asked for"
+    go_on.set()
+    thread.join()
+    assert finished == ["attack"]
+    assert_in_order(model)

@@ -1,0 +1,219 @@
+"""From images to certificates: how many draws, when to stop early, what is written down about each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fs_plugins.certificates.bounds import pilot_threshold
+from fs_plugins.certificates.certificate import Certificate, Method
+from fs_plugins.certificates.sampling import Sampler
+from fs_plugins.errors import SettingError
+from fs_plugins.identity import fingerprint
+from fs_plugins.smoothing import FeatureSmoother
+
+LOOKS = (0.125, 0.25, 0.5, 1.0)
+"""With a target radius: after which parts of n the certificate is looked at, each at an equal share of alpha."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one image is certified.
+
+    Args:
+        n: draws at most.
+        alpha: the probability that a certificate may be wrong.
+        method: see Certificate.
+        angular: whether to refine the inner product to a cosine; costs a pilot of n / 10 draws, at most 100.
+        target: an l2 radius for ``threshold``. Sampling stops as soon as it is certified, or as soon as not even
+            scores of 1 from then on could certify it. Fixed looks share alpha, so what is certified holds.
+        threshold: the cosine that ``target`` speaks of.
+
+    Raises:
+        SettingError: a value out of range.
+    """
+
+    n: int = 1000
+    alpha: float = 1e-3
+    method: Method = "best"
+    angular: bool = True
+    target: float | None = None
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+            raise SettingError(f"n (draws per image) must be a whole number >= 1, got {self.n!r}.")
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise SettingError(f"target must be an l2 radius > 0 in [0, 1] pixels, got {self.target!r}.")
+
+    @property
+    def pilot(self) -> int:
+        """Draws that choose the angular threshold."""
+        return min(100, max(10, self.n // 10)) if self.angular and self.method != "plugin" else 0
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """After how many draws the certificate is looked at."""
+        if self.target is None:
+            return (self.n,)
+        return tuple(sorted({max(1, math.ceil(part * self.n)) for part in LOOKS}))
+
+
+def certify_image(
+    smoother: FeatureSmoother,
+    image: Tensor,
+    plan: Plan,
+    *,
+    key: bytes,
+    rows: int = 32,
+    advance: Callable[[int], None] = lambda draws: None,
+    **details: Any,
+) -> Certificate:
+    """One image's certificate.
+
+    Args:
+        smoother: what is certified; sigma must be positive.
+        image: (C, H, W) in [0, 1] at the resolution the encoder sees.
+        plan: see Plan.
+        key: the draws follow from it and from the image.
+        rows: draws per forward of the encoder.
+        advance: told of draws as they are made.
+        details: further fields of the certificate.
+
+    Raises:
+        SettingError: sigma is 0.
+        ModelError: the clean image has no feature to certify.
+    """
+    if smoother.sigma <= 0:
+        raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
+    sampler = Sampler(smoother, image, key=key, rows=rows)
+    if plan.pilot:
+        delta = (plan.target or smoother.sigma) / smoother.sigma
+        sampler.t0 = pilot_threshold(sampler.pilot(plan.pilot), n=plan.n, delta=delta)
+        advance(plan.pilot)
+    described = {
+        "image_shape": tuple(image.shape),
+        "readouts": tuple(readout.name for readout in smoother.call.readouts),
+        "psm": smoother.psm.config.name if smoother.psm else None,
+        **details,
+    }
+    share = 1 / len(plan.looks)
+    drawn = 0
+    for look in plan.looks:
+        sampler.extend(look - drawn)
+        advance(look - drawn)
+        drawn = look
+        certificate = Certificate.from_scores(
+            sampler.scores,
+            sigma=smoother.sigma,
+            alpha=plan.alpha,
+            method=plan.method,
+            angular=sampler.angular,
+            share=share,
+            non_finite=sampler.non_finite,
+            **described,
+        )
+        if plan.target is None or _reached(certificate, plan) or _hopeless(sampler, plan, share):
+            break
+    return certificate
+
+
+def encoder_of(smoother: FeatureSmoother) -> tuple[float, ...] | None:
+    """The encoder's fingerprint, None where its weights cannot be read (offloaded)."""
+    if any(parameter.is_meta for parameter in smoother.call.module.parameters()):
+        return None
+    return fingerprint(smoother.call.module)
+
+
+def unrelated(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 32) -> float | None:
+    """Mean cosine between the plain features of different images, (C, H, W) in [0, 1], of the first one's size.
+
+    None where there are fewer than two.
+    """
+    alike = [image for image in images if image.shape == images[0].shape][:most]
+    if len(alike) < 2:
+        return None
+    call = smoother.call
+    with torch.no_grad():
+        features = torch.cat([call.embed(call.encode(image[None])) for image in alike]).double()
+    units = torch.nn.functional.normalize(features, dim=-1)
+    cosines = units @ units.T
+    return float((cosines.sum() - cosines.trace()) / (len(alike) * (len(alike) - 1)))
+
+
+def _reached(certificate: Certificate, plan: Plan) -> bool:
+    radius = certificate.radius(plan.threshold)
+    return radius is not None and plan.target is not None and radius >= plan.target
+
+
+def _hopeless(sampler: Sampler, plan: Plan, share: float) -> bool:
+    """Whether the target is out of reach even if every draw to come were the reference itself."""
+    drawn = len(sampler.scores)
+    left = plan.n - drawn
+    angular = sampler.angular
+    if angular is not None:
+        # They would cancel none of the orthogonal part, but thin it out.
+        angular = replace(angular, count=angular.count + left, norm=angular.norm * drawn / plan.n, n=plan.n)
+    best = Certificate.from_scores(
+        np.concatenate([sampler.scores, np.ones(left)]),
+        sigma=sampler.smoother.sigma,
+        alpha=plan.alpha,
+        method=plan.method,
+        angular=angular,
+        share=share,
+    )
+    return not _reached(best, plan)
+
+
+class Ledger:
+    """A JSON-lines file with one flushed row per finished image, so that an interrupted run goes on where it stopped.
+
+    The first row holds the settings and the key of the draws; a file of other settings is refused. A row cut off in
+    the middle of writing is dropped.
+
+    Raises:
+        SettingError: the file exists and is of another run, or is no ledger.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], key: bytes) -> None:
+        self.path = Path(path)
+        self.done: dict[str, Certificate] = {}
+        self.key = key
+        wanted = json.loads(json.dumps(dict(settings)))
+        lines = self.path.read_text().split("\n") if self.path.exists() else []
+        whole = lines[:-1]  # what follows the last line break was never finished
+        if not whole:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"settings": wanted, "key": key.hex()}) + "\n")
+            return
+        try:
+            head, *rows = map(json.loads, whole)
+            self.key = bytes.fromhex(head["key"])
+            self.done = {row["image"]: Certificate.from_json(json.dumps(row["certificate"])) for row in rows}
+            found = head["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SettingError(f"{self.path} is not a file of certificates that certify wrote: {error}") from None
+        if found != wanted:
+            changed = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            raise SettingError(
+                f"{self.path} was written with other settings ({', '.join(changed)}). Give another file, or the same settings."
+            )
+        if lines[-1]:
+            self.path.write_text("\n".join(whole) + "\n")
+
+    def add(self, image: str, certificate: Certificate) -> None:
+        row = {"image": image, "certificate": json.loads(certificate.to_json())}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[image] = certificate

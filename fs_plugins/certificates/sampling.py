@@ -1,0 +1,110 @@
+"""Model in, scores out: i.i.d. draws of one image through noise, purifier, encoder and mapper, streamed.
+
+Memory holds one forward's features, the scores and one running sum, whatever n is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fs_plugins.certificates.certificate import Angular
+from fs_plugins.errors import ModelError
+from fs_plugins.smoothing import FeatureSmoother
+
+
+class Sampler:
+    """Certification draws of one image: independent, unclamped, in fp32, never those of serving.
+
+    Args:
+        smoother: the road that is certified: vision call, PSM and sigma. Its n0 and its noise play no part.
+        image: (C, H, W) in [0, 1] at the resolution the encoder sees.
+        key: bytes from which the draws follow; the same key and image give the same draws.
+        rows: draws per forward of the encoder. Bounds memory; which numbers are drawn does not depend on it.
+        reference: (E,) unit vector; by default the plain encoder's feature of the clean image.
+
+    Raises:
+        ModelError: the clean image's feature is zero or not finite, so that there is no direction to certify.
+    """
+
+    def __init__(
+        self, smoother: FeatureSmoother, image: Tensor, *, key: bytes, rows: int = 32, reference: Tensor | None = None
+    ) -> None:
+        self.smoother = smoother
+        self.image = image.detach().float()
+        self.rows = rows
+        self.reference = self._clean() if reference is None else reference
+        self.t0: float | None = None
+        self.non_finite = self._near = 0
+        self._scores: list[NDArray[np.float64]] = []
+        self._total = torch.zeros_like(self.reference, dtype=torch.float64)
+        self._key = key + hashlib.sha256(self.image.cpu().contiguous().numpy().tobytes()).digest()
+        self._generator = self._stream("bound")
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """(n,) inner products with the reference so far, in [-1, 1]; -1 for a non-finite draw."""
+        return np.concatenate(self._scores) if self._scores else np.empty(0)
+
+    @property
+    def angular(self) -> Angular | None:
+        """Statistics for the angular refinement, where ``t0`` was set before the first draw."""
+        n = sum(map(len, self._scores))
+        if self.t0 is None or n == 0:
+            return None
+        return Angular(t0=self.t0, count=self._near, norm=float(self._total.norm()) / n, n=n)
+
+    def pilot(self, n: int) -> NDArray[np.float64]:
+        """n scores to choose settings by; they have no part in any bound."""
+        generator = self._stream("pilot")
+        return np.concatenate([self._block(generator, size)[1].cpu().numpy() for size in self._sizes(n)])
+
+    def extend(self, n: int) -> None:
+        """n more draws."""
+        for size in self._sizes(n):
+            units, products, finite = self._block(self._generator, size)
+            self._scores.append(products.cpu().numpy())
+            self.non_finite += int((~finite).sum())
+            if self.t0 is not None:
+                near = finite & (products >= self.t0)
+                self._near += int(near.sum())
+                self._total += units[near].double().sum(0) - products[near].sum() * self.reference.double()
+
+    def _sizes(self, n: int) -> list[int]:
+        return [min(self.rows, n - start) for start in range(0, n, self.rows)]
+
+    def _stream(self, purpose: str) -> torch.Generator:
+        digest = hashlib.sha256(self._key + purpose.encode()).digest()
+        return torch.Generator(device=self.image.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features (size, E), their scores (size,) in fp64, and which draws were finite."""
+        shape, device = self.image.shape, self.image.device
+        noise = torch.stack([torch.randn(shape, generator=generator, device=device) for _ in range(size)])
+        units, finite = self._units(noise)
+        return units, (units.double() @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
+
+    def _units(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) standard normal noise -> (N, E) unit features, zero where there is none, and which are finite."""
+        call = self.smoother.call
+        with torch.no_grad():
+            shown = self.smoother.views(self.image.expand(noise.shape), noise)
+            embedded = call.embed(self.smoother.mapped(call.encode(shown))).float()
+        lengths = embedded.norm(dim=-1)
+        finite = lengths.isfinite() & (lengths > 0)
+        units = F.normalize(embedded.where(finite[:, None], 0.0), dim=-1)
+        return units, finite
+
+    def _clean(self) -> Tensor:
+        call = self.smoother.call
+        with torch.no_grad():
+            feature = call.embed(call.encode(self.image[None]))[0].float()
+        length = feature.norm()
+        if not (torch.isfinite(length) and length > 0):
+            raise ModelError("The clean image's feature is zero or not finite, so there is no direction to certify.")
+        return feature / length
