@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from fs_plugins import SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.vision import PixelSpace, is_a
 
@@ -54,13 +56,16 @@ def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layo
     layout = layout or Layout()
     checkpoint = getattr(model.config, "_name_or_path", "")
     if checkpoint:
-        try:
+        saved = None
+        with suppress(OSError, ValueError):
             saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
+        if saved is not None:
             source = f"the image processor of {checkpoint}"
-            found = PixelSpace.from_processor(SimpleNamespace(**saved), source=source)
+            try:
+                found = PixelSpace.from_processor(SimpleNamespace(**saved), source=source)
+            except SettingError:  # it does not rescale, say: then nobody knows, and a default would be a guess
+                return PixelSpace(*HALF, argument, "", layout=layout)
             return PixelSpace(found.mean, found.std, argument, source, found.size, layout)
-        except (OSError, ValueError):
-            pass
     mean, std = DEFAULTS.get(vision.model_type, HALF)
     source = f"the default of {vision.model_type} (no processor found beside the checkpoint)"
     return PixelSpace(mean, std, argument, source if vision.model_type in DEFAULTS else "", layout=layout)

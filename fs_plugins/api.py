@@ -19,7 +19,7 @@ from fs_plugins.certificates.certificate import FRESH, Method
 from fs_plugins.certificates.run import Ledger, Plan, certify_image, encoder_of, unrelated
 from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
-from fs_plugins.identity import fingerprint, has_adapters, same_encoder
+from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
@@ -442,8 +442,11 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
             FSPluginsWarning,
             stacklevel=4,
         )
-    readable = not any(parameter.is_meta for parameter in call.module.parameters())
-    if psm != "auto" and readable and not same_encoder(found.config.fingerprint, fingerprint(call.module)):
+    if (
+        psm != "auto"
+        and is_readable(call.module)
+        and not same_encoder(found.config.fingerprint, fingerprint(call.module))
+    ):
         warnings.warn(
             f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
             "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",

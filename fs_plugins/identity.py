@@ -24,8 +24,13 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
     An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
 
     Raises:
-        ModelError: weights on the meta device (offloaded) cannot be read.
+        ModelError: weights on the meta device (offloaded) or quantised ones cannot be read.
     """
+    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+        raise ModelError(
+            "The encoder's weights are quantised, so it cannot be recognised. "
+            'Pass psm=<a PSM or its folder> instead of psm="auto", or keep the encoder out of the quantisation.'
+        )
     total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
     count = 0
     for name, tensor in sorted(_canonical(module).items()):
@@ -44,6 +49,11 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
         total += signs.double() @ flat / length
         count += 1
     return tuple(round(value, 6) for value in (total / max(1, count) ** 0.5).tolist())
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether ``fingerprint`` can tell: the weights are here, and are not quantised."""
+    return all(parameter.is_floating_point() and not parameter.is_meta for parameter in module.parameters())
 
 
 def same_encoder(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -56,7 +56,7 @@ class Layout:
 
     def groups(self, pixels: Tensor, others: Mapping[str, Any]) -> list[Group]:
         """Take a call apart. ``others`` are the module's other arguments by name."""
-        companions = {name: value for name, value in others.items() if _has_rows(value, len(pixels))}
+        companions = {name: value for name, value in others.items() if _goes_with(value, pixels)}
         return [Group(tuple(range(len(pixels))), pixels, companions)]
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -253,7 +253,7 @@ class PatchBatch(Layout):
             at, p = list(units), self.patch
             x = pixels[at][:, : h * w].view(len(at), h, w, p, p, self.channels)
             shown = x.permute(0, 5, 1, 3, 2, 4).reshape(len(at), self.channels, h * p, w * p)
-            companions = {name: value[at] for name, value in others.items() if _has_rows(value, len(pixels))}
+            companions = {name: value[at] for name, value in others.items() if _goes_with(value, pixels)}
             groups.append(Group(units, shown, companions, self._pack, pixels[at]))
         return groups
 
@@ -285,8 +285,9 @@ def _alike(kinds: Sequence[Any]) -> dict[Any, tuple[int, ...]]:
     return found
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+def _goes_with(value: Any, pixels: Tensor) -> bool:
+    """Whether an argument has a row for each image and is not the pixels themselves."""
+    return isinstance(value, Tensor) and value is not pixels and value.ndim > 0 and len(value) == len(pixels)
 
 
 def _companion(others: Mapping[str, Any], name: str) -> Tensor:

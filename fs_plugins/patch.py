@@ -191,7 +191,9 @@ class GradScope(_Hook):
     OpenFlamingo and the original LLaVA run vision under ``no_grad``, which blinds whoever attacks the smoothed
     model. Where the module is called inside the ``no_grad`` the mode is set for the call; where the
     ``no_grad`` decorates the module's own ``forward`` it is kept from taking effect. A caller's own
-    ``no_grad`` around a decorated module stays in force. The mode is restored whatever happens.
+    ``no_grad`` around a decorated module stays in force. The mode is restored after every exception; a
+    KeyboardInterrupt skips torch's hooks, and may leave gradients on until the framework's or the caller's own
+    ``no_grad`` ends.
     """
 
     _fresh = (("_entered", threading.local),)

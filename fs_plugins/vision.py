@@ -257,9 +257,11 @@ def is_direct() -> bool:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+    """The model inside torch.compile, DistributedDataParallel, FSDP and PEFT wrappers."""
     while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module) or isinstance(
+            inner := getattr(model, "_fsdp_wrapped_module", None), nn.Module
+        ):
             model = inner
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

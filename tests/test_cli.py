@@ -50,6 +50,11 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
         (["ask", "demo", "{picture}", "what?", "--sigma", "0.5"], "No PSM in the registry fits"),
         (["ask", "demo", "{picture}", "what?", "--psm", "{folder}"], "is no PSM folder"),
         (["demo", "--eps", "sixteen"], "16/255"),
+        (["certify", "nowhere.png"], "There is no file nowhere.png"),
+        (["certify", "{text}"], "not a readable image"),
+        (["certify", "{folder}"], "No .png, .jpg, .jpeg below"),
+        (["certify", "{picture}", "--method", "hope"], "method must be one of"),
+        (["certify", "{picture}", "--psm", "none"], "needs a sigma"),
         (["demo", "--images", "11", "--eps", "16"], "did you mean 16/255"),
     ],
 )
@@ -69,3 +74,22 @@ def test_help_lists_the_commands():
     assert result.exit_code == 0
     assert "demo" in result.output
     assert "ask" in result.output
+
+
+def test_certify_writes_rows_a_table_and_a_plot_and_goes_on_from_them(picture, tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "out"
+    arguments = ["certify", str(picture), "--n", "40", "--seed", "0", "--out", str(out)]
+    result = runner.invoke(app, arguments, env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert re.search(r"1 images, 50 draws: about \d+ s", result.output)
+    assert "scene.png" in result.output
+    assert "each wrong with probability at most 0.001" in " ".join(result.output.split())
+    rows = (out / "certificates.jsonl").read_text()
+    assert rows.count("\n") == 2
+    with Image.open(out / "certificates.png") as plot:
+        assert plot.size[0] > 500
+    again = runner.invoke(app, arguments, env={"COLUMNS": "160"})
+    assert again.exit_code == 0, again.output
+    assert (out / "certificates.jsonl").read_text() == rows

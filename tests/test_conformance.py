@@ -115,7 +115,7 @@ def kit() -> list[str]:
 def run(pytester, body: str, *options: str):
     """A suite of a stranger's, in which OnChat is imported and subclassed."""
     pytester.makepyfile(f"from test_conformance import Chat, OnChat\n\n\n{body}")
-    return pytester.inline_run("-p", "no:cacheprovider", "-p", "no:randomly", *options)
+    return pytester.inline_run("-p", "no:cacheprovider", *options)
 
 
 def test_a_right_adapter_passes_every_test(claimed, pytester):

@@ -146,6 +146,10 @@ def test_fingerprint_tells_fine_tuning_from_rounding():
 def test_fingerprint_needs_real_weights():
     with pytest.raises(ModelError, match="meta device"):
         fingerprint(torch.nn.Linear(2, 2, device="meta"))
+    quantised = torch.nn.Linear(2, 2)
+    quantised.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="quantised"):
+        fingerprint(quantised)
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["vision_tower"]}])

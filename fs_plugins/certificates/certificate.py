@@ -237,6 +237,21 @@ class Certificate:
         value = self._bound(_distances(eps))
         return np.where(value >= 0, value, np.nan)
 
+    def curves(self, eps: ArrayLike) -> dict[str, Array]:
+        """What each bound of this certificate says by itself, for comparison; NaN where it says nothing.
+
+        ``"plugin"`` is the paper's estimate on the same draws and no certificate. ``"certified"`` is ``curve``.
+        """
+        delta = _distances(eps) / self.sigma
+        found = {"plugin": mean_bound(self.mean, delta)}
+        if self.lower is not None:
+            found["mean"] = mean_bound(self.lower, delta)
+        if self.band is not None:
+            found["distribution"] = self.band.bound(delta)
+        if not self.is_estimate:
+            found["certified"] = self._bound(_distances(eps))
+        return {name: np.where(value >= 0, value, np.nan) for name, value in found.items()}
+
     def radius(self, threshold: float = 0.5) -> float | None:
         """The largest l2 distance at which the certified cosine is at least ``threshold``.
 

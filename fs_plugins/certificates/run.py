@@ -18,7 +18,7 @@ from fs_plugins.certificates.bounds import pilot_threshold
 from fs_plugins.certificates.certificate import Certificate, Method
 from fs_plugins.certificates.sampling import Sampler
 from fs_plugins.errors import SettingError
-from fs_plugins.identity import fingerprint
+from fs_plugins.identity import fingerprint, is_readable
 from fs_plugins.smoothing import FeatureSmoother
 
 LOOKS = (0.125, 0.25, 0.5, 1.0)
@@ -95,11 +95,10 @@ def certify_image(
     """
     if smoother.sigma <= 0:
         raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
-    sampler = Sampler(smoother, image, key=key, rows=rows)
+    sampler = Sampler(smoother, image, key=key, rows=rows, advance=advance)
     if plan.pilot:
         delta = (plan.target or smoother.sigma) / smoother.sigma
         sampler.t0 = pilot_threshold(sampler.pilot(plan.pilot), n=plan.n, delta=delta)
-        advance(plan.pilot)
     described = {
         "image_shape": tuple(image.shape),
         "readouts": tuple(readout.name for readout in smoother.call.readouts),
@@ -110,7 +109,6 @@ def certify_image(
     drawn = 0
     for look in plan.looks:
         sampler.extend(look - drawn)
-        advance(look - drawn)
         drawn = look
         certificate = Certificate.from_scores(
             sampler.scores,
@@ -128,10 +126,9 @@ def certify_image(
 
 
 def encoder_of(smoother: FeatureSmoother) -> tuple[float, ...] | None:
-    """The encoder's fingerprint, None where its weights cannot be read (offloaded)."""
-    if any(parameter.is_meta for parameter in smoother.call.module.parameters()):
-        return None
-    return fingerprint(smoother.call.module)
+    """The encoder's fingerprint, None where its weights cannot be read (offloaded, quantised)."""
+    module = smoother.call.module
+    return fingerprint(module) if is_readable(module) else None
 
 
 def unrelated(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 32) -> float | None:

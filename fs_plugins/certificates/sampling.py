@@ -6,6 +6,7 @@ Memory holds one forward's features, the scores and one running sum, whatever n 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,15 +28,24 @@ class Sampler:
         key: bytes from which the draws follow; the same key and image give the same draws.
         rows: draws per forward of the encoder. Bounds memory; which numbers are drawn does not depend on it.
         reference: (E,) unit vector; by default the plain encoder's feature of the clean image.
+        advance: told of draws as they are made.
 
     Raises:
         ModelError: the clean image's feature is zero or not finite, so that there is no direction to certify.
     """
 
     def __init__(
-        self, smoother: FeatureSmoother, image: Tensor, *, key: bytes, rows: int = 32, reference: Tensor | None = None
+        self,
+        smoother: FeatureSmoother,
+        image: Tensor,
+        *,
+        key: bytes,
+        rows: int = 32,
+        reference: Tensor | None = None,
+        advance: Callable[[int], None] = lambda draws: None,
     ) -> None:
         self.smoother = smoother
+        self.advance = advance
         self.image = image.detach().float()
         self.rows = rows
         self.reference = self._clean() if reference is None else reference
@@ -87,6 +97,7 @@ class Sampler:
         shape, device = self.image.shape, self.image.device
         noise = torch.stack([torch.randn(shape, generator=generator, device=device) for _ in range(size)])
         units, finite = self._units(noise)
+        self.advance(size)
         return units, (units.double() @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
 
     def _units(self, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,9 +43,20 @@ class ImageFolder(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """(3, H, W) fp32 in [0, 1]."""
-        try:
-            with Image.open(self.paths[index]) as image:
-                height, width = self.size
-                return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
-        except (UnidentifiedImageError, OSError) as error:
-            raise SettingError(f"{self.paths[index]} is not a readable image: {error}") from None
+        return read(self.paths[index], self.size)
+
+
+def read(path: Path, size: tuple[int, int]) -> Tensor:
+    """A PNG or JPEG, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
+
+    Raises:
+        SettingError: no such file, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            height, width = size
+            return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        raise SettingError(f"There is no file {path}.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise SettingError(f"{path} is not a readable image: {error}") from None
