@@ -205,6 +205,14 @@ def _choose(
                 f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there is "
                 "no processor beside the checkpoint. Pass processor=<the model's processor or a PixelSpace>."
             )
+    inside = set(model.modules())
+    for call in calls:
+        for part in (call.module, call.grad_scope):
+            if part is not None and part not in inside:
+                raise PluginError(
+                    f"Adapter {name!r} points at a {type(part).__name__} that is no submodule of {type(model).__name__} (kept in "
+                    "a list?), so smoothing could not be found again to undo it. Register it as a submodule."
+                )
     psms = list(psm) if isinstance(psm, list | tuple) else [psm] * len(calls)
     if len(psms) != len(calls):
         raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
@@ -247,6 +255,7 @@ def certify(
     processor: Any = None,
     adapter: str | None = None,
     encoder: int = 0,
+    background: Sequence[Tensor] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Certificate]:
     """Prove how far the smoothed feature of each image can turn within an l2 ball around it.
@@ -269,6 +278,7 @@ def certify(
         out: a JSON-lines file that gets a row as each image is finished. A run that was interrupted goes on from it
             and gives the same certificates.
         encoder: which vision encoder of a model that has several.
+        background: images for ``Certificate.unrelated``; the certified ones if left out.
         advance: called with the number of draws as they are made, for progress bars.
 
     Returns:
@@ -285,40 +295,61 @@ def certify(
     named = images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
     _, [(call, found, level)] = _choose(model, psm, sigma, processor, adapter, only=encoder)
     smoother = FeatureSmoother(call, psm=found, sigma=level)
-    device = next(call.module.parameters()).device
+    if any(part.training for part in call.module.modules()):
+        raise ModelError(
+            "The vision encoder is in training mode, where its features are random. Call model.eval() first."
+        )
+    if level <= 0:
+        raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
     for name, image in named.items():
         _check_image(name, image, smoother)
-    background = unrelated(smoother, [image.to(device) for image in named.values()])
+    among = list(named.values()) if background is None else background
+    apart = unrelated(smoother, [_beside(image, call) for image in among])
     key = secrets.token_bytes(32) if seed is None else f"certificate seed {seed}".encode()
-    settings = {**asdict(plan), "sigma": level, "psm": found.config.name if found else None, "seed": seed}
-    ledger = Ledger(out, settings, key) if out is not None else None
     identity = encoder_of(smoother)
+    settings = {
+        **asdict(plan),
+        "sigma": level,
+        "seed": seed,
+        "psm": (found.config.name, found.config.weights_sha256) if found else None,
+        "encoder": (encoder, call.architecture, identity),
+        "readouts": [readout.name for readout in call.readouts],
+        "pixels": (call.pixels.mean, call.pixels.std),
+    }
+    ledger = Ledger(out, settings, key) if out is not None else None
     certificates = []
     for name, image in named.items():
-        if ledger is not None and name in ledger.done:
-            certificates.append(ledger.done[name])
+        if ledger is not None and (kept := ledger.kept(name, image)) is not None:
+            certificates.append(kept)
             continue
         certificate = certify_image(
             smoother,
-            image.to(device),
+            _beside(image, call),
             plan,
             key=ledger.key if ledger is not None else key,
             rows=chunk_size,
             advance=advance or (lambda draws: None),
             encoder=identity,
-            unrelated=background,
+            unrelated=apart,
             seed=f"seed {seed}" if seed is not None else FRESH,
         )
         if ledger is not None:
-            ledger.add(name, certificate)
+            ledger.add(name, image, certificate)
         certificates.append(certificate)
     return certificates
 
 
+def _beside(image: Tensor, call: VisionCall) -> Tensor:
+    """The image where the encoder's weights are; where it is, if they are offloaded."""
+    device = next((parameter.device for parameter in call.module.parameters()), image.device)
+    return image if device.type == "meta" else image.to(device)
+
+
 def _check_image(name: str, image: Tensor, smoother: FeatureSmoother) -> None:
     size = smoother.call.image_size
-    if image.ndim != 3 or size not in (None, tuple(image.shape[-2:])):
-        wanted = f"(3, {size[0]}, {size[1]})" if size else "(3, H, W)"
+    channels = len(smoother.call.pixels.mean)
+    if image.ndim != 3 or len(image) != channels or size not in (None, tuple(image.shape[-2:])):
+        wanted = f"({channels}, {size[0]}, {size[1]})" if size else f"({channels}, H, W)"
         raise SettingError(
             f"Image {name} must be {wanted} at the resolution the encoder sees, got {tuple(image.shape)}."
         )
@@ -341,9 +372,11 @@ def status(model: nn.Module) -> Status:
         return Status(enabled=False)
     model_calls = sum(witness.calls for witness in witnesses)
     problems = []
-    if model_calls and not any(hook.calls for hook in hooks):
+    smoothed = sum(hook.calls for hook in hooks)
+    if model_calls > smoothed:
+        often = f"smoothed only {smoothed} times" if smoothed else "never smoothed"
         problems.append(
-            f"the model was called with pixels {model_calls} times and its vision encoder was never smoothed; "
+            f"the model was called with pixels {model_calls} times and its vision encoder was {often}; "
             "the encoder was replaced or is bypassed. Disable and enable again"
         )
     problems += [f"{hook.non_finite} draws were not finite" for hook in hooks if hook.non_finite]

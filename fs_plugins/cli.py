@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -107,7 +108,7 @@ def certify(
     ] = "demo",
     psm: Annotated[str, typer.Option(help='"auto", "none" for plain smoothing, a PSM folder or hub id.')] = "auto",
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 1000,
+    n: Annotated[int, typer.Option("--n", "--draws", min=1, help="Draws per image.")] = 1000,
     alpha: Annotated[float, typer.Option(help="Each certificate may be wrong with this probability.")] = 1e-3,
     method: Annotated[str, typer.Option(help="best, distribution, mean or plugin (the paper's estimate).")] = "best",
     target: Annotated[float | None, typer.Option(help="An l2 radius at which to stop early.")] = None,
@@ -120,17 +121,18 @@ def certify(
 ) -> None:
     """How far each image's smoothed feature can turn under attack: a table, JSON lines, and a plot.
 
-    An interrupted run goes on from OUT/certificates.jsonl.
+    An interrupted run goes on from OUT. Under torchrun or accelerate launch the images are shared among the processes.
     """
     with _errors_for_people():
         _needs("transformers", "matplotlib")
         _quieten()
         import fs_plugins
         from fs_plugins.certificates import plot
-        from fs_plugins.certificates.run import Plan
+        from fs_plugins.certificates.run import Plan, merge
 
         plan = Plan(n=n, alpha=alpha, method=method, target=target, threshold=threshold)  # type: ignore[arg-type]
-        loaded = _load_any(model)
+        rank, processes, wait = _processes()
+        loaded = _load_any(model).to(_device())
         wanted = fs_plugins.vision_call(loaded).image_size or ((size, size) if size else None)
         if wanted is None:
             raise errors.SettingError("This encoder takes images of any size: say which with --size.")
@@ -139,22 +141,43 @@ def certify(
             "n": n, "alpha": alpha, "method": method, "target": target, "threshold": threshold,
             "psm": None if psm == "none" else psm, "sigma": sigma,
         }  # fmt: skip
-        draws = len(pictures) * (n + plan.pilot)
-        estimate = draws * _seconds_per_draw(
-            lambda advance: fs_plugins.certify(
-                loaded, next(iter(pictures.values()))[None], **{**settings, "n": 96, "target": None}, advance=advance
+        rows = out / "certificates.jsonl"
+        if processes > 1 and seed is None:
+            raise errors.SettingError("Several processes need --seed, so that their draws are one run's.")
+        mine = {name: picture for i, (name, picture) in enumerate(pictures.items()) if i % processes == rank}
+        parts = [out / f"certificates.{i + 1}-of-{processes}.jsonl" for i in range(processes)]
+        draws = len(mine) * (n + plan.pilot)
+        if rank == 0:
+            estimate = draws * _seconds_per_draw(
+                lambda advance: fs_plugins.certify(
+                    loaded, next(iter(mine.values()))[None], **{**settings, "n": 96, "target": None}, advance=advance
+                )
             )
-        )
-        console.print(f"{len(pictures)} images, {draws:,} draws: about {_duration(estimate)}.", highlight=False)
+            console.print(
+                f"{len(pictures)} images, {len(pictures) * (n + plan.pilot):,} draws: about {_duration(estimate)}.",
+                highlight=False,
+            )
         with _progress() as track:
             bar = track("draws", draws)
             told = fs_plugins.certify(
-                loaded, pictures, **settings, seed=seed, out=out / "certificates.jsonl", advance=lambda d: bar(d)
+                loaded,
+                mine,
+                **settings,
+                seed=seed,
+                out=parts[rank] if processes > 1 else rows,
+                background=list(pictures.values()),
+                advance=bar,
             )
+        certificates = dict(zip(mine, told, strict=True))
+        if processes > 1:
+            wait()
+            if rank > 0:
+                return
+            certificates = merge(parts, rows, list(pictures))
         picture = out / "certificates.png"
-        plot.draw(told, picture)
-        _show_certificates(dict(zip(pictures, told, strict=True)), threshold)
-        console.print(f"\nWritten: {out / 'certificates.jsonl'} and {picture}", soft_wrap=True)
+        plot.draw(list(certificates.values()), picture)
+        _show_certificates(certificates, threshold)
+        console.print(f"\nWritten: {rows} and {picture}", soft_wrap=True)
 
 
 @app.command()
@@ -206,7 +229,6 @@ def main() -> None:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from fs_plugins.demo import assets
@@ -217,7 +239,13 @@ def _load(name: str) -> tuple[Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         raise errors.ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.eval().to(_device()), processor
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load_any(name: str) -> Any:
@@ -341,6 +369,17 @@ def _show_certificates(certificates: dict[str, Any], threshold: float) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _processes() -> tuple[int, int, Any]:
+    """Which of how many processes this is, and how to wait for the others (``torchrun``, ``accelerate launch``)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 0, 1, lambda: None
+    _needs("accelerate")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=_device() == "cpu")
+    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def _seconds_per_draw(certify: Any) -> float:

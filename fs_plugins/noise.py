@@ -45,7 +45,8 @@ class NoiseSource(Pickled):
     from a secret key and its content, so that a repeated call sees the same noise; who can query the
     model at will can then also search it, so prefer ``"call"`` unless the caller recomputes the tower.
     ``seed`` makes either reproducible (the k-th call after construction, or the key); without it
-    the entropy comes from the operating system, not from torch's global generator.
+    the entropy comes from the operating system, not from torch's global generator. Mind that torch's CPU generator
+    keeps 32 bits of a seed, so an image's draws are one of 2^32 sets there.
     """
 
     _fresh = (("_lock", threading.Lock),)

@@ -165,7 +165,7 @@ class SmoothingHook(_Hook):
 
 
 class Witness(_Hook):
-    """Counts the model's own calls that carry pixels, so that ``status`` can tell a bypassed encoder."""
+    """Counts the model's own calls that carried pixels and succeeded, so that ``status`` can tell a bypassed encoder."""
 
     _fresh = (("_lock", threading.Lock),)
 
@@ -175,10 +175,10 @@ class Witness(_Hook):
         self._lock = threading.Lock()
 
     def attach(self, model: nn.Module) -> None:
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, with_kwargs=True)
 
     @torch.compiler.disable
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         _, given = named_arguments(module, None, args, kwargs)
         if any(given.get(name) is not None for name in self.arguments) and not is_direct():
             with self._lock:
@@ -293,7 +293,7 @@ def hooks_of(model: nn.Module) -> tuple[list[SmoothingHook], list[Witness]]:
     smoothing: dict[int, SmoothingHook] = {}
     witnesses: dict[int, Witness] = {}
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, SmoothingHook):
                 smoothing[id(owner)] = owner

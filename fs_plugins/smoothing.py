@@ -63,8 +63,8 @@ class FeatureSmoother(Pickled):
 
     What is served is the mean of the draws' unit embeddings, scaled to the draws' mean length:
     draw i's features z_i (purified, encoded, mapped) are averaged with weights proportional to
-    1/||embed(z_i)||, one weight per draw and image. Every other field of the output is the plain mean
-    over draws, so nothing that the module returns has escaped smoothing. A draw of zero or non-finite
+    1/||embed(z_i)||, one weight per draw and image. Every other field of the output with a row per image is the
+    plain mean over draws, so that none of them has escaped smoothing. A draw of zero or non-finite
     length has weight 0.
 
     Args:
@@ -281,7 +281,14 @@ class _Mean:
             )
         direction = self.smoother.call.embed(self.units).norm(dim=-1)
         scale = lengths.nanmean(0) / direction.where(direction > 0, 1.0)
-        output = map_tensors([self.output, self.dtypes], lambda pair: pair[0].to(pair[1]))
+        output = self.output
+        if self.non_finite:  # draws that were left out count in no average
+            counted = self.smoother.n0 / lengths.isfinite().sum(0)
+            output = map_tensors(
+                [output],
+                lambda one: one[0] * _column(counted, one[0]) if _batched(one[0], len(counted)) else one[0],
+            )
+        output = map_tensors([output, self.dtypes], lambda pair: pair[0].to(pair[1]))
         for readout in self.smoother.call.readouts:
             value = self.units[readout.name]
             smoothed = torch.where(_column(direction > 0, value), value * _column(scale, value), 0.0)

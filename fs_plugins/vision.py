@@ -86,6 +86,12 @@ class PixelSpace:
                 f"{type(processor).__name__} has do_rescale=False, so it does not say how its pixels relate to "
                 "[0, 1]. Pass a PixelSpace(mean=..., std=...) that does."
             )
+        factor = getattr(images, "rescale_factor", None)
+        if factor is not None and abs(float(factor) * 255 - 1) > 1e-3:
+            raise SettingError(
+                f"{type(processor).__name__} rescales pixels by {factor} instead of 1/255, so its mean and std are not in [0, 1] "
+                "units. Pass a PixelSpace(mean=..., std=...) in [0, 1] units."
+            )
         return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source, size=_size(images))
 
     def to_unit(self, pixels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from conftest import TinyEncoder, make_llava, make_psm, tiny_call
 
 import fs_plugins
 from fs_plugins import Certificate, FeatureSmoother, ModelError, SettingError
-from fs_plugins.certificates.run import Ledger, Plan, certify_image
+from fs_plugins.certificates.run import Ledger, Plan, certify_image, merge
 from fs_plugins.certificates.sampling import Sampler
 
 SIGMA = 0.25
@@ -194,6 +194,45 @@ def test_a_ledger_of_another_run_is_refused(tmp_path):
         Ledger(path, {}, b"key")
 
 
+def test_rows_of_another_model_or_another_image_are_never_handed_out(images, tmp_path):
+    settings = {"n": 20, "psm": None, "sigma": 0.1, "seed": 0, "out": tmp_path / "rows.jsonl"}
+    fs_plugins.certify(make_llava(), images[:1], **settings)
+    other = make_llava()
+    with torch.no_grad():
+        next(other.model.vision_tower.parameters()).add_(0.5)
+    with pytest.raises(SettingError, match=r"other settings \(encoder\)"):
+        fs_plugins.certify(other, images[:1], **settings)
+    with pytest.raises(SettingError, match="another image called 0"):
+        fs_plugins.certify(make_llava(), images[1:2], **settings)
+
+
+def test_a_foreign_file_is_never_overwritten(images, tmp_path):
+    for text in ("precious single line", "precious\nlines\n"):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(SettingError, match="not a file of certificates"):
+            fs_plugins.certify(make_llava(), images, n=10, psm=None, sigma=0.1, out=tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 2.0}, {"method": "bogus"}, {"threshold": 7.0, "target": 0.1}, {"sigma": 0}]
+)
+def test_bad_settings_cost_no_draw_and_leave_no_file(images, tmp_path, wrong):
+    drawn = []
+    settings = {"n": 10, "psm": None, "sigma": 0.1, **wrong}
+    with pytest.raises(SettingError):
+        fs_plugins.certify(make_llava(), images, **settings, out=tmp_path / "rows.jsonl", advance=drawn.append)
+    assert not drawn
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_an_encoder_in_training_mode_is_refused(images):
+    llava = make_llava()
+    llava.model.vision_tower.train()
+    with pytest.raises(ModelError, match="vision encoder is in training mode"):
+        fs_plugins.certify(llava, images, psm=None, sigma=0.25)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -216,6 +255,7 @@ def test_bad_settings_are_refused(images, wrong, message):
     [
         (lambda x: x * 255, r"floating point in \[0, 1\]"),
         (lambda x: x[..., :8], r"must be \(3, 16, 16\)"),
+        (lambda x: x[:1], r"must be \(3, 16, 16\)"),
         (lambda x: (x * 255).byte(), "floating point"),
     ],
 )
@@ -227,3 +267,49 @@ def test_bad_images_are_refused_by_name(images, spoil, message):
 def test_a_model_in_training_mode_is_refused(images):
     with pytest.raises(ModelError, match="training mode"):
         fs_plugins.certify(make_llava().train(), images, psm=None, sigma=0.25)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_certificates_as_one(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from fs_plugins.demo import world
+
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        world.scene("heldout", i).draw().save(tmp_path / "pictures" / f"{i}.png")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    command = ["fs_plugins.cli", "certify", str(tmp_path / "pictures"), "--draws", "50"]
+
+    def run(start, *options):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*start, *command, *options], capture_output=True, text=True, env=environment)
+
+    one = run([sys.executable, "-m"], "--seed", "0", "--out", str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr
+    two = run(launch, "--seed", "0", "--out", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    rows = [(tmp_path / out / "certificates.jsonl").read_text() for out in ("one", "two")]
+    assert rows[0] == rows[1]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["certificates.jsonl", "certificates.png"]
+    unseeded = run(launch, "--out", str(tmp_path / "three"))
+    assert unseeded.returncode != 0, "there were not two processes"
+    assert "Several processes need --seed" in " ".join((unseeded.stdout + unseeded.stderr).split())
+
+
+def test_rows_of_several_processes_are_merged_in_order_or_refused(images, tmp_path):
+    llava = make_llava()
+    named = dict(zip("abc", images, strict=True))
+    settings = {"n": 20, "psm": None, "sigma": 0.1, "seed": 3, "background": list(images)}
+    whole = fs_plugins.certify(llava, named, **settings, out=tmp_path / "whole.jsonl")
+    parts = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    fs_plugins.certify(llava, {"a": images[0], "c": images[2]}, **settings, out=parts[0])
+    fs_plugins.certify(llava, {}, **settings, out=parts[1])
+    with pytest.raises(SettingError, match="No process certified b"):
+        merge(parts, tmp_path / "merged.jsonl", list(named))
+    fs_plugins.certify(llava, {"b": images[1]}, **settings, out=parts[1])
+    assert list(merge(parts, tmp_path / "merged.jsonl", list(named)).values()) == whole
+    assert (tmp_path / "merged.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not any(part.exists() for part in parts)

@@ -143,6 +143,22 @@ def test_status_of_a_bypassed_encoder_warns(llava, images):
             assert "never smoothed" in str(handle.status())
 
 
+def test_status_tells_an_encoder_that_is_bypassed_now_and_then(llava, images):
+    with fs_plugins.enable(llava, **PLAIN) as handle:
+        logits(llava, images)
+        assert not handle.status().warnings
+
+        class Bypass(list):
+            pooler_output = property(list)
+
+        llava.model.get_image_features = lambda **_: Bypass(torch.zeros(len(images), 16, 32))
+        logits(llava, images)
+        with pytest.warns(
+            FSPluginsWarning, match="called with pixels 2 times and its vision encoder was smoothed only 1"
+        ):
+            handle.status()
+
+
 def test_status_speaks_to_people(llava, images):
     assert "not enabled" in str(fs_plugins.status(llava))
     with fs_plugins.enable(llava, **PLAIN) as handle:
@@ -367,6 +383,13 @@ def test_bad_pixels_are_refused_at_the_call_and_the_next_call_is_fine(llava, ima
                 consumed(llava, wrong)
         consumed(llava, images)
         assert handle.status().vision[0].calls == 1
+
+
+def test_a_call_that_was_refused_is_no_bypass(llava, images):
+    with fs_plugins.enable(llava, **PLAIN) as handle:
+        with pytest.raises(PixelError):
+            logits(llava, images * 255)
+        assert not handle.status().warnings
 
 
 def test_another_resolution_is_refused_where_a_psm_is_tied_to_one(llava):

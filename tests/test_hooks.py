@@ -82,6 +82,23 @@ def test_an_encoder_called_with_other_names_is_an_error_never_unprotected(manage
         encoder(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_vision_module_that_is_no_part_of_the_model_is_refused(manager):
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = [TinyEncoder()]
+
+    hooks.register(
+        manager,
+        plugin(fs_vision_call=lambda model: tiny_call(model.tower[0]) if isinstance(model, Hidden) else None),
+        "hidden",
+    )
+    model = Hidden().eval()
+    with pytest.raises(PluginError, match="'hidden' points at a TinyEncoder that is no submodule of Hidden"):
+        fs_plugins.enable(model, psm=None, sigma=0.25)
+    assert not model.tower[0]._forward_pre_hooks
+
+
 @pytest.mark.parametrize("answer", ["a string", [], [1]])
 def test_an_adapter_that_answers_nonsense_is_named(manager, answer):
     hooks.register(manager, plugin(fs_vision_call=lambda model: answer), "nonsense")

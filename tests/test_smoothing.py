@@ -168,6 +168,22 @@ def test_non_finite_draws_are_left_out_and_counted():
     assert (tally.images, tally.draws, tally.non_finite) == (1, 4, 1)
 
 
+def test_draws_that_are_left_out_count_in_no_average():
+    class Fragile(TinyEncoder):
+        def forward(self, pixel_values):
+            output = super().forward(pixel_values)
+            tokens = output["tokens"].clone()
+            tokens[1] = float("nan")
+            return {"tokens": tokens, "extra": torch.ones(len(pixel_values), 2)}
+
+    smoother = FeatureSmoother(tiny_call(Fragile()), psm=None, sigma=0.25, n0=4, noise="iid", chunk_size=8)
+    steps = smoother.passes([whole(smoother, batch(2))], torch.float32, Tally())
+    step = next(steps)
+    with pytest.raises(StopIteration) as stop:
+        steps.send(smoother.call.forward(step.pixels))
+    assert torch.allclose(stop.value.value[0]["extra"], torch.ones(2, 2))
+
+
 def test_an_image_without_one_finite_draw_is_an_error_not_a_zero():
     with pytest.raises(ModelError, match="bfloat16"):
         switched(lambda i, row: torch.full((4, 6), float("inf"))).smooth(batch(1))

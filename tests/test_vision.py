@@ -47,6 +47,8 @@ def test_pixel_space_reads_a_processor_and_says_what_it_misses():
         PixelSpace.from_processor(object())
     with pytest.raises(SettingError, match="do_rescale=False"):
         PixelSpace.from_processor(types.SimpleNamespace(image_mean=[0.5], image_std=[0.5], do_rescale=False))
+    with pytest.raises(SettingError, match="instead of 1/255"):
+        PixelSpace.from_processor(types.SimpleNamespace(image_mean=[0.5], image_std=[0.5], rescale_factor=1 / 127.5))
     with pytest.raises(SettingError, match="positive"):
         PixelSpace((0.5,), (0.0,))
     with pytest.raises(SettingError, match="one mean and one std"):

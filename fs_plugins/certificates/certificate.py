@@ -31,7 +31,10 @@ from fs_plugins.noise import Noise
 
 Method = Literal["plugin", "mean", "distribution", "best"]
 
-PIXELS = "l2 distance in [0, 1] pixels of the tensor the vision call receives: after resizing, before normalisation"
+PIXELS = (
+    "l2 distance in [0, 1] pixels of one image as the encoder sees it (a tile or frame where the model cuts pictures): "
+    "after resizing, before normalisation"
+)
 CLEAN = "the plain encoder's feature of the clean image"
 FRESH = "fresh entropy from the operating system"
 
@@ -81,14 +84,14 @@ class Certificate:
     **The contract.** Let v be the fixed unit ``reference``, m(x') the mean unit feature of the smoothed encoder at
     x' (unit features averaged over N(x', sigma^2 I)), and eps an l2 distance in the certified ``space``. With
     probability at least 1 - alpha over the n draws behind this certificate, at once for every eps and every
-    image x' within eps of the certified one,
+    image x' within eps of the certified one (also one chosen after seeing the draws),
 
         cos(m(x'), v) >= fcsb(eps)   wherever fcsb(eps) is not None,
 
     so that the cosine stays at ``threshold`` or above within ``radius(threshold)``. None means that nothing is
     promised, never that something bad happens. The statement is about the infinite average m; ``served_fcsb`` is about
     the n0 draws that are really served. It assumes that the draws were i.i.d. Gaussian with standard deviation sigma,
-    that the attacker has not chosen the image after seeing them, and that no pixel was clamped between
+    that the clean image was chosen without knowledge of them, and that no pixel was clamped between
     image + noise and the function that is certified.
 
     ``method`` says how:
@@ -230,12 +233,12 @@ class Certificate:
             SettingError: a negative eps.
         """
         value = float(self._bound(_distance(eps)))
-        return value if value >= 0 else None
+        return value if value > 0 else None
 
     def curve(self, eps: ArrayLike) -> Array:
         """``fcsb`` at many l2 distances at once, of their shape; NaN where nothing is promised."""
         value = self._bound(_distances(eps))
-        return np.where(value >= 0, value, np.nan)
+        return np.where(value > 0, value, np.nan)
 
     def curves(self, eps: ArrayLike) -> dict[str, Array]:
         """What each bound of this certificate says by itself, for comparison; NaN where it says nothing.
@@ -250,7 +253,7 @@ class Certificate:
             found["distribution"] = self.band.bound(delta)
         if not self.is_estimate:
             found["certified"] = self._bound(_distances(eps))
-        return {name: np.where(value >= 0, value, np.nan) for name, value in found.items()}
+        return {name: np.where(value > 0, value, np.nan) for name, value in found.items()}
 
     def radius(self, threshold: float = 0.5) -> float | None:
         """The largest l2 distance at which the certified cosine is at least ``threshold``.
@@ -264,7 +267,9 @@ class Certificate:
             raise SettingError(
                 f"threshold is a cosine that can be certified, in [0, 1] (0.5 is usual), got {threshold}."
             )
-        delta = furthest(lambda delta: float(self._bound(np.array(delta * self.sigma))), threshold)
+        # At 0 itself nothing is promised.
+        level = max(threshold, float(np.finfo(np.float64).tiny))
+        delta = furthest(lambda delta: float(self._bound(np.array(delta * self.sigma))), level)
         return None if delta is None else delta * self.sigma
 
     def linf_radius(self, threshold: float = 0.5) -> float | None:
@@ -308,7 +313,7 @@ class Certificate:
                 'Make the certificate with method="best" or "distribution".'
             )
         value = served_quantile(self.band, float(_distance(eps)) / self.sigma, n0, beta, noise)
-        return value if value >= 0 else None
+        return value if value > 0 else None
 
     def to_json(self) -> str:
         """All of the certificate on one line; floats keep every digit."""
@@ -536,6 +541,12 @@ def _check(sigma: float, alpha: float, share: float) -> None:
             f"sigma must be a finite number > 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}. "
             "Without noise nothing can be certified."
         )
+
+
+def check_settings(*, alpha: float, method: str) -> None:
+    """Refuse an alpha or a method that no certificate can have, before anything is drawn."""
+    _check(1.0, alpha, 1.0)
+    _check_method(method, None)
 
 
 def _check_method(method: Any, angular: Angular | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.certificates.bounds import pilot_threshold
-from fs_plugins.certificates.certificate import Certificate, Method
+from fs_plugins.certificates.certificate import Certificate, Method, check_settings
 from fs_plugins.certificates.sampling import Sampler
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import fingerprint, is_readable
@@ -50,6 +51,9 @@ class Plan:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        check_settings(alpha=self.alpha, method=self.method)
+        if not 0 <= self.threshold <= 1:
+            raise SettingError(f"threshold is a cosine in [0, 1] (0.5 is usual), got {self.threshold!r}.")
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise SettingError(f"n (draws per image) must be a whole number >= 1, got {self.n!r}.")
         if self.target is not None and not 0 < self.target < math.inf:
@@ -93,8 +97,6 @@ def certify_image(
         SettingError: sigma is 0.
         ModelError: the clean image has no feature to certify.
     """
-    if smoother.sigma <= 0:
-        raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
     sampler = Sampler(smoother, image, key=key, rows=rows, advance=advance)
     if plan.pilot:
         delta = (plan.target or smoother.sigma) / smoother.sigma
@@ -174,8 +176,8 @@ def _hopeless(sampler: Sampler, plan: Plan, share: float) -> bool:
 class Ledger:
     """A JSON-lines file with one flushed row per finished image, so that an interrupted run goes on where it stopped.
 
-    The first row holds the settings and the key of the draws; a file of other settings is refused. A row cut off in
-    the middle of writing is dropped.
+    The first row holds the settings and the key of the draws; a file of other settings is refused, as is a row of another
+    image by the same name. A row cut off in the middle of writing is dropped.
 
     Raises:
         SettingError: the file exists and is of another run, or is no ledger.
@@ -183,20 +185,23 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], key: bytes) -> None:
         self.path = Path(path)
-        self.done: dict[str, Certificate] = {}
         self.key = key
-        wanted = json.loads(json.dumps(dict(settings)))
-        lines = self.path.read_text().split("\n") if self.path.exists() else []
-        whole = lines[:-1]  # what follows the last line break was never finished
+        self._done: dict[str, tuple[str, Certificate]] = {}
+        wanted = json.loads(json.dumps(dict(settings), default=dict))
+        text = self.path.read_text() if self.path.exists() else ""
+        whole, _, cut = text.rpartition("\n")  # what follows the last line break was never finished
         if not whole:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"settings": wanted, "key": key.hex()}) + "\n")
+            if not '{"settings": '.startswith(cut[:13]):
+                raise SettingError(f"{self.path} is not a file of certificates that certify wrote.")
+            self._replace(json.dumps({"settings": wanted, "key": key.hex()}) + "\n")
             return
         try:
-            head, *rows = map(json.loads, whole)
+            head, *rows = map(json.loads, whole.split("\n"))
             self.key = bytes.fromhex(head["key"])
-            self.done = {row["image"]: Certificate.from_json(json.dumps(row["certificate"])) for row in rows}
             found = head["settings"]
+            for row in rows:
+                certificate = Certificate.from_json(json.dumps(row["certificate"]))
+                self._done[row["image"]] = (row["sha256"], certificate)
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"{self.path} is not a file of certificates that certify wrote: {error}") from None
         if found != wanted:
@@ -204,13 +209,65 @@ class Ledger:
             raise SettingError(
                 f"{self.path} was written with other settings ({', '.join(changed)}). Give another file, or the same settings."
             )
-        if lines[-1]:
-            self.path.write_text("\n".join(whole) + "\n")
+        if cut:
+            self._replace(whole + "\n")
 
-    def add(self, image: str, certificate: Certificate) -> None:
-        row = {"image": image, "certificate": json.loads(certificate.to_json())}
+    def kept(self, name: str, image: Tensor) -> Certificate | None:
+        """The finished certificate of this image, None if there is none.
+
+        Raises:
+            SettingError: there is one by this name, of another image.
+        """
+        if name not in self._done:
+            return None
+        digest, certificate = self._done[name]
+        if digest != _digest(image):
+            raise SettingError(f"{self.path} has a row for another image called {name}. Give another file.")
+        return certificate
+
+    def add(self, name: str, image: Tensor, certificate: Certificate) -> None:
+        """Write a finished row, on disk when this returns."""
+        digest = _digest(image)
+        row = {"image": name, "sha256": digest, "certificate": json.loads(certificate.to_json())}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done[image] = certificate
+        self._done[name] = (digest, certificate)
+
+    def _replace(self, text: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}")
+        fresh.write_text(text)
+        os.replace(fresh, self.path)
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def merge(parts: Sequence[Path], into: Path, order: Sequence[str]) -> dict[str, Certificate]:
+    """Rows that several processes wrote -> one ledger in the order of the images; the parts are removed.
+
+    Raises:
+        SettingError: a part is missing rows, is of another run, or is no ledger.
+    """
+    headers: list[str] = []
+    rows: dict[str, str] = {}
+    for part in parts:
+        head, *lines = part.read_text().splitlines()
+        headers.append(head)
+        rows |= {json.loads(line)["image"]: line for line in lines}
+    if len(set(headers)) > 1:
+        raise SettingError(
+            f"{', '.join(map(str, parts))} were written with different settings; remove them and run again."
+        )
+    missing = [name for name in order if name not in rows]
+    if missing:
+        raise SettingError(f"No process certified {', '.join(missing[:5])}; run the same command again.")
+    fresh = into.with_name(f".{into.name}")
+    fresh.write_text("\n".join([headers[0], *(rows[name] for name in order)]) + "\n")
+    os.replace(fresh, into)
+    for part in parts:
+        part.unlink()
+    return {name: Certificate.from_json(json.dumps(json.loads(rows[name])["certificate"])) for name in order}
