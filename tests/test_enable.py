@@ -143,22 +143,6 @@ def test_status_of_a_bypassed_encoder_warns(llava, images):
             assert "never smoothed" in str(handle.status())
 
 
-def test_status_tells_an_encoder_that_is_bypassed_now_and_then(llava, images):
-    with fs_plugins.enable(llava, **PLAIN) as handle:
-        logits(llava, images)
-        assert not handle.status().warnings
-
-        class Bypass(list):
-            pooler_output = property(list)
-
-        llava.model.get_image_features = lambda **_: Bypass(torch.zeros(len(images), 16, 32))
-        logits(llava, images)
-        with pytest.warns(
-            FSPluginsWarning, match="called with pixels 2 times and its vision encoder was smoothed only 1"
-        ):
-            handle.status()
-
-
 def test_status_speaks_to_people(llava, images):
     assert "not enabled" in str(fs_plugins.status(llava))
     with fs_plugins.enable(llava, **PLAIN) as handle:
