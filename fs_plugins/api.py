@@ -165,8 +165,6 @@ def enable(
         raise ModelError(
             "Smoothing is enabled on this model already. Call fs_plugins.disable(model) first to change it."
         )
-    if model.training:
-        raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
     name, chosen = _choose(model, psm, sigma, processor, adapter)
     observer = _notify if plugin_manager().hook.fs_after_smoothing.get_hookimpls() else None
     hooks = []
@@ -191,6 +189,8 @@ def _choose(
     only: int | None = None,
 ) -> tuple[str, list[tuple[VisionCall, PSM | None, float]]]:
     """The claiming adapter, and for each vision encoder, or ``only`` that one, its call, its PSM and sigma."""
+    if model.training:
+        raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
     name, calls = claim(model, adapter)
     if only is not None:
         if not 0 <= only < len(calls):
@@ -289,8 +289,6 @@ def certify(
         ModelError: no adapter claims the model, it is in training mode, or an image has no feature.
         PSMError, RegistryError, PluginError: see their docstrings.
     """
-    if model.training:
-        raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
     plan = Plan(n=n, alpha=alpha, method=method, angular=angular, target=target, threshold=threshold)
     named = images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
     _, [(call, found, level)] = _choose(model, psm, sigma, processor, adapter, only=encoder)

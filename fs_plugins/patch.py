@@ -270,13 +270,15 @@ def named_arguments(
     module: nn.Module, first: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
     """Names of the positional arguments, and all arguments by name. ``first`` is what we call the first one."""
+    if not args:
+        return [], kwargs
     names = [
         name
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ][: len(args)]
     names += [f"*{i}" for i in range(len(names), len(args))]
-    if args and first is not None:
+    if first is not None:
         names[0] = first
     return names, {**dict(zip(names, args, strict=True)), **kwargs}
 

@@ -77,8 +77,38 @@ class Angular:
             )
 
 
+class _Stored:
+    """A frozen value that is kept as one line of JSON, which says of which ``_kind`` it is."""
+
+    _kind: ClassVar[str]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """All of the certificate on one line; floats keep every digit."""
+        # numpy's numbers, whose item() is Python's, come from samplers.
+        fields = {"certificate": self._kind, "version": _VERSION, **asdict(self)}  # type: ignore[call-overload]
+        return json.dumps(fields, allow_nan=False, default=lambda number: number.item())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The certificate that ``to_json`` wrote; equal to the original.
+
+        Raises:
+            SettingError: not such a line.
+        """
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict) or fields.pop("certificate", None) != cls._kind:
+                raise ValueError(f'it does not say "certificate": "{cls._kind}"')
+            if (version := fields.pop("version", None)) != _VERSION:
+                raise ValueError(f"it has version {version}; this release reads {_VERSION}")
+            return TypeAdapter(cls).validate_python(fields)
+        except (ValueError, ValidationError) as error:
+            raise SettingError(f"This is not a {cls._kind} certificate written by to_json: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
-class Certificate:
+class Certificate(_Stored):
     """How far the smoothed feature of one image can turn under attack.
 
     **The contract.** Let v be the fixed unit ``reference``, m(x') the mean unit feature of the smoothed encoder at
@@ -154,7 +184,7 @@ class Certificate:
     non_finite: int = 0
     unrelated: float | None = None
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    _kind: ClassVar[str] = "features"
 
     def __post_init__(self) -> None:
         _as_tuples(self, "image_shape", "readouts", "encoder")
@@ -315,19 +345,6 @@ class Certificate:
         value = served_quantile(self.band, float(_distance(eps)) / self.sigma, n0, beta, noise)
         return value if value > 0 else None
 
-    def to_json(self) -> str:
-        """All of the certificate on one line; floats keep every digit."""
-        return _line(self, "features")
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The certificate that ``to_json`` wrote; equal to the original.
-
-        Raises:
-            SettingError: not such a line.
-        """
-        return _parsed(cls, text, "features")
-
     def __str__(self) -> str:
         """One line for people."""
         origin = f"{self.method}, n = {self.n}, sigma = {self.sigma:g}"
@@ -369,7 +386,7 @@ class Certificate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionCertificate:
+class PredictionCertificate(_Stored):
     """How far an image can move before a zero-shot or linear classifier's answer may change.
 
     **The contract.** With probability at least 1 - alpha over the n draws behind it, for every image within the l2
@@ -406,7 +423,7 @@ class PredictionCertificate:
     seed: str = FRESH
     non_finite: int = 0
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    _kind: ClassVar[str] = "prediction"
 
     def __post_init__(self) -> None:
         _as_tuples(self, "image_shape", "encoder")
@@ -466,19 +483,6 @@ class PredictionCertificate:
         if self.radius == self.vote_radius:
             return f"the majority vote over noisy draws stays class {self.predicted}"
         return f"the averaged feature's nearest class stays {self.predicted}"
-
-    def to_json(self) -> str:
-        """All of the certificate on one line; floats keep every digit."""
-        return _line(self, "prediction")
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The certificate that ``to_json`` wrote; equal to the original.
-
-        Raises:
-            SettingError: not such a line.
-        """
-        return _parsed(cls, text, "prediction")
 
 
 def _scores(scores: Any, dimensions: int = 1) -> Array:
@@ -561,21 +565,3 @@ def _as_tuples(certificate: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(certificate, name)) is not None:
             object.__setattr__(certificate, name, tuple(value))
-
-
-def _line(certificate: Any, kind: str) -> str:
-    # numpy's numbers, whose item() is Python's, come from samplers.
-    fields = {"certificate": kind, "version": _VERSION, **asdict(certificate)}
-    return json.dumps(fields, allow_nan=False, default=lambda number: number.item())
-
-
-def _parsed(cls: Any, text: str, kind: str) -> Any:
-    try:
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.pop("certificate", None) != kind:
-            raise ValueError(f'it does not say "certificate": "{kind}"')
-        if (version := fields.pop("version", None)) != _VERSION:
-            raise ValueError(f"it has version {version}; this release reads {_VERSION}")
-        return TypeAdapter(cls).validate_python(fields)
-    except (ValueError, ValidationError) as error:
-        raise SettingError(f"This is not a {kind} certificate written by to_json: {error}") from error
