@@ -1,7 +1,7 @@
 """Certified robustness for multimodal models as a plugin: feature-space smoothing of the vision encoder."""
 
-from fs_plugins.api import SmoothingHandle, Status, certify, disable, enable, status, vision_call
-from fs_plugins.certificates import Certificate
+from fs_plugins.api import SmoothingHandle, Status, certify, certify_predictions, disable, enable, status, vision_call
+from fs_plugins.certificates import Certificate, PredictionCertificate
 from fs_plugins.errors import (
     FSPluginsError,
     FSPluginsWarning,
@@ -32,6 +32,7 @@ __all__ = [
     "PixelError",
     "PixelSpace",
     "PluginError",
+    "PredictionCertificate",
     "Readout",
     "RegistryError",
     "SettingError",
@@ -40,6 +41,7 @@ __all__ = [
     "Status",
     "VisionCall",
     "certify",
+    "certify_predictions",
     "disable",
     "enable",
     "hookimpl",

@@ -1,7 +1,8 @@
-"""The verbs on a model: enable, disable, status, certify."""
+"""The verbs on a model: enable, disable, status, certify, certify_predictions."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import warnings
@@ -11,12 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fs_plugins import registry
-from fs_plugins.certificates import Certificate
+from fs_plugins.certificates import Certificate, PredictionCertificate
 from fs_plugins.certificates.certificate import FRESH, Method
-from fs_plugins.certificates.run import Ledger, Plan, certify_image, encoder_of, unrelated
+from fs_plugins.certificates.run import Ledger, Plan, certify_image, certify_prediction, encoder_of, unrelated
 from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
@@ -291,6 +293,87 @@ def certify(
     """
     plan = Plan(n=n, alpha=alpha, method=method, angular=angular, target=target, threshold=threshold)
     named = images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
+    smoother = _road(model, named, psm, sigma, processor, adapter, encoder)
+    among = list(named.values()) if background is None else background
+    apart = unrelated(smoother, [_beside(image, smoother.call) for image in among])
+
+    def one(image: Tensor, **details: Any) -> Certificate:
+        return certify_image(
+            smoother, image, plan, rows=chunk_size, advance=advance or _unheard, unrelated=apart, **details
+        )
+
+    return _each(smoother, named, one, {**asdict(plan), "encoder": encoder}, seed, out)
+
+
+def certify_predictions(
+    model: nn.Module,
+    images: Tensor | Mapping[str, Tensor],
+    directions: Tensor | Mapping[str, Tensor],
+    *,
+    n: int = 1000,
+    alpha: float = 1e-3,
+    target: float | None = None,
+    psm: PSMChoice = "auto",
+    sigma: float | None = None,
+    seed: int | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    out: str | os.PathLike[str] | None = None,
+    processor: Any = None,
+    adapter: str | None = None,
+    encoder: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> list[PredictionCertificate]:
+    """Prove how far each image can move in l2 before a zero-shot or linear classifier's answer may change.
+
+    Args:
+        directions: (K, E), a row a class, or names -> (E,): text embeddings for zero-shot CLIP, or the weight of a linear head
+            without bias on the encoder's embedded feature.
+        target: an l2 radius at which sampling stops early, or as soon as it is out of reach.
+        model, images, n, alpha, psm, sigma, seed, chunk_size, out, processor, adapter, encoder, advance: as for ``certify``.
+
+    Returns:
+        a certificate for each image, in order; its ``radius`` is None where it abstains.
+
+    Raises:
+        SettingError: a value out of range, images of another size or range, fewer than two directions, equal ones, or some of
+            another width than the feature; a file of another run.
+        ModelError, PSMError, RegistryError, PluginError: as for ``certify``.
+    """
+    plan = Plan(n=n, alpha=alpha, target=target)
+    named = images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
+    labels = list(directions) if isinstance(directions, Mapping) else None
+    rays = torch.stack(list(directions.values())) if isinstance(directions, Mapping) else directions
+    if rays.ndim != 2 or len(rays) < 2 or not rays.isfinite().all() or len(rays.unique(dim=0)) < len(rays):
+        raise SettingError(
+            f"directions must be (K, E), finite and different for K >= 2 classes, got {tuple(rays.shape)}"
+            f"{' with equal or non-finite rows' if rays.ndim == 2 and len(rays) > 1 else ''}."
+        )
+    smoother = _road(model, named, psm, sigma, processor, adapter, encoder)
+
+    def one(image: Tensor, **details: Any) -> PredictionCertificate:
+        return certify_prediction(
+            smoother, image, rays, plan, labels=labels, rows=chunk_size, advance=advance or _unheard, **details
+        )
+
+    digest = hashlib.sha256(rays.detach().double().cpu().numpy().tobytes()).hexdigest()
+    settings = {**asdict(plan), "encoder": encoder, "directions": digest, "labels": labels}
+    return _each(smoother, named, one, settings, seed, out)
+
+
+def _unheard(draws: int) -> None:
+    """Nobody watches the progress."""
+
+
+def _road(
+    model: nn.Module,
+    images: Mapping[str, Tensor],
+    psm: PSMChoice,
+    sigma: float | None,
+    processor: Any,
+    adapter: str | None,
+    encoder: int,
+) -> FeatureSmoother:
+    """What is to be certified, after all has been checked that can be without a draw."""
     _, [(call, found, level)] = _choose(model, psm, sigma, processor, adapter, only=encoder)
     smoother = FeatureSmoother(call, psm=found, sigma=level)
     if any(part.training for part in call.module.modules()):
@@ -299,40 +382,45 @@ def certify(
         )
     if level <= 0:
         raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
-    for name, image in named.items():
+    for name, image in images.items():
         _check_image(name, image, smoother)
-    among = list(named.values()) if background is None else background
-    apart = unrelated(smoother, [_beside(image, call) for image in among])
+    return smoother
+
+
+def _each(
+    smoother: FeatureSmoother,
+    images: Mapping[str, Tensor],
+    one: Callable[..., Any],
+    settings: dict[str, Any],
+    seed: int | None,
+    out: str | os.PathLike[str] | None,
+) -> list[Any]:
+    """A certificate by ``one`` for each image, kept in the file ``out`` and taken from it."""
+    call, psm = smoother.call, smoother.psm
     key = secrets.token_bytes(32) if seed is None else f"certificate seed {seed}".encode()
     identity = encoder_of(smoother)
     settings = {
-        **asdict(plan),
-        "sigma": level,
+        **settings,
+        "sigma": smoother.sigma,
         "seed": seed,
-        "psm": (found.config.name, found.config.weights_sha256) if found else None,
-        "encoder": (encoder, call.architecture, identity),
+        "psm": (psm.config.name, psm.config.weights_sha256) if psm else None,
+        "encoder": (settings["encoder"], call.architecture, identity),
         "readouts": [readout.name for readout in call.readouts],
         "pixels": (call.pixels.mean, call.pixels.std),
     }
     ledger = Ledger(out, settings, key) if out is not None else None
     certificates = []
-    for name, image in named.items():
-        if ledger is not None and (kept := ledger.kept(name, image)) is not None:
-            certificates.append(kept)
-            continue
-        certificate = certify_image(
-            smoother,
-            _beside(image, call),
-            plan,
-            key=ledger.key if ledger is not None else key,
-            rows=chunk_size,
-            advance=advance or (lambda draws: None),
-            encoder=identity,
-            unrelated=apart,
-            seed=f"seed {seed}" if seed is not None else FRESH,
-        )
-        if ledger is not None:
-            ledger.add(name, image, certificate)
+    for name, image in images.items():
+        certificate = ledger.kept(name, image) if ledger is not None else None
+        if certificate is None:
+            certificate = one(
+                _beside(image, call),
+                key=ledger.key if ledger is not None else key,
+                encoder=identity,
+                seed=f"seed {seed}" if seed is not None else FRESH,
+            )
+            if ledger is not None:
+                ledger.add(name, image, certificate)
         certificates.append(certificate)
     return certificates
 

@@ -59,13 +59,15 @@ class Weights(_Strict):
 class PSMEntry(_Strict):
     """A trained PSM for one readout of the encoder, or the statement that there is none yet.
 
-    ``path`` is a folder (relative to the registry file, or ``package:`` inside fs_plugins) or a hub id;
-    ``sha256`` covers its config.json and psm.safetensors, in this order.
+    ``sigma`` is what it serves at when nobody asks for another within ``sigma_range``. ``path`` is a folder (relative to
+    the registry file, or ``package:`` inside fs_plugins) or a hub id; ``sha256`` covers its config.json and
+    psm.safetensors, in this order.
     """
 
     readout: str
     state: Literal["shipped", "hub", "not trained yet"]
     sigma: float | None = None
+    sigma_range: tuple[float, float] | None = None
     path: str | None = None
     revision: str | None = None
     sha256: str | None = None
@@ -77,7 +79,25 @@ class PSMEntry(_Strict):
             raise ValueError(f"a PSM that is 'not trained yet' has no {', '.join(given)}")
         if self.state != "not trained yet" and len(given) < 3:
             raise ValueError("a PSM needs sigma, path and sha256, or state: not trained yet")
+        if self.sigma_range is not None and not (
+            self.sigma is not None and 0 < self.sigma_range[0] <= self.sigma <= self.sigma_range[1]
+        ):
+            raise ValueError(f"sigma_range {list(self.sigma_range)} does not hold sigma {self.sigma}")
         return self
+
+    def covers(self, sigma: float | None) -> bool:
+        """Whether there is a PSM that serves at this sigma; None asks for any."""
+        if self.sigma is None or sigma is None:
+            return self.sigma is not None
+        low, high = self.sigma_range or (self.sigma, self.sigma)
+        return low - 1e-9 <= sigma <= high + 1e-9
+
+    @property
+    def sigmas(self) -> str:
+        """What it covers, in words."""
+        if self.sigma_range is None:
+            return f"sigma {self.sigma:g}"
+        return f"sigma {self.sigma_range[0]:g} to {self.sigma_range[1]:g}"
 
 
 class Entry(_Strict):
@@ -157,7 +177,7 @@ class Registry:
         for name in names:
             owner = self.entries[name].psm_of or name
             for psm in self.entries[owner].psms:
-                if psm.path is not None and psm.readout in readouts and sigma in (None, psm.sigma):
+                if psm.readout in readouts and psm.covers(sigma):
                     return Match(name, owner, psm, self._roots[owner])
         raise RegistryError(self._nothing(call, names, readouts, sigma))
 
@@ -187,7 +207,7 @@ class Registry:
 
     def _nothing(self, call: VisionCall, names: list[str], readouts: list[str], sigma: float | None) -> str:
         trained = [
-            f"{name} ({psm.readout}, {entry.architecture.image_size}x{entry.architecture.image_size}, sigma {psm.sigma:g})"
+            f"{name} ({psm.readout}, {entry.architecture.image_size}x{entry.architecture.image_size}, {psm.sigmas})"
             for name, entry in self.entries.items()
             for psm in entry.psms
             if psm.sigma is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -270,20 +270,43 @@ class Certificate(_Stored):
         value = self._bound(_distances(eps))
         return np.where(value > 0, value, np.nan)
 
+    def by(self, method: Method) -> Certificate:
+        """What one of this certificate's bounds says alone, for comparison on the same draws.
+
+        It spends only its own part of alpha (a quarter where "best" was refined, see the class), and has no angular refinement.
+        ``"plugin"`` is the paper's estimate and no certificate.
+
+        Raises:
+            SettingError: this certificate has no such bound.
+        """
+        _check_method(method, None)
+        if method == self.method and self.angular is None:
+            return self
+        inner = self.share / (1 if self.angular is None else 2)
+        own = inner / (2 if self.method == "best" and method != "best" else 1)
+        parts = {
+            "plugin": {"lower": None, "band": None, "share": self.share},
+            "mean": {"lower": self.lower, "band": None, "share": own},
+            "distribution": {"lower": None, "band": self.band, "share": own},
+            "best": {"share": inner},
+        }
+        try:
+            return replace(self, method=method, angular=None, **parts[method])  # type: ignore[arg-type]
+        except SettingError:
+            raise SettingError(
+                f"This certificate was made with method={self.method!r} and has no bound {method!r}."
+            ) from None
+
     def curves(self, eps: ArrayLike) -> dict[str, Array]:
-        """What each bound of this certificate says by itself, for comparison; NaN where it says nothing.
+        """What each bound of this certificate says by itself (see ``by``); NaN where it says nothing.
 
         ``"plugin"`` is the paper's estimate on the same draws and no certificate. ``"certified"`` is ``curve``.
         """
-        delta = _distances(eps) / self.sigma
-        found = {"plugin": mean_bound(self.mean, delta)}
-        if self.lower is not None:
-            found["mean"] = mean_bound(self.lower, delta)
-        if self.band is not None:
-            found["distribution"] = self.band.bound(delta)
-        if not self.is_estimate:
-            found["certified"] = self._bound(_distances(eps))
-        return {name: np.where(value > 0, value, np.nan) for name, value in found.items()}
+        names: list[Method] = ["plugin"]
+        names += ["mean"] if self.lower is not None else []
+        names += ["distribution"] if self.band is not None else []
+        found = {str(name): self.by(name).curve(eps) for name in names}
+        return found if self.is_estimate else {**found, "certified": self.curve(eps)}
 
     def radius(self, threshold: float = 0.5) -> float | None:
         """The largest l2 distance at which the certified cosine is at least ``threshold``.
@@ -403,9 +426,10 @@ class PredictionCertificate(_Stored):
         n: draws.
         alpha: the probability that the certificate may be wrong.
         predicted: the index of the certified class.
+        label: its name, where it has one.
         votes: how many of the n draws predicted it by themselves.
         vote_radius, feature_radius: l2 distances in ``space``, or None.
-        share, space, image_shape, encoder, psm, seed, non_finite: as for ``Certificate``.
+        share, space, image_shape, readouts, encoder, psm, seed, non_finite: as for ``Certificate``.
     """
 
     sigma: float
@@ -415,9 +439,11 @@ class PredictionCertificate(_Stored):
     votes: int
     vote_radius: float | None
     feature_radius: float | None
+    label: str | None = None
     share: float = 1.0
     space: str = PIXELS
     image_shape: tuple[int, ...] | None = None
+    readouts: tuple[str, ...] = ()
     encoder: tuple[float, ...] | None = None
     psm: str | None = None
     seed: str = FRESH
@@ -426,7 +452,7 @@ class PredictionCertificate(_Stored):
     _kind: ClassVar[str] = "prediction"
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "image_shape", "encoder")
+        _as_tuples(self, "image_shape", "readouts", "encoder")
         _check(self.sigma, self.alpha, self.share)
         if self.n < 1 or not 0 <= self.votes <= self.n:
             raise SettingError(f"votes must be between 0 and n, and n >= 1, got {self.votes} votes of {self.n}.")
@@ -475,6 +501,14 @@ class PredictionCertificate(_Stored):
         """The larger of the two radii; ``meaning`` says what holds within it."""
         return max((r for r in (self.vote_radius, self.feature_radius) if r is not None), default=None)
 
+    def __str__(self) -> str:
+        """One line for people."""
+        name = f"class {self.predicted}" if self.label is None else self.label
+        origin = f"n = {self.n}, sigma = {self.sigma:g}, confidence {1 - self.alpha:.6g}"
+        if self.radius is None:
+            return f"certificate ({origin}): {self.meaning}"
+        return f"certificate ({origin}): {name}; {self.meaning} within l2 distance {self.radius:.3f}"
+
     @property
     def meaning(self) -> str:
         """What stays the same within ``radius``, in words."""
@@ -483,6 +517,19 @@ class PredictionCertificate(_Stored):
         if self.radius == self.vote_radius:
             return f"the majority vote over noisy draws stays class {self.predicted}"
         return f"the averaged feature's nearest class stays {self.predicted}"
+
+
+AnyCertificate = Certificate | PredictionCertificate
+
+
+def from_json(text: str) -> AnyCertificate:
+    """The certificate of either kind that ``to_json`` wrote.
+
+    Raises:
+        SettingError: not such a line.
+    """
+    kind = PredictionCertificate if f'"{PredictionCertificate._kind}"' in text[:40] else Certificate
+    return kind.from_json(text)
 
 
 def _scores(scores: Any, dimensions: int = 1) -> Array:

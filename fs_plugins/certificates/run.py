@@ -9,18 +9,28 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fs_plugins.certificates.bounds import pilot_threshold
-from fs_plugins.certificates.certificate import Certificate, Method, check_settings
+from fs_plugins.certificates.bounds import margin_scores, pilot_threshold
+from fs_plugins.certificates.certificate import (
+    Angular,
+    AnyCertificate,
+    Certificate,
+    Method,
+    PredictionCertificate,
+    check_settings,
+    from_json,
+)
 from fs_plugins.certificates.sampling import Sampler
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import fingerprint, is_readable
 from fs_plugins.smoothing import FeatureSmoother
+
+T = TypeVar("T")
 
 LOOKS = (0.125, 0.25, 0.5, 1.0)
 """With a target radius: after which parts of n the certificate is looked at, each at an equal share of alpha."""
@@ -101,28 +111,113 @@ def certify_image(
     if plan.pilot:
         delta = (plan.target or smoother.sigma) / smoother.sigma
         sampler.t0 = pilot_threshold(sampler.pilot(plan.pilot), n=plan.n, delta=delta)
-    described = {
-        "image_shape": tuple(image.shape),
-        "readouts": tuple(readout.name for readout in smoother.call.readouts),
-        "psm": smoother.psm.config.name if smoother.psm else None,
-        **details,
-    }
     share = 1 / len(plan.looks)
-    drawn = 0
-    for look in plan.looks:
-        sampler.extend(look - drawn)
-        drawn = look
-        certificate = Certificate.from_scores(
-            sampler.scores,
+    described = {**_described(smoother, image), **details}
+
+    def certificate(scores: Any, angular: Angular | None) -> Certificate:
+        return Certificate.from_scores(
+            scores,
             sigma=smoother.sigma,
             alpha=plan.alpha,
             method=plan.method,
-            angular=sampler.angular,
+            angular=angular,
             share=share,
             non_finite=sampler.non_finite,
             **described,
         )
-        if plan.target is None or _reached(certificate, plan) or _hopeless(sampler, plan, share):
+
+    def now() -> Certificate:
+        return certificate(sampler.scores, sampler.angular)
+
+    def at_best(left: int) -> Certificate:
+        angular = sampler.angular
+        if angular is not None:
+            # Draws that are the reference itself would cancel none of the orthogonal part, but thin it out.
+            angular = replace(angular, count=angular.count + left, norm=angular.norm * angular.n / plan.n, n=plan.n)
+        return certificate(np.concatenate([sampler.scores, np.ones(left)]), angular)
+
+    def reached(found: Certificate) -> bool:
+        radius = found.radius(plan.threshold)
+        return radius is not None and plan.target is not None and radius >= plan.target
+
+    return _draw(sampler, plan, now, at_best, reached)
+
+
+def certify_prediction(
+    smoother: FeatureSmoother,
+    image: Tensor,
+    directions: Tensor,
+    plan: Plan,
+    *,
+    key: bytes,
+    labels: Sequence[str] | None = None,
+    rows: int = 32,
+    advance: Callable[[int], None] = lambda draws: None,
+    **details: Any,
+) -> PredictionCertificate:
+    """One image's prediction certificate: the class is chosen on pilot draws, the radii come from others.
+
+    Args:
+        directions: (K, E), a row a class: text embeddings, or a linear head's weight.
+        labels: the K classes' names.
+        smoother, image, plan, key, rows, advance, details: as for ``certify_image``; the plan's method, refinement
+            and threshold play no part.
+
+    Raises:
+        SettingError: directions of another width, fewer than two, or two that are equal.
+        ModelError: the clean image has no feature to certify.
+    """
+    sampler = Sampler(smoother, image, key=key, rows=rows, directions=directions, advance=advance)
+    predicted = sampler.favourite(plan.pilot)
+    rays = directions.detach().double().cpu().numpy()
+    described = {**_described(smoother, image), "label": labels[predicted] if labels else None, **details}
+    share = 1 / len(plan.looks)
+
+    def certificate(left: int) -> PredictionCertificate:
+        """With ``left`` further draws that all are as good as can be."""
+        products = sampler.products
+        finite = np.atleast_1d(np.isfinite(products).all(axis=1))
+        margins = margin_scores(np.where(finite[:, None], products, 0.0), rays, predicted)
+        margins[~finite] = -1.0
+        return PredictionCertificate.from_draws(
+            int((products[finite].argmax(axis=1) == predicted).sum()) + left,
+            np.concatenate([margins, np.ones((left, margins.shape[1]))]),
+            predicted=predicted,
+            sigma=smoother.sigma,
+            alpha=plan.alpha,
+            share=share,
+            non_finite=sampler.non_finite,
+            **described,
+        )
+
+    def reached(found: PredictionCertificate) -> bool:
+        return found.radius is not None and plan.target is not None and found.radius >= plan.target
+
+    return _draw(sampler, plan, lambda: certificate(0), certificate, reached)
+
+
+def _described(smoother: FeatureSmoother, image: Tensor) -> dict[str, Any]:
+    return {
+        "image_shape": tuple(image.shape),
+        "readouts": tuple(readout.name for readout in smoother.call.readouts),
+        "psm": smoother.psm.config.name if smoother.psm else None,
+    }
+
+
+def _draw(
+    sampler: Sampler, plan: Plan, now: Callable[[], T], at_best: Callable[[int], T], reached: Callable[[T], bool]
+) -> T:
+    """Draw until the plan's last look, or until a look finds its target reached or out of reach.
+
+    Args:
+        now: the certificate from the draws so far.
+        at_best: what so many further draws, as good as can be, would make of it.
+        reached: whether a certificate reaches the target.
+    """
+    for look in plan.looks:
+        sampler.extend(look - len(sampler.scores))
+        certificate = now()
+        if plan.target is None or reached(certificate) or not reached(at_best(plan.n - look)):
             break
     return certificate
 
@@ -149,30 +244,6 @@ def unrelated(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 3
     return float((cosines.sum() - cosines.trace()) / (len(alike) * (len(alike) - 1)))
 
 
-def _reached(certificate: Certificate, plan: Plan) -> bool:
-    radius = certificate.radius(plan.threshold)
-    return radius is not None and plan.target is not None and radius >= plan.target
-
-
-def _hopeless(sampler: Sampler, plan: Plan, share: float) -> bool:
-    """Whether the target is out of reach even if every draw to come were the reference itself."""
-    drawn = len(sampler.scores)
-    left = plan.n - drawn
-    angular = sampler.angular
-    if angular is not None:
-        # They would cancel none of the orthogonal part, but thin it out.
-        angular = replace(angular, count=angular.count + left, norm=angular.norm * drawn / plan.n, n=plan.n)
-    best = Certificate.from_scores(
-        np.concatenate([sampler.scores, np.ones(left)]),
-        sigma=sampler.smoother.sigma,
-        alpha=plan.alpha,
-        method=plan.method,
-        angular=angular,
-        share=share,
-    )
-    return not _reached(best, plan)
-
-
 class Ledger:
     """A JSON-lines file with one flushed row per finished image, so that an interrupted run goes on where it stopped.
 
@@ -186,7 +257,7 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], key: bytes) -> None:
         self.path = Path(path)
         self.key = key
-        self._done: dict[str, tuple[str, Certificate]] = {}
+        self._done: dict[str, tuple[str, AnyCertificate]] = {}
         wanted = json.loads(json.dumps(dict(settings), default=dict))
         text = self.path.read_text() if self.path.exists() else ""
         whole, _, cut = text.rpartition("\n")  # what follows the last line break was never finished
@@ -200,7 +271,7 @@ class Ledger:
             self.key = bytes.fromhex(head["key"])
             found = head["settings"]
             for row in rows:
-                certificate = Certificate.from_json(json.dumps(row["certificate"]))
+                certificate = from_json(json.dumps(row["certificate"]))
                 self._done[row["image"]] = (row["sha256"], certificate)
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"{self.path} is not a file of certificates that certify wrote: {error}") from None
@@ -212,7 +283,7 @@ class Ledger:
         if cut:
             self._replace(whole + "\n")
 
-    def kept(self, name: str, image: Tensor) -> Certificate | None:
+    def kept(self, name: str, image: Tensor) -> AnyCertificate | None:
         """The finished certificate of this image, None if there is none.
 
         Raises:
@@ -225,7 +296,7 @@ class Ledger:
             raise SettingError(f"{self.path} has a row for another image called {name}. Give another file.")
         return certificate
 
-    def add(self, name: str, image: Tensor, certificate: Certificate) -> None:
+    def add(self, name: str, image: Tensor, certificate: AnyCertificate) -> None:
         """Write a finished row, on disk when this returns."""
         digest = _digest(image)
         row = {"image": name, "sha256": digest, "certificate": json.loads(certificate.to_json())}
@@ -246,7 +317,7 @@ def _digest(image: Tensor) -> str:
     return hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def merge(parts: Sequence[Path], into: Path, order: Sequence[str]) -> dict[str, Certificate]:
+def merge(parts: Sequence[Path], into: Path, order: Sequence[str]) -> dict[str, AnyCertificate]:
     """Rows that several processes wrote -> one ledger in the order of the images; the parts are removed.
 
     Raises:
@@ -270,4 +341,4 @@ def merge(parts: Sequence[Path], into: Path, order: Sequence[str]) -> dict[str, 
     os.replace(fresh, into)
     for part in parts:
         part.unlink()
-    return {name: Certificate.from_json(json.dumps(json.loads(rows[name])["certificate"])) for name in order}
+    return {name: from_json(json.dumps(json.loads(rows[name])["certificate"])) for name in order}

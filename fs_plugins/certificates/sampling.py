@@ -1,6 +1,6 @@
 """Model in, scores out: i.i.d. draws of one image through noise, purifier, encoder and mapper, streamed.
 
-Memory holds one forward's features, the scores and one running sum, whatever n is.
+Memory holds one forward's features, n scores (or n x K products) and one running sum: never n features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fs_plugins.certificates.certificate import Angular
-from fs_plugins.errors import ModelError
+from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.smoothing import FeatureSmoother
 
 
@@ -28,10 +28,12 @@ class Sampler:
         key: bytes from which the draws follow; the same key and image give the same draws.
         rows: draws per forward of the encoder. Bounds memory; which numbers are drawn does not depend on it.
         reference: (E,) unit vector; by default the plain encoder's feature of the clean image.
+        directions: (K, E), the class directions or head rows of a classifier whose ``products`` are wanted too.
         advance: told of draws as they are made.
 
     Raises:
         ModelError: the clean image's feature is zero or not finite, so that there is no direction to certify.
+        SettingError: directions of another width than the feature's.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Sampler:
         key: bytes,
         rows: int = 32,
         reference: Tensor | None = None,
+        directions: Tensor | None = None,
         advance: Callable[[int], None] = lambda draws: None,
     ) -> None:
         self.smoother = smoother
@@ -49,9 +52,16 @@ class Sampler:
         self.image = image.detach().float()
         self.rows = rows
         self.reference = self._clean() if reference is None else reference
+        self.directions = None if directions is None else directions.detach().double().to(self.reference.device)
+        if self.directions is not None and self.directions.shape[1:] != self.reference.shape:
+            raise SettingError(
+                f"directions must be (K, {len(self.reference)}) to be multiplied with this encoder's feature, got "
+                f"{tuple(self.directions.shape)}."
+            )
         self.t0: float | None = None
         self.non_finite = self._near = 0
         self._scores: list[NDArray[np.float64]] = []
+        self._products: list[NDArray[np.float64]] = []
         self._total = torch.zeros_like(self.reference, dtype=torch.float64)
         self._key = key + hashlib.sha256(self.image.cpu().contiguous().numpy().tobytes()).digest()
         self._generator = self._stream("bound")
@@ -60,6 +70,11 @@ class Sampler:
     def scores(self) -> NDArray[np.float64]:
         """(n,) inner products with the reference so far, in [-1, 1]; -1 for a non-finite draw."""
         return np.concatenate(self._scores) if self._scores else np.empty(0)
+
+    @property
+    def products(self) -> NDArray[np.float64]:
+        """(n, K) inner products of unit features with the ``directions``; NaN for a non-finite draw."""
+        return np.concatenate(self._products)
 
     @property
     def angular(self) -> Angular | None:
@@ -74,11 +89,21 @@ class Sampler:
         generator = self._stream("pilot")
         return np.concatenate([self._block(generator, size)[1].cpu().numpy() for size in self._sizes(n)])
 
+    def favourite(self, n: int) -> int:
+        """The class whose direction has the largest product with the average of n pilot draws."""
+        assert self.directions is not None
+        generator = self._stream("pilot")
+        total = torch.stack([self._block(generator, size)[0].double().sum(0) for size in self._sizes(n)]).sum(0)
+        return int((self.directions @ total).argmax())
+
     def extend(self, n: int) -> None:
         """n more draws."""
         for size in self._sizes(n):
             units, products, finite = self._block(self._generator, size)
             self._scores.append(products.cpu().numpy())
+            if self.directions is not None:
+                told = (units.double() @ self.directions.T).where(finite[:, None], torch.nan)
+                self._products.append(told.cpu().numpy())
             self.non_finite += int((~finite).sum())
             if self.t0 is not None:
                 near = finite & (products >= self.t0)

@@ -78,7 +78,7 @@ def train_psm(
             size, all at the one size that the PSM is to serve.
         config: see TrainingConfig.
         name, encoder: written into the PSM's configuration.
-        start: a PSM whose purifier is taken as it is; stage 1 is skipped.
+        start: a PSM whose purifier the training goes on from; with ``purifier_stage.steps = 0`` it is taken as it is.
         report: called after each step.
 
     Raises:
@@ -123,7 +123,7 @@ def train_psm(
             if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
                 raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")
             psm.purifier.load_state_dict(start.purifier.state_dict())
-        elif psm.purifier is not None:
+        if psm.purifier is not None and config.purifier_stage.steps:
             _train_purifier(psm.purifier, call, images, config, report)
         if readouts:
             _train_mapper(psm, call, images, config, report)

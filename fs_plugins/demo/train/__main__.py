@@ -1,6 +1,6 @@
 """Train the embedded world's models: ``python -m fs_plugins.demo.train WHAT --assets FOLDER``.
 
-In this order: clip, llava, purifier, psm-llava, psm-clip, psm-llava-no-purifier. Everything is seeded and runs on
+In this order: clip, llava, purifier, purifier-wider, psm-llava, psm-clip, psm-llava-no-purifier. Everything is seeded and runs on
 a CPU; the folders written are the ones that ship.
 """
 
@@ -16,7 +16,7 @@ from fs_plugins.demo.train.psm import train_parts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ["purifier", "psm-llava", "psm-clip", "psm-llava-no-purifier"]
+    parts = ["purifier", "purifier-wider", "psm-llava", "psm-clip", "psm-llava-no-purifier"]
     parser.add_argument("what", choices=["clip", "llava", *parts])
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("runs/world/train.npy"))

@@ -21,6 +21,9 @@ from fs_plugins.training.data import to_unit
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
+WIDER_STAGE = Stage(steps=1600, batch_size=16, draws=2, lr=6e-4, ema=0.99)
+SIGMAS = (0.25, 0.5)
+"""What one PSM covers: the purifier is trained at the lower one first, then over the range; the mappers over the range."""
 MAPPER_STAGE = Stage(steps=400, batch_size=16, draws=4, lr=2e-3)
 LAMBDA3 = 1.0
 """The paper's 100 drowns the consistency loss here: this tower's features are larger than CLIP-L's."""
@@ -49,18 +52,21 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
         model = LlavaForConditionalGeneration.from_pretrained(assets / "llava").eval()
     else:
         model = build_llava(assets / "clip").eval()
-    stage = PURIFIER_STAGE if what == "purifier" else MAPPER_STAGE
+    stage = {"purifier": PURIFIER_STAGE, "purifier-wider": WIDER_STAGE}.get(what, MAPPER_STAGE)
     stage = replace(stage, steps=steps or stage.steps)
+    alone = what.startswith("purifier")
     config = TrainingConfig(
-        sigma=0.25,
+        sigma=SIGMAS[0],
+        sigma_range=None if what in ("purifier", "psm-llava-no-purifier") else SIGMAS,
         purifier=None if what == "psm-llava-no-purifier" else PURIFIER,
-        mapper=None if what == "purifier" else Part(kind="residual", args={"ratio": 2}),
-        purifier_stage=stage,
+        mapper=None if alone else Part(kind="residual", args={"ratio": 2}),
+        purifier_stage=stage if alone else replace(stage, steps=0),
         mapper_stage=stage,
         lambda3=LAMBDA3,
         seed=seed,
     )
-    start = PSM.from_pretrained(assets / "purifier") if what in ("psm-llava", "psm-clip") else None
+    before = {"purifier-wider": "purifier", "psm-llava": "purifier-wider", "psm-clip": "purifier-wider"}
+    start = PSM.from_pretrained(assets / before[what]) if what in before else None
     call = fs_plugins.vision_call(model)
     images = Scenes(pictures("train", TRAIN_SCENES, cache))
     began = time.time()
@@ -75,4 +81,7 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
     psm.save_pretrained(assets / what, dtype=torch.float16)
     held = torch.stack([to_unit(s.draw()) for s in world.scenes("heldout", 110)])
     scores = {"plain noise": None, "purifier": psm.only(mapper=False), "mapper": psm.only(purifier=False), "both": psm}
-    print(json.dumps({k: robustness_score(call, part, held, config.sigma) for k, part in scores.items()}, indent=2))
+    for sigma in sorted({config.sigma, *(config.sigma_range or ())}):
+        print(
+            f"sigma {sigma}", json.dumps({k: robustness_score(call, part, held, sigma) for k, part in scores.items()})
+        )

@@ -1,0 +1,33 @@
+"""``fs-plugins``: the demo, one question to any model, certificates, and a look at what is installed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from fs_plugins import errors
+from fs_plugins.cli.ask import ask
+from fs_plugins.cli.certify import certify
+from fs_plugins.cli.demo import demo
+from fs_plugins.cli.doctor import doctor
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (demo, ask, certify, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point."""
+    warnings.showwarning = _show_warning
+    app()
+
+
+def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    if issubclass(category, errors.FSPluginsWarning):
+        Console(stderr=True).print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    elif not sys.warnoptions:
+        return

@@ -1,0 +1,94 @@
+"""What every command shares: errors and progress for people, models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fs_plugins import errors
+
+console = Console()
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def source(name: str) -> str:
+    """A model's folder or hub id; "demo" and "demo-clip" are those that ship."""
+    from fs_plugins.demo import assets
+
+    return {"demo": str(assets.LLAVA), "demo-clip": str(assets.CLIP)}.get(name, name)
+
+
+def load(name: str) -> Any:
+    """A transformers model of whatever class its configuration names."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source(name))
+        own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
+        kind = getattr(transformers, own[0]) if own else transformers.AutoModel
+        return kind.from_pretrained(source(name), dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"Cannot load {name!r} with transformers: {error}") from None
+
+
+def needs(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[demo]".')
+
+
+def quieten() -> None:
+    """Keep transformers' loading bars and notices out of a command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def plain_table(*columns: str) -> Table:
+    table = Table(box=HORIZONTALS, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def track(what: str, total: int) -> Any:
+            task = bars.add_task(what, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield track
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    try:
+        yield
+    except errors.FSPluginsError as error:
+        console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None

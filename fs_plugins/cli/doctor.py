@@ -1,0 +1,53 @@
+"""``fs-plugins doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from fs_plugins import errors
+from fs_plugins.cli.base import console, errors_for_people, load, needs, plain_table, quieten
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help='Folder or hub id of a transformers model; "demo" is the one that ships.')
+    ] = None,
+) -> None:
+    """What is installed, which adapters loaded, and what enable would find in a model."""
+    with errors_for_people():
+        from fs_plugins import doctor as consulting
+
+        table = plain_table("framework", "version")
+        for name, number in consulting.frameworks().items():
+            table.add_row(name, number or "[dim]not installed[/]")
+        console.print(table)
+        table = plain_table("plugin", "from", "provides")
+        for plugin in consulting.plugins():
+            provides = ", ".join(plugin.hooks) if plugin.problem is None else f"[red]{escape(plugin.problem)}[/]"
+            table.add_row(plugin.name, f"{plugin.distribution}\n[dim]{escape(plugin.location)}[/]", provides)
+        console.print(table)
+        if model is None:
+            return
+        needs("transformers")
+        quieten()
+        found = consulting.diagnose(load(model))
+        lines = [("model", found.model)]
+        lines += [("claimed by", f"{name}: {rule}") for name, rule in found.rules.items()]
+        for encoder in found.encoders:
+            lines += [
+                ("encoder", f"{encoder.module}, images {encoder.image_size}"),
+                ("mean, std", encoder.pixels),
+                ("features", ", ".join(encoder.readouts)),
+                ("recognised", ", ".join(encoder.recognised) or "no entry of the registry has this encoder"),
+                ("PSM", encoder.psm),
+            ]
+        table = Table(box=None, show_header=False)
+        for what, told in lines:
+            table.add_row(f"[bold]{what}[/]", escape(told))
+        console.print(table)
+        if found.problem:
+            raise errors.ModelError(found.problem)
