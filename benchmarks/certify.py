@@ -1,22 +1,23 @@
 """What certifying costs and what its draws buy: speed beside other samplers, memory, draws needed, radii.
 
-    python benchmarks/certify.py                    # speed, memory, draws needed, arithmetic: about ten minutes
-    python benchmarks/certify.py --only speed       # one of them
-    python benchmarks/certify.py --radii --save radii.npz --scenes 20 --n 10000    # half an hour by itself
-    python benchmarks/certify.py --radii --load radii.npz                          # its tables again, without drawing
+    python benchmarks/certify.py                   # speed, memory, draws needed, arithmetic: some minutes
+    python benchmarks/certify.py --only speed      # one of the four
+    python benchmarks/certify.py --radii --save radii.npz    # half an hour by itself; --load shows the file again
 
-All of it on the embedded demo: its LLaVA's tower, its PSM, its held-out scenes, sigma .25, cosine >= .5, alpha = .001.
+All on the embedded demo: its LLaVA's tower, its PSM, its held-out scenes. Radii are for cosine >= .5 at alpha = .001.
 
-- Speed: draws per second of the certifier's sampler over those of (a) the bare pipeline, (b) a plain loop as published
-  smoothing codes have it, (c) adversarial-robustness-toolbox's randomised smoothing of a zero-shot head on the same
-  pipeline. All take turns in one process, with as many rows per forward; printed are the ratios (median, and the span).
-  (c) needs ``pip install adversarial-robustness-toolbox==1.20.1``, which changes none of the versions in constraints.txt.
+- Speed: draws per second of the certifier's sampler over those of the bare pipeline, of a plain loop as in published
+  smoothing codes, and of adversarial-robustness-toolbox's randomised smoothing of a zero-shot head on the same
+  pipeline. Each is timed in turn with the sampler, in one process, with as many rows per forward; what is printed is
+  the ratio of each pair (median, and the span). The toolbox is no dependency; ``pip install
+  adversarial-robustness-toolbox==1.20.1`` changes no version in constraints.txt.
 - Memory: peak of ``fs_plugins.certify`` in a fresh process for each n (read from /proc: Linux only).
-- Draws needed for one radius, the one that the paper's bound with Hoeffding's inequality certifies from a whole stream of
-  draws. The other bounds get prefixes of that stream. Each prefix is certified at alpha as if it had been all: this
-  compares bounds, and is no way to choose n for a certificate (that shares alpha, as ``certify(target=...)`` does).
-- Arithmetic: ``Certificate.from_scores`` and a curve of 50 points.
-- Radii: means over scenes, every bound on the same draws; a scene without a radius counts as 0.
+- Draws needed for one radius: the one that the paper's bound with Hoeffding's inequality certifies from all draws of a
+  stream. The others get prefixes of it, each certified at alpha as if it were all there is. That compares bounds; to
+  stop at the first that suffices, alpha must be shared among the looks, as ``certify(target=...)`` does. The larger the
+  radius, the larger the factors: ``--most`` sets it.
+- Arithmetic: ``Certificate.from_scores`` and its curve at 50 points.
+- Radii: averages over scenes, every bound from the same draws. A scene without a radius counts as 0.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ import time
 import timeit
 import tracemalloc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,7 +43,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from serving import resident
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
@@ -61,124 +60,94 @@ from fs_plugins.training.data import to_unit
 ALPHA = 1e-3
 THRESHOLD = 0.5
 ROWS = DEFAULT_CHUNK_SIZE
-KEY = b"benchmark"
 METHODS: dict[str, Method] = {"betting": "mean", "distribution": "distribution", "best": "best"}
 ANGULAR = "best + angular"
 BOUNDS = ("Hoeffding", *METHODS, ANGULAR)
 Scores = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Demo:
-    """The demo's model, smoothed."""
+def load_model() -> nn.Module:
+    model: nn.Module = AutoModelForImageTextToText.from_pretrained(assets.LLAVA)
+    return model.eval().requires_grad_(False)
 
-    psm: Path
-    sigma: float
 
-    @cached_property
-    def model(self) -> nn.Module:
-        model: nn.Module = AutoModelForImageTextToText.from_pretrained(assets.LLAVA)
-        return model.eval().requires_grad_(False)
-
-    @cached_property
-    def smoother(self) -> FeatureSmoother:
-        call = fs_plugins.vision_call(self.model)
-        return FeatureSmoother(call, psm=PSM.from_pretrained(self.psm).eval(), sigma=self.sigma)
-
-    def sampler(self, index: int, n: int, advance: Callable[[int], None] = lambda draws: None) -> Sampler:
-        """What ``certify`` draws with for n draws of this held-out scene. The draws are those of any other n."""
-        sampler = Sampler(self.smoother, scene(index), key=KEY, rows=ROWS, advance=advance)
-        sampler.t0 = pilot_threshold(sampler.pilot(Plan(n=n).pilot), n=n)
-        return sampler
+def load_smoother(psm: Path, sigma: float) -> FeatureSmoother:
+    return FeatureSmoother(fs_plugins.vision_call(load_model()), psm=PSM.from_pretrained(psm), sigma=sigma)
 
 
 def scene(index: int) -> Tensor:
     return to_unit(world.scene("heldout", index).draw())
 
 
-def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left")
+def drawn(
+    smoother: FeatureSmoother, index: int, n: int, advance: Callable[[int], None] = lambda draws: None
+) -> Sampler:
+    """n draws of a held-out scene, t0 chosen as ``certify`` does; a shorter run's are the first of a longer one's."""
+    sampler = Sampler(smoother, scene(index), key=b"benchmark", rows=ROWS, advance=advance)
+    sampler.t0 = pilot_threshold(sampler.pilot(Plan(n=n).pilot), n=n)
+    sampler.extend(n)
+    return sampler
+
+
+def table(title: str, first: str, *columns: str) -> Table:
+    made = Table(first, title=title, title_justify="left")
+    for column in columns:
+        made.add_column(column, justify="right")
     return made
 
 
 # Speed.
 
 
-class Pipeline(nn.Module):
-    """Noisy images -> the embedded features of the purified, encoded, mapped draws, and nothing else."""
+def pipeline(smoother: FeatureSmoother, noisy: Tensor) -> Tensor:
+    """The embedded features of purified, encoded, mapped draws, and nothing else."""
+    psm, sigma = smoother.psm, smoother.sigma
+    assert psm is not None
+    features = smoother.call.encode(psm.purify(noisy, sigma))
+    return smoother.call.embed({name: psm.map(name, value, sigma) for name, value in features.items()})
 
-    def __init__(self, smoother: FeatureSmoother) -> None:
-        super().__init__()
-        assert smoother.psm is not None
-        self.encoder, self.psm = smoother.call.module, smoother.psm
-        self.call, self.sigma = smoother.call, smoother.sigma
 
-    def forward(self, noisy: Tensor) -> Tensor:
-        features = self.call.encode(self.psm.purify(noisy, self.sigma))
-        return self.call.embed({name: self.psm.map(name, value, self.sigma) for name, value in features.items()})
+def bare(sampler: Sampler, draws: int) -> int:
+    repeated = sampler.image.expand(ROWS, -1, -1, -1).clone()
+    for _ in range(draws // ROWS):
+        pipeline(sampler.smoother, repeated + sampler.smoother.sigma * torch.randn_like(repeated))
+    return draws // ROWS * ROWS
+
+
+def plain_loop(sampler: Sampler, draws: int) -> int:
+    scores: list[float] = []
+    for _ in range(draws // ROWS):
+        batch = sampler.image.repeat(ROWS, 1, 1, 1)
+        noise = torch.randn_like(batch) * sampler.smoother.sigma
+        features = F.normalize(pipeline(sampler.smoother, batch + noise), dim=-1)
+        scores += (features @ sampler.reference).tolist()
+    return len(scores)
 
 
 class ZeroShot(nn.Module):
-    """The pipeline as a classifier: products with fixed directions. Counts the draws it is shown."""
+    """The pipeline as a classifier, by products with fixed directions. Counts the draws it is shown."""
 
-    def __init__(self, pipeline: Pipeline, directions: Tensor) -> None:
+    def __init__(self, smoother: FeatureSmoother, width: int) -> None:
         super().__init__()
-        self.pipeline = pipeline
-        self.register_buffer("directions", directions)
-        self.draws = 0
+        self.smoother, self.draws = smoother, 0
+        self.directions = F.normalize(torch.randn(len(world.CLASSES), width), dim=-1)
 
     def forward(self, noisy: Tensor) -> Tensor:
         self.draws += len(noisy)
-        return F.normalize(self.pipeline(noisy), dim=-1) @ self.get_buffer("directions").T
+        return F.normalize(pipeline(self.smoother, noisy), dim=-1) @ self.directions.T
 
 
-def bare(pipeline: Pipeline, image: Tensor, draws: int) -> Callable[[], int]:
-    repeated = image.repeat(ROWS, 1, 1, 1)
-
-    def run() -> int:
-        for _ in range(draws // ROWS):
-            pipeline(repeated + pipeline.sigma * torch.randn_like(repeated))
-        return draws
-
-    return run
-
-
-def plain_loop(pipeline: Pipeline, image: Tensor, draws: int) -> Callable[[], int]:
-    reference = F.normalize(pipeline.call.embed(pipeline.call.encode(image[None])), dim=-1)[0]
-
-    def run() -> int:
-        scores: list[float] = []
-        for _ in range(draws // ROWS):
-            batch = image.repeat(ROWS, 1, 1, 1)
-            noise = torch.randn_like(batch) * pipeline.sigma
-            features = F.normalize(pipeline(batch + noise), dim=-1)
-            scores += (features @ reference).tolist()
-        return len(scores)
-
-    return run
-
-
-def toolbox(pipeline: Pipeline, image: Tensor, draws: int) -> Callable[[], int] | None:
-    """adversarial-robustness-toolbox's prediction by a majority of draws; None where it is not installed."""
+def toolbox(sampler: Sampler, draws: int) -> Callable[[], int] | None:
+    """adversarial-robustness-toolbox's smoothed prediction; None where it is not installed."""
     try:
         art: Any = importlib.import_module("art.estimators.certification.randomized_smoothing")
     except ImportError:
         return None
-    width = pipeline.call.embed(pipeline.call.encode(image[None])).shape[-1]
-    directions = F.normalize(torch.randn(len(world.CLASSES), width, generator=torch.Generator().manual_seed(0)), dim=-1)
-    head = ZeroShot(pipeline, directions)
+    head, image = ZeroShot(sampler.smoother, len(sampler.reference)), sampler.image
     peer = art.PyTorchRandomizedSmoothing(
-        head,
-        nn.CrossEntropyLoss(),
-        tuple(image.shape),
-        len(directions),
-        device_type="cpu",
-        sample_size=draws,
-        scale=pipeline.sigma,
-        alpha=ALPHA,
-    )
+        head, nn.CrossEntropyLoss(), tuple(image.shape), len(head.directions), device_type="cpu",
+        sample_size=draws, scale=sampler.smoother.sigma, alpha=ALPHA,
+    )  # fmt: skip
 
     def run() -> int:
         before = head.draws
@@ -188,85 +157,86 @@ def toolbox(pipeline: Pipeline, image: Tensor, draws: int) -> Callable[[], int] 
     return run
 
 
-def rate(run: Callable[[], int]) -> float:
-    began = time.perf_counter()
-    return run() / (time.perf_counter() - began)
-
-
 @torch.no_grad()
-def speed(demo: Demo, rounds: int, draws: int) -> Table:
-    image, pipeline = scene(0), Pipeline(demo.smoother)
-    sampler = demo.sampler(0, 1000)
+def speed(smoother: FeatureSmoother, pairs: int, draws: int) -> Table:
+    sampler = drawn(smoother, 0, 1000)
 
     def ours() -> int:
         before = len(sampler.scores)
         sampler.extend(draws)
         return len(sampler.scores) - before
 
-    others = {
-        "the bare pipeline": (bare(pipeline, image, draws), 0.95),
-        "a plain loop": (plain_loop(pipeline, image, draws), 1.0),
-        "adversarial-robustness-toolbox": (toolbox(pipeline, image, draws), 1.0),
-    }
-    made = table(
-        f"Draws per second of the sampler over those of ..., {ROWS} rows per forward, {rounds} rounds of {draws} draws",
-        "over", "ratio (median)", "span", "wanted",
-    )  # fmt: skip
-    turns = [run for run, _ in others.values() if run is not None]
-    rates: dict[Callable[[], int], list[tuple[float, float]]] = {run: [] for run in turns}
-    for turn in range(-1, rounds):
-        for run in turns:
-            # Who goes first changes sides: the machine's load may drift within a pair.
-            first, second = (ours, run) if turn % 2 else (run, ours)
-            measured = {first: rate(first), second: rate(second)}
-            if turn >= 0:
-                rates[run].append((measured[ours], measured[run]))
-    for name, (peer, wanted) in others.items():
+    title = f"Draws per second of the sampler / those of, {ROWS} rows per forward, {pairs} pairs of {draws} draws"
+    made = table(title, "", "ratio (median)", "span", "wanted")
+    for name, peer, wanted in (
+        ("the bare pipeline", partial(bare, sampler, draws), ">= 0.95"),
+        ("a plain loop", partial(plain_loop, sampler, draws), ">= 1"),
+        ("adversarial-robustness-toolbox", toolbox(sampler, draws), ">= 1"),
+    ):
         if peer is None:
-            made.add_row(name, "not installed", "", f">= {wanted:g}")
+            made.add_row(name, "not installed", "", wanted)
             continue
-        quotients = sorted(mine / theirs for mine, theirs in rates[peer])
-        made.add_row(
-            name,
-            f"{statistics.median(quotients):.3f}",
-            f"{quotients[0]:.2f} - {quotients[-1]:.2f}",
-            f">= {wanted:g}",
-        )
+        quotients = []
+        for turn in range(pairs + 1):
+            # They change places, so that neither always runs on what the other left in the caches.
+            rates = {run: rate(run) for run in ((ours, peer) if turn % 2 else (peer, ours))}
+            quotients.append(rates[ours] / rates[peer])
+        quotients = sorted(quotients[1:])
+        span = f"{quotients[0]:.2f} - {quotients[-1]:.2f}"
+        made.add_row(name, f"{statistics.median(quotients):.3f}", span, wanted)
     return made
+
+
+def rate(run: Callable[[], int]) -> float:
+    """Draws per second."""
+    began = time.perf_counter()
+    return run() / (time.perf_counter() - began)
 
 
 # Memory.
 
 
-def peak(demo: Demo, n: int) -> dict[str, float]:
-    """Peak resident memory of one certificate in this process, and what of it the loaded model does not hold, in MB."""
-    image, psm = scene(0)[None], PSM.from_pretrained(demo.psm)
-    model = demo.model
+def peak(psm: Path, sigma: float, n: int) -> dict[str, float]:
+    """Peak resident memory of one certificate in this process, and above what was resident before it, in MB."""
+    model, loaded, images = load_model(), PSM.from_pretrained(psm), scene(0)[None]
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
-    fs_plugins.certify(model, image, n=n, psm=psm, sigma=demo.sigma, seed=0)
+    fs_plugins.certify(model, images, n=n, psm=loaded, sigma=sigma, chunk_size=ROWS, seed=0)
     highest = resident("VmHWM")
-    return {"peak": highest / 1024, "growth": (highest - before) / 1024}
+    return {"all": highest, "above": highest - before}
 
 
-def memory(demo: Demo, sizes: tuple[int, ...]) -> Table:
-    made = table(
-        "Peak memory of one certificate, MB", "n", "in all", "above the loaded model", "in all, over the first"
-    )
-    first = None
+def resident(field: str) -> float:
+    """A field of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def memory(psm: Path, sigma: float, sizes: tuple[int, int] = (1_000, 20_000)) -> Table:
+    made = table("Peak memory of one certificate, MB", "", *(f"n = {n:,}" for n in sizes), "ratio", "wanted")
+    if not Path("/proc/self/clear_refs").exists():
+        made.add_row("there is no /proc here")
+        return made
+    told = []
     for n in sizes:
-        command = [sys.executable, __file__, "--psm", str(demo.psm), "--sigma", str(demo.sigma), "--peak", str(n)]
-        told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        first = first or told["peak"]
-        made.add_row(f"{n:,}", f"{told['peak']:.0f}", f"{told['growth']:.0f}", f"{told['peak'] / first:.3f}")
+        command = [sys.executable, __file__, "--psm", str(psm), "--sigma", str(sigma), "--peak", str(n)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        told.append(json.loads(printed.splitlines()[-1]))
+    few, many = told
+    made.add_row("the process", f"{few['all']:.0f}", f"{many['all']:.0f}", f"{many['all'] / few['all']:.3f}", "<= 1.05")
+    made.add_row("above the loaded model", f"{few['above']:.0f}", f"{many['above']:.0f}")
     return made
 
 
 # What the draws buy.
 
 
-def radii(scores: Scores, sigma: float, angular: Angular | None) -> dict[str, float]:
-    """The radius by each of BOUNDS, 0 for none; each may be wrong with probability ALPHA."""
+def certificate(scores: Scores, method: Method, sigma: float, angular: Angular | None = None) -> Certificate:
+    return Certificate.from_scores(scores, sigma=sigma, alpha=ALPHA, method=method, angular=angular)
+
+
+def radii(scores: Scores, sigma: float, angular: Angular | None = None) -> dict[str, float]:
+    """The radius by each of BOUNDS, 0 where there is none."""
     lower = hoeffding_lower(scores, ALPHA)
     found = {"Hoeffding": sigma * (furthest(lambda delta: float(mean_bound(lower, delta)), THRESHOLD) or 0.0)}
     for name, method in METHODS.items():
@@ -276,82 +246,68 @@ def radii(scores: Scores, sigma: float, angular: Angular | None) -> dict[str, fl
     return found
 
 
-def certificate(scores: Scores, method: Method, sigma: float, angular: Angular | None = None) -> Certificate:
-    return Certificate.from_scores(scores, sigma=sigma, alpha=ALPHA, method=method, angular=angular)
-
-
-def needed(demo: Demo, most: int) -> Table:
-    whole = demo.sampler(0, most)
-    whole.extend(most)
-    scores = whole.scores
-    wanted = radii(scores, demo.sigma, None)["Hoeffding"]
-    sizes = [n for n in (round(2 ** (k / 2)) for k in range(8, 60)) if n < most] + [most]
+def needed(smoother: FeatureSmoother, most: int) -> Table:
+    scores, sigma = drawn(smoother, 0, most).scores, smoother.sigma
+    wanted = radii(scores, sigma)["Hoeffding"]
+    if not wanted:
+        raise SystemExit(f"Hoeffding certifies no radius from {most:,} draws; give more with --most.")
+    prefixes = [n for n in (round(2 ** (k / 2)) for k in range(8, 50)) if n < most]
     reached: dict[str, int] = {}
-    for n in sizes:
-        angular = None
-        if ANGULAR not in reached:
-            again = demo.sampler(0, n)  # the same draws, for a t0 that is chosen as certify does at this n
-            again.extend(n)
-            angular = again.angular
-        for name, value in radii(scores[:n], demo.sigma, angular).items():
-            if value >= wanted > 0:
+    for n in [*prefixes, most]:
+        # The refinement's t0 depends on n, so that its statistics take a run of their own over the same draws.
+        angular = None if ANGULAR in reached else drawn(smoother, 0, n).angular
+        for name, radius in radii(scores[:n], sigma, angular).items():
+            if radius >= wanted:
                 reached.setdefault(name, n)
-    made = table(
-        f"Draws for radius {wanted:.4f} (what Hoeffding certifies from {most:,}; held-out scene 0, sigma {demo.sigma:g})",
-        "bound", "draws", "Hoeffding's, over these",
-    )  # fmt: skip
-    for name in BOUNDS:
-        if name not in reached:
-            made.add_row(name, "not reached", "")
-            continue
-        pilot = Plan(n=reached[name]).pilot if name == ANGULAR else 0
-        drawn = f"{reached[name]:,}" + (f" + {pilot} pilot" if pilot else "")
-        made.add_row(name, drawn, f"{reached['Hoeffding'] / (reached[name] + pilot):.1f}")
+    title = (
+        f"Draws for radius {wanted:.4f}, which Hoeffding certifies from {most:,} (held-out scene 0, sigma {sigma:g})"
+    )
+    made = table(title, "bound", "draws", "fewer than Hoeffding", "wanted")
+    for name, n in sorted(reached.items(), key=lambda row: BOUNDS.index(row[0])):
+        pilot = Plan(n=n).pilot if name == ANGULAR else 0
+        factor = f"{reached['Hoeffding'] / (n + pilot):.1f} x"
+        made.add_row(name, f"{n:,}" + f" + {pilot}" * bool(pilot), factor, ">= 10 x" if name == "best" else "")
     return made
 
 
-def draw_scenes(demo: Demo, scenes: int, n: int) -> dict[str, Any]:
-    """Scores (scenes, n) and angular statistics (sizes, scenes) of held-out scenes, for n draws and the first 1,000."""
-    sizes = sorted({min(1000, n), n})
-    drawn: dict[str, Any] = {"sigma": demo.sigma, "psm": demo.psm.name, "sizes": sizes, "scores": []}
-    drawn |= {name: [[] for _ in sizes] for name in ("t0", "count", "norm")}
+def draw_scenes(psm: Path, sigma: float, scenes: int, n: int) -> dict[str, Any]:
+    """Scores (scenes, n) of held-out scenes; t0, count and norm (sizes, scenes, 3) for n draws and the first 1,000."""
+    smoother, sizes = load_smoother(psm, sigma), sorted({min(1000, n), n})
+    scores: list[Scores] = []
+    angular: list[list[tuple[float, ...]]] = [[] for _ in sizes]
     with Progress() as progress:
         task = progress.add_task("draws", total=scenes * sum(size + Plan(n=size).pilot for size in sizes))
         for index in range(scenes):
-            for place, size in enumerate(sizes):  # once for each, as certify chooses t0 for its n
-                sampler = demo.sampler(index, size, advance=lambda draws: progress.advance(task, draws))
-                sampler.extend(size)
-                for name in ("t0", "count", "norm"):
-                    drawn[name][place].append(getattr(sampler.angular, name))
-            drawn["scores"].append(sampler.scores)
-    return {name: np.array(value) for name, value in drawn.items()}
+            for size, row in zip(sizes, angular, strict=True):
+                sampler = drawn(smoother, index, size, lambda draws: progress.advance(task, draws))
+                seen = sampler.angular
+                assert seen is not None
+                row.append((seen.t0, seen.count, seen.norm))
+            scores.append(sampler.scores)
+    found = {"psm": psm.name, "sigma": sigma, "sizes": sizes, "scores": scores, "angular": angular}
+    return {name: np.array(value) for name, value in found.items()}
 
 
-def average_radii(drawn: Mapping[str, Any]) -> list[Table]:
+def average_radii(found: Mapping[str, Any]) -> list[Table]:
     """From what ``draw_scenes`` gives."""
-    sigma, sizes, scenes = float(drawn["sigma"]), drawn["sizes"].tolist(), drawn["scores"]
+    sigma, sizes, scores = float(found["sigma"]), found["sizes"].tolist(), found["scores"]
     averages = []
-    for place, n in enumerate(sizes):
-        each = []
-        for i, scores in enumerate(scenes):
-            t0, count, norm = (drawn[name][place, i].item() for name in ("t0", "count", "norm"))
-            each.append(radii(scores[:n], sigma, Angular(t0=t0, count=int(count), norm=norm, n=n)))
-        averages.append({name: statistics.fmean(found[name] for found in each) for name in BOUNDS})
+    for n, row in zip(sizes, found["angular"], strict=True):
+        refined = [Angular(t0=t0, count=int(count), norm=norm, n=n) for t0, count, norm in row.tolist()]
+        each = [radii(stream[:n], sigma, angular) for stream, angular in zip(scores, refined, strict=True)]
+        averages.append({name: statistics.fmean(one[name] for one in each) for name in BOUNDS})
     columns = [f"n = {n:,}" for n in sizes]
-    means = table(
-        f"Average radius for cosine >= {THRESHOLD:g}, alpha {ALPHA:g}: {len(scenes)} held-out scenes, {drawn['psm']}, sigma {sigma:g}",
-        "bound", *columns,
-    )  # fmt: skip
+    means = table(f"Average radius, {len(scores)} held-out scenes, {found['psm']}, sigma {sigma:g}", "bound", *columns)
     for name in BOUNDS:
         means.add_row(name, *(f"{average[name]:.4f}" for average in averages))
-    ratios = table("Ratios of these averages", "over", *columns, "wanted")
-    for mine, theirs, wanted in (
-        ("best", "Hoeffding", "best >= 1.5 at n = 1,000"),
-        ("best", "betting", "best >= 1.3 at n = 10,000"),
+    ratios = table("Ratios of these averages", "", *columns, "wanted")
+    for mine, theirs, goal in (
+        ("best", "Hoeffding", ">= 1.5 at n = 1,000"),
+        ("best", "betting", ">= 1.3 at n = 10,000"),
         (ANGULAR, "best", ""),
     ):
-        quotients = (f"{a[mine] / a[theirs]:.3f}" if a[theirs] else "-" for a in averages)
-        ratios.add_row(f"{mine} / {theirs}", *quotients, wanted)
+        quotients = (f"{average[mine] / average[theirs]:.3f}" if average[theirs] else "-" for average in averages)
+        ratios.add_row(f"{mine} / {theirs}", *quotients, goal)
     return [means, ratios]
 
 
@@ -359,33 +315,27 @@ def average_radii(drawn: Mapping[str, Any]) -> list[Table]:
 
 
 def arithmetic() -> Table:
-    made = table(
-        "Certificate.from_scores and a curve of 50 points",
-        "method", "1,000 scores, ms (< 20)", "1,000,000 scores, s (< 2)", "peak MB of these",
-    )  # fmt: skip
-    eps = np.linspace(0, 0.75, 50)
     few, many = (np.clip(np.random.default_rng(0).normal(0.95, 0.02, n), -1, 1) for n in (1_000, 1_000_000))
-    cases: list[tuple[str, Method, bool]] = [(name, name, False) for name in get_args(Method)]
-    for label, method, refined in [*cases, (ANGULAR, "best", True)]:
-
-        def work(scores: Scores, method: Method = method, refined: bool = refined) -> None:
-            n = len(scores)
-            angular = Angular(t0=0.9, count=int((scores >= 0.9).sum()), norm=0.05, n=n) if refined else None
-            certificate(scores, method, 0.25, angular).curve(eps)
-
+    made = table(
+        "Certificate.from_scores and its curve at 50 points",
+        "method", "1,000 scores, ms (wanted < 20)", "1,000,000, s (wanted < 2)", "1,000,000, peak MB",
+    )  # fmt: skip
+    cases: dict[str, tuple[Method, bool]] = {method: (method, False) for method in get_args(Method)}
+    for name, case in {**cases, ANGULAR: ("best", True)}.items():
+        short = timeit.repeat(partial(curve, few, *case), number=1, repeat=51)
+        long = timeit.repeat(partial(curve, many, *case), number=1, repeat=5)
         tracemalloc.start()
-        work(many)
-        _, highest = tracemalloc.get_traced_memory()
+        curve(many, *case)
+        highest = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
-        made.add_row(
-            label, f"{1000 * seconds(work, few, 51):.2f}", f"{seconds(work, many, 5):.3f}", f"{highest / 2**20:.0f}"
-        )
+        made.add_row(name, f"{1000 * statistics.median(short):.2f}", f"{statistics.median(long):.3f}", f"{highest:.0f}")
     return made
 
 
-def seconds(work: Callable[[Scores], None], scores: Scores, times: int) -> float:
-    """The median of so many runs."""
-    return statistics.median(timeit.repeat(lambda: work(scores), number=1, repeat=times))
+def curve(scores: Scores, method: Method, refine: bool) -> Scores:
+    count = int((scores >= 0.9).sum())
+    angular = Angular(t0=0.9, count=count, norm=0.05, n=len(scores)) if refine else None
+    return certificate(scores, method, 0.25, angular).curve(np.linspace(0, 0.75, 50))
 
 
 def main() -> None:
@@ -393,34 +343,36 @@ def main() -> None:
     parser.add_argument("--psm", type=Path, default=assets.PSM_LLAVA, help="a PSM's folder, by default the demo's")
     parser.add_argument("--sigma", type=float, default=0.25, help="of the noise, in [0, 1] pixels")
     parser.add_argument("--only", choices=["speed", "memory", "needed", "arithmetic"])
-    parser.add_argument("--rounds", type=int, default=9, help="speed: pairs with each peer")
-    parser.add_argument("--draws", type=int, default=256, help=f"speed: draws a round, a multiple of {ROWS}")
-    parser.add_argument("--most", type=int, default=4096, help="needed: draws that Hoeffding's inequality is given")
-    parser.add_argument("--radii", action="store_true", help="average radii over scenes, and nothing else")
+    parser.add_argument("--pairs", type=int, default=9, help="speed: measurements beside each peer")
+    parser.add_argument("--draws", type=int, default=256, help=f"speed: of one measurement, a multiple of {ROWS}")
+    parser.add_argument("--most", type=int, default=4096, help="draws needed: of the stream that Hoeffding is given")
+    parser.add_argument("--radii", action="store_true", help="average radii, and nothing else")
     parser.add_argument("--scenes", type=int, default=20, help="radii: held-out scenes")
-    parser.add_argument("--n", type=int, default=10_000, help="radii: draws for each")
-    parser.add_argument("--save", type=Path, help="radii: an .npz file for the draws' scores")
-    parser.add_argument("--load", type=Path, help="radii: an .npz file that --save wrote, in place of drawing")
+    parser.add_argument("--n", type=int, default=10_000, help="radii: draws for each scene")
+    parser.add_argument("--save", type=Path, help="radii: an .npz file for the scores")
+    parser.add_argument("--load", type=Path, help="radii: an .npz file that --save wrote, in place of new draws")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    demo, show = Demo(arguments.psm, arguments.sigma), Console().print
-    if arguments.peak:
-        print(json.dumps(peak(demo, arguments.peak)))
-    elif arguments.radii:
-        drawn = np.load(arguments.load) if arguments.load else draw_scenes(demo, arguments.scenes, arguments.n)
-        if arguments.save:
-            np.savez(arguments.save, **drawn)
-        show(*average_radii(drawn), sep="\n")
+    asked = parser.parse_args()
+    psm, sigma, show = asked.psm, asked.sigma, Console().print
+    if asked.peak:
+        print(json.dumps(peak(psm, sigma, asked.peak)))
+    elif asked.radii:
+        if asked.save:
+            asked.save.parent.mkdir(parents=True, exist_ok=True)
+        found = np.load(asked.load) if asked.load else draw_scenes(psm, sigma, asked.scenes, asked.n)
+        if asked.save:
+            np.savez(asked.save, **found)
+        for made in average_radii(found):
+            show(made)
     else:
         sections: dict[str, Callable[[], Table]] = {
-            "speed": lambda: speed(demo, arguments.rounds, arguments.draws),
-            "memory": lambda: memory(demo, (1_000, 20_000)),
-            "needed": lambda: needed(demo, arguments.most),
+            "speed": lambda: speed(load_smoother(psm, sigma), asked.pairs, asked.draws),
+            "memory": lambda: memory(psm, sigma),
+            "needed": lambda: needed(load_smoother(psm, sigma), asked.most),
             "arithmetic": arithmetic,
         }
-        for name, section in sections.items():
-            if arguments.only in (None, name):
-                show(section())
+        for name in [asked.only] if asked.only else sections:
+            show(sections[name]())
 
 
 if __name__ == "__main__":

@@ -840,3 +840,29 @@ def test_a_certificate_and_its_curve_are_quick(n, seconds):
         Certificate.from_scores(scores, sigma=0.25).curve(np.linspace(0, 1, 50))
         times.append(time.perf_counter() - start)
     assert min(times) < seconds
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_certificate_says_what_each_of_its_bounds_says_alone(refined):
+    scores = table_scores(0.9, 0.03, 1000)
+    angular = Angular(t0=0.5, count=1000, norm=0.1, n=1000) if refined else None
+    best = Certificate.from_scores(scores, sigma=0.25, alpha=1e-3, angular=angular)
+    spent = 1e-3 / (4 if refined else 2)
+    eps = np.linspace(0, 0.5, 9)
+    for method in ("mean", "distribution"):
+        alone = Certificate.from_scores(scores, sigma=0.25, alpha=spent, method=method)
+        assert np.array_equal(best.by(method).curve(eps), alone.curve(eps), equal_nan=True)
+        assert best.by(method).radius() == alone.radius()
+        assert best.by(method).alpha * best.by(method).share == pytest.approx(spent)
+    plugin = Certificate.from_scores(scores, sigma=0.25, method="plugin")
+    assert best.by("plugin").is_estimate
+    assert best.by("plugin").radius() == plugin.radius()
+    inner = np.fmax(best.by("mean").curve(eps), best.by("distribution").curve(eps))
+    assert np.array_equal(best.by("best").curve(eps), inner, equal_nan=True)
+    assert (best.by("best") is best) == (not refined)
+    assert Certificate.from_json(best.by("mean").to_json()) == best.by("mean")
+    for method, other in (("mean", "distribution"), ("distribution", "mean"), ("plugin", "mean"), ("mean", "best")):
+        with pytest.raises(SettingError, match=f"no bound '{other}'"):
+            Certificate.from_scores(scores, sigma=0.25, method=method).by(other)
+    with pytest.raises(SettingError, match="method must be one of"):
+        best.by("hope")

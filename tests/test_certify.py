@@ -280,7 +280,8 @@ def test_two_processes_give_the_same_certificates_as_one(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         world.scene("heldout", i).draw().save(tmp_path / "pictures" / f"{i}.png")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     command = ["fs_plugins.cli", "certify", str(tmp_path / "pictures"), "--draws", "50"]
 
     def run(start, *options):
@@ -294,6 +295,9 @@ def test_two_processes_give_the_same_certificates_as_one(tmp_path):
     rows = [(tmp_path / out / "certificates.jsonl").read_text() for out in ("one", "two")]
     assert rows[0] == rows[1]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["certificates.jsonl", "certificates.png"]
+    again = run(launch, "--seed", "0", "--out", str(tmp_path / "two"))
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "two" / "certificates.jsonl").read_text() == rows[1], "a finished run is read again"
     unseeded = run(launch, "--out", str(tmp_path / "three"))
     assert unseeded.returncode != 0, "there were not two processes"
     assert "Several processes need --seed" in " ".join((unseeded.stdout + unseeded.stderr).split())

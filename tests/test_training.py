@@ -113,9 +113,16 @@ def test_a_purifier_can_be_taken_over_and_only_a_mapper_trained():
     short = Stage(steps=2, batch_size=4, draws=1)
     first = train_psm(call, Blobs(8), config(purifier_stage=short, mapper=None), name="p", encoder="e")
     assert first.mapped == ()
-    second = train_psm(call, Blobs(8), config(mapper_stage=short), name="m", encoder="e", start=first)
+    taken = config(purifier_stage=Stage(steps=0), mapper_stage=short)
+    second = train_psm(call, Blobs(8), taken, name="m", encoder="e", start=first)
     for one, other in zip(first.purifier.parameters(), second.purifier.parameters(), strict=True):
         assert torch.equal(one, other)
+    slow = Stage(steps=1, batch_size=4, draws=1, lr=1e-9)
+    further = config(purifier_stage=slow, mapper=None, sigma_range=(0.25, 0.5))
+    third = train_psm(call, Blobs(8), further, name="w", encoder="e", start=first)
+    assert third.config.sigma_range == (0.25, 0.5)
+    for one, other in zip(first.purifier.parameters(), third.purifier.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
     alone = train_psm(call, Blobs(8), config(purifier=None, mapper_stage=short), name="m", encoder="e")
     assert alone.purifier is None
     assert alone.mapped == ("tokens",)

@@ -66,6 +66,11 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def promise(value: float | None, units: int = 1) -> str:
+    """A certified cosine or distance; None is "none". ``units`` = 255 writes it in 255ths."""
+    return "none" if value is None else f"{value:.3f}" if units == 1 else f"{value * units:.2f}/{units}"
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     columns = (

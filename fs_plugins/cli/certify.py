@@ -16,7 +16,18 @@ import typer
 from rich.markup import escape
 
 from fs_plugins import errors
-from fs_plugins.cli.base import console, device, errors_for_people, load, needs, plain_table, progress, quieten, source
+from fs_plugins.cli.base import (
+    console,
+    device,
+    errors_for_people,
+    load,
+    needs,
+    plain_table,
+    progress,
+    promise,
+    quieten,
+    source,
+)
 
 DISTANCES = (0.05, 0.1, 0.25, 0.5)
 TABLE_SIGMAS = (0.25, 0.5)
@@ -32,7 +43,7 @@ _METHODS = {
 
 
 def certify(
-    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files, or folders of them.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="PNG or JPEG files, or folders of them.")] = None,
     model: Annotated[
         str,
         typer.Option(help='Folder or hub id of a transformers model; "demo" and "demo-clip" are those that ship.'),
@@ -54,6 +65,9 @@ def certify(
         str | None, typer.Option(help='Certify zero-shot predictions among these, such as "cat, dog" (CLIP, SigLIP).')
     ] = None,
     prompt: Annotated[str, typer.Option(help="What a class is called in a sentence.")] = "a photo of a {}",
+    scenes: Annotated[
+        int, typer.Option(min=0, help="So many held-out scenes of the embedded world beside IMAGES.")
+    ] = 0,
     seed: Annotated[int | None, typer.Option(help="Reproducible draws.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images, for encoders that take any.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the rows (JSON lines) and the plot or table.")] = Path(
@@ -80,7 +94,7 @@ def certify(
         wanted = fs_plugins.vision_call(loaded).image_size or ((size, size) if size else None)
         if wanted is None:
             raise errors.SettingError("This encoder takes images of any size: say which with --size.")
-        pictures = _pictures(images, wanted)
+        pictures = _pictures(images or [], scenes, wanted)
         draw: Any = partial(
             fs_plugins.certify, method=plan.method, threshold=threshold, background=list(pictures.values())
         )
@@ -176,14 +190,19 @@ class _Run:
         return dict(zip(mine, told, strict=True))
 
 
-def _pictures(given: list[Path], size: tuple[int, int]) -> dict[str, Any]:
-    """Files and folders -> path as written -> (3, H, W) in [0, 1]."""
-    from fs_plugins.training.data import ImageFolder, read
+def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Files, folders, and scenes that are drawn -> name -> (3, H, W) in [0, 1]."""
+    from fs_plugins.demo import world
+    from fs_plugins.training.data import ImageFolder, fitted, read
 
     paths: list[Path] = []
     for path in given:
         paths += ImageFolder(path, size).paths if path.is_dir() else [path]
-    return {str(path): read(path, size) for path in paths}
+    pictures = {str(path): read(path, size) for path in paths}
+    pictures |= {f"scene {i}": fitted(scene.draw(), size) for i, scene in enumerate(world.scenes("heldout", scenes))}
+    if not pictures:
+        raise errors.SettingError("Nothing to certify: give image files or folders, or --scenes.")
+    return pictures
 
 
 def _directions(model: Any, origin: str, classes: str, prompt: str) -> dict[str, Any]:
@@ -225,8 +244,8 @@ def _show_certificates(certificates: dict[str, Any], threshold: float) -> None:
     table = plain_table("image", "mean", *(f"eps {eps:g}" for eps in DISTANCES), f"R {threshold:g}", "in l-inf")
     for name, one in certificates.items():
         radius, inner = one.radius(threshold), one.linf_radius(threshold)
-        row = [_promise(one.fcsb(eps)) for eps in DISTANCES]
-        table.add_row(escape(Path(name).name), f"{one.mean:.3f}", *row, _promise(radius), _promise(inner, 255))
+        row = [promise(one.fcsb(eps)) for eps in DISTANCES]
+        table.add_row(escape(Path(name).name), f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
     console.print(table)
     first = next(iter(certificates.values()))
     kind = (
@@ -245,7 +264,7 @@ def _show_certificates(certificates: dict[str, Any], threshold: float) -> None:
 def _show_predictions(certificates: dict[str, Any]) -> None:
     table = plain_table("image", "predicted", "votes", "R vote", "R average", "R")
     for name, one in certificates.items():
-        radii = [_promise(radius) for radius in (one.vote_radius, one.feature_radius, one.radius)]
+        radii = [promise(radius) for radius in (one.vote_radius, one.feature_radius, one.radius)]
         table.add_row(escape(Path(name).name), escape(one.label), f"{100 * one.votes / one.n:.1f} %", *radii)
     console.print(table)
     first = next(iter(certificates.values()))
@@ -274,7 +293,7 @@ def _show_table(results: Sequence[dict[str, Any]], threshold: float, path: Path)
             averages.append(_mean([one.radius(threshold) for one in alone]))
             shown.add_row(
                 f"  {title}",
-                *(_promise(value or None) for value in averages),
+                *(promise(value or None) for value in averages),
                 end_section=name == "certified",
             )
             lines.append([*label, name, *averages])
@@ -306,10 +325,6 @@ def _seconds_per_draw(certify: Callable[..., Any]) -> float:
     certify(advance=lambda draws: marks.append((time.perf_counter(), draws)))
     (first, _), *later = marks
     return (later[-1][0] - first) / sum(draws for _, draws in later)
-
-
-def _promise(value: float | None, units: int = 1) -> str:
-    return "none" if value is None else f"{value:.3f}" if units == 1 else f"{value * units:.2f}/{units}"
 
 
 def _duration(seconds: float) -> str:

@@ -57,6 +57,9 @@ def _say(axes: Any, panel: Panel) -> None:
         text(0.03, y, who, fontsize=8.5, color="#777777", va="center")
         colour = _RIGHT if said == panel.truth else _WRONG
         text(0.03, y - 0.145, f"“{said}”", fontsize=10.5, color=colour, va="center")
+    radius = panel.radii["certified"]
+    proven = f"cosine ≥ .5 within l2 {radius:.2f}" if radius else "nothing"
+    axes.text(0.97, 0.86, f"proven: {proven}", fontsize=8.5, color="#777777", va="center", ha="right")
 
 
 def _pixels(image: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """The diffusion purifier: OpenAI's 256x256 unconditional guided-diffusion model, denoising in one step.
 
-``DiffusionPurifier`` is the paper's main purifier (arXiv 2601.16200, appendix S.9.2) with the one-step rule of Carlini
-et al. (arXiv 2206.10550): the noise that smoothing added is taken for the diffusion's own, at the step where the two
-are equally strong. ``load_guided_diffusion`` reads the public checkpoint ``256x256_diffusion_uncond.pt``.
+``DiffusionPurifier`` is the main purifier of the paper (arXiv 2601.16200) with the one-step rule of Carlini et al.
+(arXiv 2206.10550): the noise that smoothing added is taken for the diffusion's own, at the step where the two are
+equally strong. ``load_guided_diffusion`` reads the public checkpoint ``256x256_diffusion_uncond.pt``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import os
 import pickle
 import re
+import tarfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +133,11 @@ def timestep(sigma: float | Tensor) -> Tensor:
     Raises:
         SettingError: a sigma that is negative, no number, or beyond the last step.
     """
-    given = sigma.detach().cpu().double() if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+    given = (
+        sigma.detach().cpu().double()
+        if isinstance(sigma, Tensor)
+        else torch.tensor(sigma, dtype=torch.float64, device="cpu")
+    )
     noise = 2 * given
     t = torch.searchsorted(_LEVELS, noise)
     if (noise < 0).any() or (t == len(_LEVELS)).any():
@@ -158,7 +164,8 @@ def convert_guided_diffusion(state: Mapping[str, Tensor], **sizes: Any) -> dict[
     """A guided-diffusion state dictionary -> the names and shapes of diffusers' ``UNet2DModel``.
 
     Args:
-        state: in openai/guided-diffusion's layout, with attention in its legacy order (as every public checkpoint).
+        state: in openai/guided-diffusion's layout, with attention in its legacy order, as the 256x256 models have it
+            (trained without ``use_new_attention_order``; a state does not tell).
         sizes: arguments of ``DiffusionPurifier``; none for the public model.
 
     Returns:
@@ -202,17 +209,22 @@ def load_guided_diffusion(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    zipped = zipfile.is_zipfile(path)
+    if not zipped and tarfile.is_tarfile(path):
+        # Before torch 2.6 its reader ran code in spite of weights_only (CVE-2025-32434).
+        raise PSMError(f"{path} is in PyTorch's old tar format, which is not read: it can bear code.")
     try:
-        # mmap also shuts out the legacy tar format, whose reader ran code in spite of weights_only before torch 2.6.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise PSMError(
-            f"{path} holds something other than tensors, or is damaged; nothing in it was run. Download it again "
-            "from its publisher."
+            f"{path} holds something other than tensors, or is damaged; no code in it was run. "
+            "Download it again from its publisher."
         ) from None
-    except Exception as error:  # damaged files raise whatever the damage hits
+    except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = str(error).partition("\n")[0]
-        raise PSMError(f"{path} is no PyTorch checkpoint, or is damaged: {reason} Download it again.") from None
+        raise PSMError(
+            f"{path} is no PyTorch checkpoint, or is damaged ({type(error).__name__}: {reason}). Download it again."
+        ) from None
     if not isinstance(state, Mapping) or not all(_is_weight(value) for value in state.values()):
         raise PSMError(f"{path} must hold a dictionary of names to floating-point tensors, and nothing else.")
     return dict(state)
@@ -224,25 +236,25 @@ def _is_weight(value: object) -> bool:
 
 def _convert(state: Mapping[str, Tensor], purifier: DiffusionPurifier) -> dict[str, Tensor]:
     blocks = _original_blocks(purifier)
-    wanted = {name: _original(name, blocks) for name in purifier.net.state_dict()}
-    missing = set(wanted.values()) - set(state)
-    unexpected = set(state) - set(wanted.values())
-    if missing or unexpected:
+    likes = purifier.net.state_dict()
+    keys = {name: _original(name, blocks) for name in likes}
+    shapes = {keys[name]: _original_shape(name, like.shape) for name, like in likes.items()}
+    problems = {
+        "missing": shapes.keys() - state.keys(),
+        "unexpected": state.keys() - shapes.keys(),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {shape}"
+            for key, shape in shapes.items()
+            if key in state and state[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
         raise PSMError(
-            "These are not the weights of a guided-diffusion model of this architecture: "
-            f"missing {_listed(missing)}; unexpected {_listed(unexpected)}."
+            f"These are not the weights of a guided-diffusion model of the sizes expected here. {found}. "
+            "Give the sizes of the model as arguments if they are not the public 256x256 one's."
         )
-    converted, misshapen = {}, {}
-    for name, like in purifier.net.state_dict().items():
-        value = state[wanted[name]]
-        expected = _original_shape(name, like.shape)
-        if value.shape != expected:
-            misshapen[wanted[name]] = f"{wanted[name]} {tuple(value.shape)} instead of {expected}"
-        else:
-            converted[name] = _part(name, value, purifier.head_dim).reshape(like.shape)
-    if misshapen:
-        raise PSMError(f"Weights of another architecture: {_listed(misshapen.values())}. Give its sizes as arguments.")
-    return converted
+    return {name: _part(name, state[keys[name]], purifier.head_dim).reshape(like.shape) for name, like in likes.items()}
 
 
 _ATTENTION_PART = re.compile(r"\.to_([qkv])\.")
@@ -321,4 +333,4 @@ def _part(name: str, value: Tensor, head_dim: int) -> Tensor:
 def _listed(names: Iterable[str], most: int = 6) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more if ordered else "nothing"
+    return ", ".join(ordered[:most]) + more

@@ -46,6 +46,12 @@ class ImageFolder(Dataset[Tensor]):
         return read(self.paths[index], self.size)
 
 
+def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1]."""
+    height, width = size
+    return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
+
+
 def read(path: Path, size: tuple[int, int]) -> Tensor:
     """A PNG or JPEG, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
 
@@ -54,8 +60,7 @@ def read(path: Path, size: tuple[int, int]) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            height, width = size
-            return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
+            return fitted(image, size)
     except FileNotFoundError:
         raise SettingError(f"There is no file {path}.") from None
     except (UnidentifiedImageError, OSError) as error:
