@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fs_plugins import registry
 from fs_plugins.api import known_encoders
 from fs_plugins.errors import ModelError, RegistryError, SettingError
-from fs_plugins.patch import hooks_of, recompile
+from fs_plugins.patch import hooks_of
 from fs_plugins.vision import is_a, unwrapped
 
 # open_clip's names -> those of transformers' CLIP vision encoder.
@@ -170,7 +170,6 @@ def swap_encoder(
         _configure(model, size, tokens)
     for images, attribute, value in settings:
         setattr(images, attribute, value)
-    recompile()
     projection = _PROJECTION in weights and _PROJECTION in target.parameters
     remaining = []
     if _PROJECTION in target.parameters and not projection:
@@ -204,7 +203,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Takes the encoder's own state dict, or a whole model's, of which the encoder's part (``visual.``) is used. ``proj``
     (width, E) becomes ``visual_projection.weight`` (E, width). Bit for bit the same numbers, ``to_open_clip`` is the
-    exact inverse; tensors that only change their name are not copied.
+    exact inverse. No tensor is copied but the transposed projection; the others share memory with ``state``.
 
     Raises:
         ModelError: no such encoder in it, several, or parts that transformers' CLIP does not have.
@@ -219,7 +218,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[_OUTSIDE[name]] = value
         elif layer and layer[2] == "attn.in_proj" and len(value) % 3 == 0:
             for letter, rows in zip("qkv", value.chunk(3), strict=True):
-                found[f"encoder.layers.{layer[1]}.self_attn.{letter}_proj.{layer[3]}"] = rows.clone()
+                found[f"encoder.layers.{layer[1]}.self_attn.{letter}_proj.{layer[3]}"] = rows
         elif layer and layer[2] in _IN_A_LAYER:
             found[f"encoder.layers.{layer[1]}.{_IN_A_LAYER[layer[2]]}.{layer[3]}"] = value
         else:
@@ -495,7 +494,7 @@ def _find(source: EncoderSource, revision: str | None) -> tuple[str, _Architectu
         return text, {}, lambda: _read(path, text)
     elif len(short) == 1:
         name = short[0]
-    elif not short and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and path.suffix not in _SUFFIXES:
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and path.suffix not in _SUFFIXES:
         return text, {}, lambda: _read(_download(text, [*_FILES], revision), text)
     else:
         what = (

@@ -359,6 +359,7 @@ def test_wrappers_are_looked_through(llava):
     assert tuned.config.image_seq_length == 4
 
 
+@pytest.mark.slow
 def test_compiled_code_that_has_run_takes_the_new_encoder():
     projecting, ours = with_projection(), tower(size=24)
     compiled = torch.compile(projecting, backend="eager")

@@ -42,8 +42,9 @@ class DiffusionPurifier(nn.Module):
     shape is needed. Its precision is free (``purifier.half()``): images come back in their own dtype.
 
     The net runs at the images' own resolution, since resizing would average the noise away and the step chosen for
-    ``sigma`` would be wrong. Sides are mirrored up to multiples of 2^(levels - 1), 32 for the public model: mirrored
-    pixels carry noise of the right strength, where repeated ones would carry streaks and zeros none.
+    ``sigma`` would be wrong. Sides are mirrored up to multiples of 2^(levels - 1), 32 for the public model: a mirror
+    image has the picture's own statistics and noise of the right strength, where repeated pixels make streaks and
+    zeros carry no noise; through normalisation and attention those harm the whole image, not the border alone.
 
     Args:
         channels: widths from the finest to the coarsest level, multiples of 32.
@@ -114,7 +115,7 @@ class DiffusionPurifier(nn.Module):
         if isinstance(sigma, Tensor) and sigma.shape not in ((), (len(images),)):
             raise SettingError(f"sigma must be a number or ({len(images)},), one per image; got {tuple(sigma.shape)}.")
         t = timestep(sigma).expand(len(images))
-        level = _LEVELS[t].to(y).view(-1, 1, 1, 1)
+        level = _LEVELS[t].to(y.dtype).to(y.device).view(-1, 1, 1, 1)
         x_t = y / (1 + level.square()).sqrt()  # sqrt(abar_t) y
         # Channels 3 to 5 are the learned variance, which one step has no use for.
         eps = self.net(x_t.to(self.net.dtype), t.to(y.device)).sample[:, :3].to(y.dtype)
@@ -149,14 +150,12 @@ def timestep(sigma: float | Tensor) -> Tensor:
 
 
 def _mirror(images: Tensor, multiple: int) -> Tensor:
-    """Continue (N, C, H, W) by reflection, as often as it takes, to the next multiples on the right and below."""
+    """Continue (N, C, H, W) symmetrically to the next multiples on the right and below, however small the images."""
     for dim in (-2, -1):
         size = images.shape[dim]
         if size % multiple:
-            # torch's own reflection stops at one image width; tiny images need more.
-            period = max(2 * (size - 1), 1)
-            index = torch.arange(size + -size % multiple, device=images.device) % period
-            images = images.index_select(dim, torch.minimum(index, period - index))
+            index = torch.arange(size + -size % multiple, device=images.device) % (2 * size)
+            images = images.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
     return images
 
 
