@@ -93,7 +93,7 @@ class Sampler:
         """The class whose direction has the largest product with the average of n pilot draws."""
         assert self.directions is not None
         generator = self._stream("pilot")
-        total = torch.stack([self._block(generator, size)[0].double().sum(0) for size in self._sizes(n)]).sum(0)
+        total = torch.stack([self._block(generator, size)[0].sum(0) for size in self._sizes(n)]).sum(0)
         return int((self.directions @ total).argmax())
 
     def extend(self, n: int) -> None:
@@ -102,13 +102,13 @@ class Sampler:
             units, products, finite = self._block(self._generator, size)
             self._scores.append(products.cpu().numpy())
             if self.directions is not None:
-                told = (units.double() @ self.directions.T).where(finite[:, None], torch.nan)
+                told = (units @ self.directions.T).where(finite[:, None], torch.nan)
                 self._products.append(told.cpu().numpy())
             self.non_finite += int((~finite).sum())
             if self.t0 is not None:
                 near = finite & (products >= self.t0)
                 self._near += int(near.sum())
-                self._total += units[near].double().sum(0) - products[near].sum() * self.reference.double()
+                self._total += near.double() @ units - products[near].sum() * self.reference.double()
 
     def _sizes(self, n: int) -> list[int]:
         return [min(self.rows, n - start) for start in range(0, n, self.rows)]
@@ -118,12 +118,13 @@ class Sampler:
         return torch.Generator(device=self.image.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features (size, E), their scores (size,) in fp64, and which draws were finite."""
+        """Unit features (size, E) and their scores (size,) in fp64, and which draws were finite."""
         shape, device = self.image.shape, self.image.device
         noise = torch.stack([torch.randn(shape, generator=generator, device=device) for _ in range(size)])
-        units, finite = self._units(noise)
+        single, finite = self._units(noise)
+        units = single.double()
         self.advance(size)
-        return units, (units.double() @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
+        return units, (units @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
 
     def _units(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W) standard normal noise -> (N, E) unit features, zero where there is none, and which are finite."""
