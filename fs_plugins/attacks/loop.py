@@ -18,9 +18,10 @@ def ascend(
     eps: float,
     step_size: float,
     steps: int,
+    start: Tensor | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Climb ``objective`` inside the l-inf ball around ``images``, starting from them.
+    """Climb ``objective`` inside the l-inf ball around ``images``.
 
     Args:
         objective: (B, C, H, W) images in [0, 1] -> (B,) scores; each depends on its own image only.
@@ -28,6 +29,7 @@ def ascend(
         eps: radius of the ball, in [0, 1] pixel units (16/255 is usual).
         step_size: length of a sign step, same units.
         steps: how many.
+        start: (B, C, H, W) where to begin, pulled into the ball; by default the images themselves.
         report: called after each step with its number, from 1.
 
     Returns:
@@ -43,7 +45,7 @@ def ascend(
     if steps < 1:
         raise SettingError(f"steps must be at least 1, got {steps}.")
     low, high = (images - eps).clamp(0, 1), (images + eps).clamp(0, 1)
-    attacked = images.detach().clone()
+    attacked = (images if start is None else start).detach().clamp(low, high)
     for step in range(1, steps + 1):
         attacked.requires_grad_(True)
         with torch.enable_grad():

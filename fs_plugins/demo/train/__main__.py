@@ -1,7 +1,7 @@
 """Train the embedded world's models: ``python -m fs_plugins.demo.train WHAT --assets FOLDER``.
 
-In this order: clip, llava, purifier, purifier-wider, psm-llava, psm-clip, psm-llava-no-purifier. Everything is seeded and runs on
-a CPU; the folders written are the ones that ship.
+In this order: clip, llava, purifier, purifier-wider, psm-llava, psm-clip, psm-llava-no-purifier, fare,
+tecoa. Everything is seeded and runs on a CPU; the folders written are the ones that ship.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from fs_plugins.demo.train.clip import train_clip
 from fs_plugins.demo.train.llava import train_llava
 from fs_plugins.demo.train.psm import train_parts
+from fs_plugins.demo.train.robust import train_robust
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parts = ["purifier", "purifier-wider", "psm-llava", "psm-clip", "psm-llava-no-purifier"]
-    parser.add_argument("what", choices=["clip", "llava", *parts])
+    parser.add_argument("what", choices=["clip", "llava", *parts, "fare", "tecoa"])
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("runs/world/train.npy"))
     parser.add_argument("--steps", type=int)
@@ -28,6 +29,8 @@ def main() -> None:
         train_clip(assets / "clip", cache, steps or 2200, 128, seed)
     elif arguments.what == "llava":
         train_llava(assets / "clip", assets / "llava", cache, steps or 1000, 24, seed)
+    elif arguments.what in ("fare", "tecoa"):
+        train_robust(arguments.what, assets / "clip", assets / arguments.what, cache, steps or 600, 48, seed)
     else:
         train_parts(arguments.what, assets, cache, steps, seed)
 

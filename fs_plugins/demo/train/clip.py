@@ -84,10 +84,18 @@ def train_clip(out: Path, cache: Path, steps: int, batch: int, seed: int) -> Non
 @torch.no_grad()
 def zero_shot(model: Any, count: int) -> dict[str, float]:
     """Held-out zero-shot accuracy by shape name."""
-    tokenizer = text.build_tokenizer(append_eos=True)
     facts = [s for s in world.scenes("heldout", count) if s.shape]
     images = torch.stack([to_unit(s.draw()) for s in facts])
     image = F.normalize(model.visual_projection(model.vision_model(normalise(images)).pooler_output), dim=-1)
+    words = class_directions(model)
+    answers = (image @ words.T).argmax(-1)
+    return {"zero_shot": (answers == torch.tensor([s.label for s in facts])).float().mean().item()}
+
+
+@torch.no_grad()
+def class_directions(model: Any) -> Tensor:
+    """(11, E) unit text embeddings of the shapes, averaged over colours, sizes and places."""
+    tokenizer = text.build_tokenizer(append_eos=True)
     prompts = [
         f"a {size} {colour} {shape} {where}"
         for shape in world.CLASSES
@@ -97,9 +105,7 @@ def zero_shot(model: Any, count: int) -> dict[str, float]:
     ]
     ids, mask = _tokens(tokenizer, prompts, 12)
     words = model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
-    words = F.normalize(F.normalize(words, dim=-1).view(len(world.CLASSES), -1, words.shape[-1]).mean(1), dim=-1)
-    answers = (image @ words.T).argmax(-1)
-    return {"zero_shot": (answers == torch.tensor([s.label for s in facts])).float().mean().item()}
+    return F.normalize(F.normalize(words, dim=-1).view(len(world.CLASSES), -1, words.shape[-1]).mean(1), dim=-1)
 
 
 def _attributes(scenes: list[world.Scene]) -> Tensor:
