@@ -31,15 +31,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 # The oldest supported transformers, in an environment of its own.
 test-transformers4: $(VENV)4/.dev
-	$(VENV)4/bin/python -m pytest tests/test_vision.py tests/test_enable.py tests/test_shipped.py tests/test_cli.py
+	$(VENV)4/bin/python -m pytest tests/test_vision.py tests/test_enable.py tests/test_shipped.py tests/test_cli.py \
+	    tests/test_towers.py
 
 # The conformance kit on real classes: every framework in one environment, then the Hugging Face families on the oldest
-# and the newest transformers. Writes docs/compatibility.md, also when something failed.
+# and the newest transformers; robust towers against the real open_clip. Writes docs/compatibility.md, also when something failed.
 integration: $(VENV)-all/.ready $(VENV)4/.dev $(VENV)5/.ready
 	rm -rf runs/integration; failed=0; \
 	for venv in $(VENV)-all $(VENV)4 $(VENV)5; do \
 	    $$venv/bin/python -m pytest integration --report runs/integration/run$$(basename $$venv).json || failed=1; \
 	done; \
+	$(VENV)-all/bin/python -m pytest tests/test_towers.py || failed=1; \
 	$(VENV)-all/bin/python integration/matrix.py docs/compatibility.md runs/integration/*.json && exit $$failed
 
 # docs/adapters.md's own commands: a stranger's plugin, installed beside the package (not from the checkout).

@@ -71,8 +71,13 @@ def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layo
     return PixelSpace(mean, std, argument, source if vision.model_type in DEFAULTS else "", layout=layout)
 
 
-def image_size(vision: Any) -> tuple[int, int] | None:
-    """(H, W) out of a vision configuration, which writes it as a number, a list, or not at all."""
+def image_size(vision: Any, space: PixelSpace | None = None) -> tuple[int, int] | None:
+    """(H, W) by the processor, else by the vision configuration, which writes it as a number, a list, or not at all.
+
+    CLIP's encoder refuses any size but its configuration's, which changes with its weights; a processor may be behind.
+    """
+    if space and space.size and vision.model_type != "clip_vision_model":
+        return space.size
     size = getattr(vision, "image_size", None)
     if isinstance(size, int):
         return (size, size)

@@ -52,7 +52,7 @@ def fs_vision_call(model: nn.Module) -> VisionCall | None:
         module=module,
         pixels=space,
         readouts=(Readout(name, (Field(name, int(pooled)),), width=config.hidden_size, tokens=tokens),),
-        image_size=None if family.patches else space.size or image_size(config),
+        image_size=None if family.patches else image_size(config, space),
         architecture=architecture(config),
         embed=embed,
     )

@@ -43,6 +43,7 @@ def test_the_registrys_checksums_and_fingerprints_are_those_of_the_files(clip, l
     for psm in shipped.entries["demo-clip"].psms:
         folder = assets.ASSETS / psm.path.rsplit("/", 1)[1]
         assert registry.checksum(folder) == psm.sha256
+        assert fs_plugins.PSM.from_pretrained(folder).config.sigma_range == psm.sigma_range
     own = fs_plugins.identity.fingerprint(fs_plugins.vision_call(clip[0]).module)
     assert own == shipped.entries["demo-clip"].fingerprint
     assert own == fs_plugins.identity.fingerprint(fs_plugins.vision_call(llava[0]).module)
@@ -119,7 +120,7 @@ def test_packed_dialogues_train_what_is_served(llava):
 def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
     from fs_plugins.demo import picture
 
-    result = run.run(run.Settings(images=11, steps=2, n0=2), lambda what, total: lambda done: None)
+    result = run.run(run.Settings(images=11, steps=2, n0=2, draws=100), lambda what, total: lambda done: None)
     summary = json.loads(run.write_summary(result, tmp_path).read_text())
     assert set(summary["clean"]) == set(summary["attacked"]) == {"none", "fs_psm"}
     for rows in (summary["clean"], summary["attacked"]):
@@ -128,6 +129,11 @@ def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
             assert all(0 <= value <= 1 for name, value in row.items() if name != "fcs")
     assert list(summary["ablation"]) == ["none", "fs", "fs_m", "fs_p", "fs_pm"]
     assert all(set(row) == {"acc", "asr", "fcs"} for row in summary["ablation"].values())
+    assert len(summary["certificates"]) == 4
+    for row, panel in zip(summary["certificates"], result.pictures, strict=True):
+        assert row["picture"] == panel.truth
+        assert row["certified"] == pytest.approx(panel.certificate.radius(), abs=1e-4)
+        assert row["plugin"] > row["certified"] > row["mean"] > 0
     assert (summary["images"], summary["seed"]) == (11, 0)
     assert summary["seconds"] > 0
     picture.draw(result, tmp_path / "demo.png")
@@ -135,7 +141,7 @@ def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
 
 
 def test_panels_show_the_scenes_that_were_attacked():
-    result = run.run(run.Settings(images=11, steps=1, n0=1), lambda what, total: lambda done: None)
+    result = run.run(run.Settings(images=11, steps=1, n0=1, draws=10), lambda what, total: lambda done: None)
     assert len(result.pictures) == 4
     for panel in result.pictures:
         assert 0 < (panel.attacked - panel.clean).abs().max() <= 1 / 255 + 1e-6
@@ -176,3 +182,9 @@ def test_the_demo_holds_what_the_project_promises_and_documents():
     assert clean["fs_psm"]["acc"] >= 0.85
     assert attacked["fs_psm"]["fcs"] > attacked["none"]["fcs"]
     assert ablation["fs_pm"]["acc"] > ablation["fs"]["acc"]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for row in summary["certificates"]:
+        [quoted] = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| {row['picture']} |")]
+        measured = [row[name] for name in ("plugin", "mean", "certified")]
+        assert measured == pytest.approx([float(value) for value in quoted], abs=0.01)
+    assert all(row["certified"] > 1.1 * row["mean"] for row in summary["certificates"])

@@ -120,8 +120,12 @@ def certify(
         }
         results = run(jobs)
         if crew.rank == 0:
-            _show_table(list(results), threshold, out / "table.csv")
-            console.print(f"\nWritten: {out / 'table.csv'} and the rows beside it", soft_wrap=True)
+            from fs_plugins.certificates import plot
+
+            for rows, certificates in zip(jobs, results, strict=True):
+                plot.draw(list(certificates.values()), rows.with_suffix(".png"))
+            _show_table(results, threshold, out / "table.csv")
+            console.print(f"\nWritten: {out / 'table.csv'}, and rows and a plot of each run beside it", soft_wrap=True)
 
 
 @dataclass(frozen=True)
