@@ -16,6 +16,7 @@ from fs_plugins.hooks import hookimpl
 from fs_plugins.patch import SmoothingEvent
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.towers import swap_encoder
 from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "enable",
     "hookimpl",
     "status",
+    "swap_encoder",
     "vision_call",
 ]

@@ -562,6 +562,7 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
         )
     if (
         psm != "auto"
+        and found.config.fingerprint  # else it serves any encoder
         and is_readable(call.module)
         and not same_encoder(found.config.fingerprint, fingerprint(call.module))
     ):
@@ -575,11 +576,9 @@ def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
 
 
 def known_encoders() -> registry.Registry:
-    """The registry that ships, then those of plugins."""
-    files: list[Path] = [registry.shipped_path()]
-    for answer in plugin_manager().hook.fs_registries():
-        files += [Path(path) for path in answer]
-    return registry.Registry(files)
+    """The user's registry, then those of plugins, then the one that ships: the first that has a name wins."""
+    plugins = [Path(path) for answer in plugin_manager().hook.fs_registries() for path in answer]
+    return registry.Registry([*registry.user_files(), *plugins, registry.shipped_path()])
 
 
 def plugin_parts() -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _encoder(call: VisionCall) -> Encoder:
     try:
         recognised = tuple(registry.recognise(call))
         match = registry.find(call)
-        psm = f"{match.psm_name}, sigma {match.psm.sigma:g} ({match.psm.path})"
+        psm = str(match)
     except FSPluginsError as error:
         psm = str(error)
     return Encoder(

@@ -75,7 +75,8 @@ def fs_mappers() -> dict[str, type[nn.Module]]:
 
 @hookspec
 def fs_registries() -> Sequence[Path]:
-    """Provide further registry files (the schema of ``registry.yaml``), searched after the one that ships.
+    """Provide further registry files (the schema of ``registry.yaml``), searched after the
+    user's file and before the one that ships.
 
     :returns: paths of YAML files; folders inside them are relative to the file.
 

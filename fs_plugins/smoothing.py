@@ -140,9 +140,10 @@ class FeatureSmoother(Pickled):
                 f"({', '.join(self.psm.mapped)}) was made for the tokens of single images. Its purifier applies to videos: "
                 "enable with psm.only(mapper=False)."
             )
-        if self.psm.config.image_size == tuple(pixels.shape[-2:]) or (any_size and not self.psm.mapped):
+        size = self.psm.config.image_size
+        if size is None or size == tuple(pixels.shape[-2:]) or (any_size and not self.psm.mapped):
             return None
-        height, width = self.psm.config.image_size
+        height, width = size
         return (
             f"The encoder was given {pixels.shape[-2]}x{pixels.shape[-1]} pixels; its PSM was made for "
             f"{height}x{width}. Resize the images, or enable with psm=None."

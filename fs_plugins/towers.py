@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fs_plugins import registry
 from fs_plugins.api import known_encoders
 from fs_plugins.errors import ModelError, RegistryError, SettingError
 from fs_plugins.patch import hooks_of
@@ -183,8 +182,7 @@ def swap_encoder(
         )
     if resized:
         remaining.append(
-            "The processor saved beside the checkpoint knows nothing of this: give the changed one to "
-            "fs_plugins.enable(processor=...), and save it with the model."
+            "The processor saved beside the checkpoint knows nothing of this: save the changed one with the model."
         )
     return EncoderSwap(
         source=name,
@@ -506,8 +504,8 @@ def _find(source: EncoderSource, revision: str | None) -> tuple[str, _Architectu
     entry = known.entries[name]
     said = entry.architecture.model_dump(exclude={"family"})
     location, layout = entry.weights.location, entry.weights.format
-    if entry.weights.source == "shipped":
-        folder = registry._resolve(location, known._roots[name])
+    if entry.weights.source != "hub":
+        folder = known.place(name, location)
         return name, said, lambda: _read(folder, name)
     return name, said, lambda: _read(_download(location, [layout], revision), name)
 

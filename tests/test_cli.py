@@ -113,14 +113,14 @@ def test_certify_prints_the_papers_table_of_averages_and_writes_it(picture, tmp_
     from fs_plugins.cli.certify import TABLE_DISTANCES
 
     out = tmp_path / "out"
-    arguments = ["certify", str(picture), "--scenes", "1", "--table", "--n", "60", "--seed", "0", "--out", str(out)]
-    result = runner.invoke(app, arguments)
+    arguments = ["certify", str(picture), "--scenes", "1", "--table", "--sigma", "0.5", "--n", "30", "--seed", "0"]
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
     assert result.exit_code == 0, result.output
-    for expected in ("sigma 0.25, plain smoothing", "sigma 0.5, PSM demo-psm-llava", "paper's estimate", "certified"):
+    for expected in ("sigma 0.5, plain smoothing", "sigma 0.5, PSM demo-psm-llava", "paper's estimate", "certified"):
         assert expected in result.output
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["plugin", "mean", "distribution", "certified"] * 4
+    assert [row["method"] for row in rows] == ["plugin", "mean", "distribution", "certified"] * 2
     lines = (out / "certificates-sigma0.5-psm.jsonl").read_text().splitlines()[1:]
     certificates = [Certificate.from_json(json.dumps(json.loads(line)["certificate"])) for line in lines]
     for row in rows[-4:]:
@@ -130,7 +130,7 @@ def test_certify_prints_the_papers_table_of_averages_and_writes_it(picture, tmp_
             assert float(row[f"{eps:g}"]) == pytest.approx(np.mean([one.fcsb(eps) or 0 for one in alone]))
         assert float(row["R"]) == pytest.approx(np.mean([one.radius(0.5) or 0 for one in alone]))
     assert float(rows[-4]["R"]) > 0
-    assert runner.invoke(app, arguments).exit_code == 0, "a finished run is read again"
+    assert (out / "certificates-sigma0.5-plain.png").stat().st_size > 10_000
 
 
 def test_certify_names_zero_shot_predictions(picture, tmp_path):

@@ -14,10 +14,13 @@ from fs_plugins.cli.ask import ask
 from fs_plugins.cli.certify import certify
 from fs_plugins.cli.demo import demo
 from fs_plugins.cli.doctor import doctor
+from fs_plugins.cli.registry import app as registry
+from fs_plugins.cli.train import train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, ask, certify, doctor):
+for command in (demo, ask, certify, train, doctor):
     app.command()(command)
+app.add_typer(registry, name="registry")
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ class _Run:
         if self.crew.rank == 0:
             first = dict([next(iter(self.pictures.items()))])
             seconds = sum(
-                _seconds_per_draw(partial(self.verb, images=first, **{**s, "n": 96, "target": None}))
+                _seconds_per_draw(partial(self.verb, images=first, **{**s, "n": 64, "target": None}))
                 for s in jobs.values()
             )
             total = len(self.pictures) * self.draws

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,14 +18,13 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fs_plugins.errors import PSMError
+from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.mapper import ResidualMapper
 from fs_plugins.psm.purifier import UNetPurifier
+from fs_plugins.sources import CONFIG_NAME, WEIGHTS_NAME, checksum, psm_folder
 
 if TYPE_CHECKING:
     from fs_plugins.vision import VisionCall
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "psm.safetensors"
 
 
 class _Strict(BaseModel):
@@ -48,13 +48,16 @@ class ReadoutSpec(_Strict):
 
 
 class PSMConfig(_Strict):
-    """What ``config.json`` holds. ``sigma`` is in [0, 1] pixel units."""
+    """What ``config.json`` holds. ``sigma`` is in [0, 1] pixel units.
+
+    A PSM without mappers may serve images of any size (``image_size`` None) and any encoder (``fingerprint`` empty).
+    """
 
     format: Literal["fs-plugins-psm-1"] = "fs-plugins-psm-1"
     name: str
     sigma: float
     sigma_range: tuple[float, float]
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     purifier: Part | None
     readouts: tuple[ReadoutSpec, ...] = ()
     encoder: str
@@ -73,10 +76,12 @@ class PSMConfig(_Strict):
         low, high = self.sigma_range
         if not 0 < low <= self.sigma <= high:
             raise ValueError(f"sigma_range {self.sigma_range} must hold sigma {self.sigma}")
+        if self.readouts and not (self.image_size and self.fingerprint):
+            raise ValueError("a mapper belongs to one encoder: it needs image_size and fingerprint")
         return self
 
 
-_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier}
+_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier}
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
 
 
@@ -148,7 +153,7 @@ class PSM(nn.Module):
             PSMError: with both sides of what does not fit.
         """
         config = self.config
-        if call.image_size not in (None, config.image_size):
+        if config.image_size and call.image_size and config.image_size != call.image_size:
             raise PSMError(
                 f"PSM {config.name!r} was trained at {_size(config.image_size)} pixels, "
                 f"this encoder sees {_size(call.image_size)}. Train a PSM at this resolution, or pass psm=None."
@@ -194,8 +199,7 @@ class PSM(nn.Module):
         try:
             weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
             save_file(weights, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-            digest = _sha256((fresh / WEIGHTS_NAME).read_bytes())
-            config = self.config.model_copy(update={"weights_sha256": digest})
+            config = self.config.model_copy(update={"weights_sha256": checksum(fresh, (WEIGHTS_NAME,))})
             (fresh / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
             fresh.chmod(0o755)
             (fresh / WEIGHTS_NAME).chmod(0o644)
@@ -230,7 +234,7 @@ class PSM(nn.Module):
         Raises:
             PSMError: no such folder, a config that breaks the schema, or damaged weights.
         """
-        folder = fetch(source, revision)
+        folder = psm_folder(source, revision)
         try:
             config = PSMConfig.model_validate_json((folder / CONFIG_NAME).read_bytes())
         except ValidationError as error:
@@ -241,38 +245,16 @@ class PSM(nn.Module):
                 f"{folder / WEIGHTS_NAME} is damaged: its SHA-256 is {_sha256(data)}, "
                 f"config.json says {config.weights_sha256}. Fetch or train it again."
             )
-        psm = cls(config, purifiers=purifiers, mappers=mappers)
+        # No random weights are made where the file has all of them; a plugin's part may have state that is not in it.
+        with nullcontext() if purifiers or mappers else torch.device("meta"):
+            psm = cls(config, purifiers=purifiers, mappers=mappers)
         try:
-            psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()})
+            psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()}, assign=True)
         except (RuntimeError, SafetensorError) as error:
             raise PSMError(
                 f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}"
             ) from None
         return psm
-
-
-def fetch(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """A PSM folder on this machine: ``source`` itself, or a hub repository's snapshot.
-
-    Raises:
-        PSMError: nothing there, or files missing.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise PSMError(f"{folder} is no PSM folder: {name} is missing.")
-        return folder
-    text = str(source)
-    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        raise PSMError(f"No PSM folder at {text!r} (and that is no hub id of the form owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise PSMError(f"{text!r} is no folder, and the hub did not give it: {error}") from None
 
 
 def _sha256(data: bytes) -> str:

@@ -1,17 +1,30 @@
-"""Image folders as training data."""
+"""Image folders as training data, and the order in which training looks at them.
+
+Nothing here depends on the state of a random generator: an epoch's order, an image's crop and its noise each follow from
+the seed and from which sample it is. So a resumed run draws what the uninterrupted one would have drawn, and several
+processes draw together what one would.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fs_plugins.errors import SettingError
+from fs_plugins.training.config import Stage, TrainingConfig
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 
@@ -33,7 +46,8 @@ class ImageFolder(Dataset[Tensor]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: tuple[int, int]) -> None:
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        self.folder = Path(folder)
+        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
         self.size = size
         if not self.paths:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {folder}.")
@@ -43,16 +57,54 @@ class ImageFolder(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """(3, H, W) fp32 in [0, 1]."""
-        return read(self.paths[index], self.size)
+        return self.read(self.paths[index])
+
+    def read(self, path: Path, **fit: Any) -> Tensor:
+        """One picture; ``fit`` goes to ``fitted``. Subclasses may take theirs from elsewhere."""
+        return read(path, self.size, **fit)
+
+    def varied(self, index: int, generator: torch.Generator) -> Tensor:
+        """The same picture, off centre, up to a quarter nearer on every side, and mirrored half of the time."""
+        nearer, x, y, mirror = torch.rand(4, generator=generator).tolist()
+        image = self.read(self.paths[index], bleed=nearer / 4, centering=(x, y))
+        return image.flip(-1) if mirror < 0.5 else image
+
+    def split(self, count: int, seed: int) -> tuple[ImageFolder, ImageFolder]:
+        """The pictures to train on, and ``count`` that are held out, chosen by their names and the seed."""
+        marks = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
+        held = {path for _, path in sorted(zip(marks, self.paths, strict=True))[:count]}
+        return self._only([path for path in self.paths if path not in held]), self._only(sorted(held))
+
+    @property
+    def names(self) -> list[str]:
+        """The pictures' paths below the folder."""
+        return [path.relative_to(self.folder).as_posix() for path in self.paths]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the pictures' names and file sizes, whatever the folder is called."""
+        listed = "\n".join(f"{name} {self.bytes(path)}" for name, path in zip(self.names, self.paths, strict=True))
+        return f"{len(self)} images, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+
+    def bytes(self, path: Path) -> int:
+        return path.stat().st_size
+
+    def _only(self, paths: list[Path]) -> ImageFolder:
+        part = copy.copy(self)
+        part.paths = paths
+        return part
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1]."""
+def fitted(image: Image.Image, size: tuple[int, int], **fit: Any) -> Tensor:
+    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
+
+    ``fit``: ``bleed`` and ``centering`` of PIL's ``ImageOps.fit``.
+    """
     height, width = size
-    return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
+    return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC, **fit))
 
 
-def read(path: Path, size: tuple[int, int]) -> Tensor:
+def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
     """A PNG or JPEG, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
 
     Raises:
@@ -60,8 +112,113 @@ def read(path: Path, size: tuple[int, int]) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            return fitted(image, size)
+            return fitted(image, size, **fit)
     except FileNotFoundError:
         raise SettingError(f"There is no file {path}.") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SettingError(f"{path} is not a readable image: {error}") from None
+
+
+def keyed(*marks: object) -> torch.Generator:
+    """A generator on the CPU whose stream follows from these marks alone."""
+    digest = hashlib.sha256("/".join(map(str, marks)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+Sample = tuple[int, int, int]
+"""Step, place in the step's images (of all processes), and the image's index."""
+
+
+def samples(
+    count: int, config: TrainingConfig, name: str, *, first: int = 0, process: int = 0, processes: int = 1
+) -> Iterator[list[Sample]]:
+    """One process's share of ``count`` images, a list a forward, from step ``first`` to the stage's last.
+
+    Epochs follow each other without a break, each in an order of its own.
+    """
+    stage = config.stages[name]
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> list[int]:
+        return torch.randperm(count, generator=keyed(config.seed, name, "epoch", epoch)).tolist()
+
+    for step in range(first, stage.steps):
+        for forward in range(stage.accumulate):
+            start = (forward * processes + process) * stage.batch_size
+            places = range(start, start + stage.batch_size)
+            positions = [step * stage.images(processes) + place for place in places]
+            yield [
+                (step, place, order(position // count)[position % count])
+                for place, position in zip(places, positions, strict=True)
+            ]
+
+
+def drawn(images: Any, config: TrainingConfig, name: str, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample's picture (C, H, W) in [0, 1], its standard normal noise (draws, C, H, W), and a number in [0, 1)."""
+    step, place, index = sample
+    if config.augment and hasattr(images, "varied"):
+        image = images.varied(index, keyed(config.seed, name, step, place, "view"))
+    else:
+        image = images[index]
+    generator = keyed(config.seed, name, step, place, "noise")
+    noise = torch.randn(config.stages[name].draws, *image.shape, generator=generator)
+    return image, noise, torch.rand((), generator=generator)
+
+
+def batches(
+    one: Callable[[Sample], tuple[Tensor, ...]], lists: Iterable[list[Sample]], *, workers: int, ahead: int = 2
+) -> Generator[tuple[Tensor, ...]]:
+    """``one`` of every sample, stacked a list each, read by threads ``ahead`` of who takes them, in the lists' order.
+
+    Threads, because decoding, resizing and drawing all release Python's lock, and nothing is copied between processes.
+    """
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[list[Any]] = deque()
+    try:
+        for some in lists:
+            waiting.append([pool.submit(one, sample) for sample in some])
+            if len(waiting) > ahead:
+                yield _stacked(waiting.popleft())
+        while waiting:
+            yield _stacked(waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stacked(futures: list[Any]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.stack, zip(*(future.result() for future in futures), strict=True)))
+
+
+def check(images: ImageFolder, config: TrainingConfig, *, processes: int = 1, workers: int = 8) -> None:
+    """Read every picture that the training will look at.
+
+    Raises:
+        SettingError: those that cannot be read, by name; or fewer than one batch.
+    """
+    used: set[int] = set()
+    for name, stage in config.stages.items():
+        check_count(len(images), stage, processes)
+        whole = stage.steps * stage.images(processes) >= len(images)
+        for process in range(0 if whole else processes):
+            for some in samples(len(images), config, name, process=process, processes=processes):
+                used |= {index for _, _, index in some}
+        used |= set(range(len(images) if whole else 0))
+
+    def problem(index: int) -> str | None:
+        try:
+            images[index]
+        except SettingError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        problems = [told for told in pool.map(problem, sorted(used)) if told]
+    if problems:
+        more = f" {len(problems) - 3} more are not." if len(problems) > 3 else ""
+        raise SettingError(f"{' '.join(problems[:3])}{more} Repair them, or take them out of the folder.")
+
+
+def check_count(count: int, stage: Stage, processes: int) -> None:
+    """Refuse fewer images than one step of the optimiser takes."""
+    if count < stage.images(processes):
+        raise SettingError(f"Fewer training images ({count}) than one batch of {stage.images(processes)}.")

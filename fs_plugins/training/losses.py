@@ -1,6 +1,11 @@
-"""The losses of PSM training (arXiv 2601.16200, eqs. 7 to 13). Each is to be minimised."""
+"""The losses of PSM training (arXiv 2601.16200, eqs. 7 to 13). Each is to be minimised.
+
+The denoising loss l_diff is the purifier's own where it has one: ``purifier.denoising_loss``, see ``stages.py``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,15 +21,23 @@ def reconstruction(purified: Tensor, clean: Tensor) -> Tensor:
     return (purified - clean).flatten(1).norm(dim=1).mean()
 
 
-def statistics(mapped: Tensor, clean: Tensor) -> Tensor:
+def statistics(mapped: Tensor, clean: Tensor, average: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:
     """l_stats: squared differences of per-channel mean and standard deviation, averaged over D (eq. 12).
 
     Moments are over batch and tokens: (N, L, D) or (N, D); both arguments may differ in N.
+
+    Args:
+        average: a process's mean -> the mean over all processes, differentiable, where the batch is spread over several.
     """
-    mapped, clean = mapped.flatten(0, -2), clean.flatten(0, -2)
-    means = (mapped.mean(0) - clean.mean(0)).square()
-    deviations = (mapped.std(0, correction=0) - clean.std(0, correction=0)).square()
-    return (means + deviations).mean()
+    (mean, deviation), (clean_mean, clean_deviation) = _moments(mapped, average), _moments(clean, average)
+    return ((mean - clean_mean).square() + (deviation - clean_deviation).square()).mean()
+
+
+def _moments(features: Tensor, average: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    flat = features.flatten(0, -2)
+    mean = average(flat.mean(0))
+    variance = average((flat - mean).square().mean(0))
+    return mean, variance.clamp_min(1e-20).sqrt()  # a constant channel has a gradient of 0, not of infinity
 
 
 def identity(update: Tensor) -> Tensor:

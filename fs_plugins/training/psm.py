@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from fs_plugins.api import plugin_parts
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import fingerprint
-from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec, ResidualMapper
-from fs_plugins.training import losses
-from fs_plugins.vision import Features, VisionCall
+from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
+from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.training.config import TrainingConfig
+from fs_plugins.training.data import check_count
+from fs_plugins.training.folder import DONE, TrainingFolder
+from fs_plugins.training.stages import Alone, Optimisation, calibrate, own_random
+from fs_plugins.vision import VisionCall
 
 Report = Callable[[str, int, int, dict[str, float]], None]
-"""Called after each step: stage, step (from 1), steps, losses."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Optimisation of one stage: AdamW with warm-up and cosine annealing."""
-
-    steps: int
-    batch_size: int = 16
-    draws: int = 8
-    lr: float = 2e-4
-    warmup: int = 100
-    ema: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The paper's settings by default.
-
-    Args:
-        sigma: noise level to serve at, in [0, 1] pixel units; ``sigma_range`` is what is drawn in training.
-        lambda1, lambda2: weights of consistency and reconstruction in the purifier's loss (eq. 9).
-        lambda3, lambda4: weights of statistics and identity in the mapper's loss (eq. 13).
-        purifier, mapper: which parts, with which arguments; None leaves one out.
-    """
-
-    sigma: float = 0.25
-    sigma_range: tuple[float, float] | None = None
-    purifier: Part | None = field(default_factory=lambda: Part(kind="unet"))
-    mapper: Part | None = field(default_factory=lambda: Part(kind="residual"))
-    purifier_stage: Stage = Stage(steps=12_000, lr=5e-5, ema=0.99)
-    mapper_stage: Stage = Stage(steps=2_500)
-    lambda1: float = 0.25
-    lambda2: float = 0.25
-    lambda3: float = 100.0
-    lambda4: float = 0.25
-    seed: int = 0
+"""Called after each step: stage, step (from 1), steps, losses (and the score, where it was logged)."""
 
 
 def train_psm(
@@ -69,8 +37,13 @@ def train_psm(
     encoder: str,
     start: PSM | None = None,
     report: Report | None = None,
+    out: str | os.PathLike[str] | TrainingFolder | None = None,
+    accelerator: Any = None,
+    workers: int = 1,
 ) -> PSM:
     """Train a PSM for ``call``, self-supervised.
+
+    On a CPU the result follows from the arguments bit for bit; torch's global generators play no part and are left alone.
 
     Args:
         call: the encoder, frozen; from ``fs_plugins.vision_call(model)``.
@@ -80,53 +53,59 @@ def train_psm(
         name, encoder: written into the PSM's configuration.
         start: a PSM whose purifier the training goes on from; with ``purifier_stage.steps = 0`` it is taken as it is.
         report: called after each step.
+        out: a folder for checkpoints and a log. A training that was stopped, at whatever moment, goes on from it to the
+            same result; the finished PSM is for the caller to save.
+        accelerator: an ``accelerate.Accelerator``, for several processes or another precision. N processes with batches
+            of b do what one does with batches of N b.
+        workers: threads that load images.
 
     Raises:
-        SettingError: images of another size or range, or nothing to train.
+        SettingError: images of another size or range, too few, or ``out`` holds something else or another training.
     """
-    if config.purifier is None and config.mapper is None:
-        raise SettingError("Nothing to train: both purifier and mapper are None.")
-    first = images[0]
-    height, width = call.image_size or first.shape[-2:]
-    if tuple(first.shape[-2:]) != (height, width) or first.min() < 0 or first.max() > 1:
-        raise SettingError(
-            f"Training images must be (C, {height}, {width}) in [0, 1]; the first is "
-            f"{tuple(first.shape)} in [{first.min():.2f}, {first.max():.2f}]."
-        )
-    torch.manual_seed(config.seed)
-    readouts = {}
-    if config.mapper is not None:
-        with torch.no_grad():
-            sample = call.encode(first[None].to(next(call.module.parameters()).device))
-        readouts = {name: (value.shape[1] if value.ndim == 3 else 0, value.shape[-1]) for name, value in sample.items()}
-    psm = PSM(
-        PSMConfig(
-            name=name,
-            sigma=config.sigma,
-            sigma_range=config.sigma_range or (config.sigma, config.sigma),
-            image_size=(height, width),
-            purifier=config.purifier,
-            readouts=tuple(
-                ReadoutSpec(name=readout, width=size, tokens=tokens, mapper=_sized(config.mapper, size))
-                for readout, (tokens, size) in readouts.items()
-                if config.mapper is not None
-            ),
-            encoder=encoder,
-            fingerprint=fingerprint(call.module),
-        )
-    )
-    report = report or (lambda stage, step, steps, losses: None)
+    crew: Any = accelerator or Alone()
+    size = _image_size(call, images, config, crew.num_processes)
+    folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
     device = next(call.module.parameters()).device
-    psm.to(device)
-    with _frozen(call.module):
-        if start is not None:
-            if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
-                raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")
-            psm.purifier.load_state_dict(start.purifier.state_dict())
-        if psm.purifier is not None and config.purifier_stage.steps:
-            _train_purifier(psm.purifier, call, images, config, report)
-        if readouts:
-            _train_mapper(psm, call, images, config, report)
+    with own_random(device, config.seed), _frozen(call):
+        psm = _initial(call, images, config, size, name, encoder, start).to(device)
+        settings = {
+            "name": name,
+            "encoder": encoder,
+            "weights": list(fingerprint(call.module)),
+            "images": _digest(images),
+            "image_size": list(size),
+            "start": start and _digest_of(start),
+            "processes": crew.num_processes,
+            "precision": {"no": "fp32"}.get(crew.mixed_precision, crew.mixed_precision),
+            "config": config.as_json(),
+        }
+        kept = folder.load(settings) if folder else None
+        if kept:
+            psm.load_state_dict(kept["psm"])
+        names = [*config.stages, DONE]
+        at, step = (kept["stage"], kept["step"]) if kept else (names[0], 0)
+        crew.wait_for_everyone()  # before one of them writes, all have read
+        writes = folder if crew.is_main_process else None
+        if writes:
+            writes.begin(settings, {name: stage.steps for name, stage in config.stages.items()}, at, step)
+        fresh = crew.scaler and crew.scaler.state_dict()
+        for stage, following in pairwise(names[names.index(at) :]):
+            if stage == "mapper" and not step:
+                calibrate(psm, call, images, config)
+            if fresh:  # a stage must not depend on whether the one before ran in this process
+                crew.scaler.load_state_dict(fresh)
+            work = Optimisation(stage, psm, call, images, config, crew, kept=kept if step else None, workers=workers)
+            kept, step = None, 0
+            while work.done < work.stage.steps:
+                row = {"lr": work.stage.rate(work.done), "sigma": work.sigma()}
+                values = work.advance()
+                if writes:
+                    values |= _keep(writes, work, psm, call, config, row | values)
+                if report:
+                    report(stage, work.done, work.stage.steps, values)
+            work.close()
+            if writes:
+                writes.save({"stage": following, "step": 0, "psm": psm.state_dict()})
     return psm.eval().requires_grad_(False)
 
 
@@ -134,118 +113,134 @@ def robustness_score(
     call: VisionCall, psm: PSM | None, images: Tensor, sigma: float, *, draws: int = 8, seed: int = 0
 ) -> float:
     """Mean cosine between single smoothed draws and the clean feature, over (B, C, H, W) images in [0, 1]."""
-    from fs_plugins.smoothing import FeatureSmoother
-
     smoother = FeatureSmoother(call, psm=psm, sigma=sigma, n0=1, noise="iid", seed=seed)
     with torch.no_grad():
-        clean = call.embed(call.encode(images))
+        clean = torch.cat([call.embed(call.encode(some)) for some in images.split(smoother.chunk_size)])
         scores = [torch.cosine_similarity(call.embed(smoother.smooth(images)), clean, dim=-1) for _ in range(draws)]
     return torch.stack(scores).mean().item()
 
 
-def _train_purifier(
-    purifier: nn.Module, call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, report: Report
-) -> None:
-    stage = config.purifier_stage
-    purifier.train().requires_grad_(True)
-    ema = AveragedModel(purifier, multi_avg_fn=get_ema_multi_avg_fn(stage.ema)) if stage.ema else None
-    optimizer, scheduler = _optimiser(purifier, stage)
-    for step, clean in enumerate(_batches(images, stage, config.seed + 1), start=1):
-        clean = clean.to(next(purifier.parameters()).device)
-        sigma = _sigma(config)
+def _image_size(call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, processes: int) -> tuple[int, int]:
+    first = images[0]
+    height, width = call.image_size or first.shape[-2:]
+    if tuple(first.shape[-2:]) != (height, width) or first.min() < 0 or first.max() > 1:
+        raise SettingError(
+            f"Training images must be (C, {height}, {width}) in [0, 1]; the first is "
+            f"{tuple(first.shape)} in [{first.min():.2f}, {first.max():.2f}]."
+        )
+    for stage in config.stages.values():
+        check_count(len(images), stage, processes)  # type: ignore[arg-type]
+    return height, width
+
+
+def _initial(
+    call: VisionCall,
+    images: Dataset[Tensor],
+    config: TrainingConfig,
+    size: tuple[int, int],
+    name: str,
+    encoder: str,
+    start: PSM | None,
+) -> PSM:
+    """The PSM before its first step, on the CPU."""
+    readouts = {}
+    if config.mapper is not None:
         with torch.no_grad():
-            reference = call.embed(call.encode(clean)).repeat(stage.draws, 1)
-        repeated = clean.repeat(stage.draws, 1, 1, 1)
-        purified = purifier(repeated + sigma * torch.randn_like(repeated), sigma)
-        rb = losses.consistency(call.embed(call.encode(purified)), reference)
-        mse = losses.reconstruction(purified, repeated)
-        _update(config.lambda1 * rb + config.lambda2 * mse, purifier, optimizer, scheduler)
-        if ema is not None:
-            ema.update_parameters(purifier)
-        report("purifier", step, stage.steps, {"l_rb": rb.item(), "l_mse": mse.item()})
-    if ema is not None:
-        purifier.load_state_dict(ema.module.state_dict())
-    purifier.eval().requires_grad_(False)
+            sample = call.encode(images[0][None].to(next(call.module.parameters()).device))
+        readouts = {name: (value.shape[1] if value.ndim == 3 else 0, value.shape[-1]) for name, value in sample.items()}
+    psm = PSM(
+        PSMConfig(
+            name=name,
+            sigma=config.sigma,
+            sigma_range=config.sigmas,
+            image_size=size,
+            purifier=config.purifier,
+            readouts=tuple(
+                ReadoutSpec(name=readout, width=width, tokens=tokens, mapper=_sized(config.mapper, width))
+                for readout, (tokens, width) in readouts.items()
+                if config.mapper is not None
+            ),
+            encoder=encoder,
+            fingerprint=fingerprint(call.module),
+        ),
+        **trainable_parts(),
+    )
+    if start is not None:
+        if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
+            raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")
+        psm.purifier.load_state_dict(start.purifier.state_dict())
+    return psm
 
 
-def _train_mapper(psm: PSM, call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, report: Report) -> None:
-    stage = config.mapper_stage
-    psm.mappers.train().requires_grad_(True)
-    optimizer, scheduler = _optimiser(psm.mappers, stage)
-    for step, clean in enumerate(_batches(images, stage, config.seed + 2), start=1):
-        clean = clean.to(next(psm.mappers.parameters()).device)
-        sigma = _sigma(config)
-        with torch.no_grad():
-            features = call.encode(clean)
-            reference = call.embed(features).repeat(stage.draws, 1)
-            repeated = clean.repeat(stage.draws, 1, 1, 1)
-            noised = call.encode(psm.purify(repeated + sigma * torch.randn_like(repeated), sigma))
-        if step == 1:
-            _calibrate(psm, noised, sigma)
-        mapped = {name: psm.map(name, value, sigma) for name, value in noised.items()}
-        rb = losses.consistency(call.embed(mapped), reference)
-        stats = torch.stack([losses.statistics(mapped[name], features[name]) for name in psm.mapped]).sum()
-        still = torch.stack([losses.identity(psm.map(n, noised[n], 0.0) - noised[n]) for n in psm.mapped]).sum()
-        _update(rb + config.lambda3 * stats + config.lambda4 * still, psm.mappers, optimizer, scheduler)
-        report("mapper", step, stage.steps, {"l_rb": rb.item(), "l_stats": stats.item(), "l_id": still.item()})
-    psm.mappers.eval().requires_grad_(False)
+def trainable_parts() -> dict[str, Any]:
+    """Purifiers and mappers by kind that can be trained beside the bundle's own: those of plugins, and LoRA."""
+    from fs_plugins.training.lora import LoRAPurifier
 
-
-def _calibrate(psm: PSM, features: Features, sigma: float) -> None:
-    """Let mappers that can set their initial scale do so on real features."""
-    for name, mapper in zip(psm.mapped, psm.mappers, strict=True):
-        if isinstance(mapper, ResidualMapper):
-            mapper.calibrate(features[name], sigma)
+    parts = plugin_parts()
+    return {**parts, "purifiers": {"lora": LoRAPurifier, **parts["purifiers"]}}
 
 
 def _sized(mapper: Part, width: int) -> Part:
     return Part(kind=mapper.kind, args={"width": width, **mapper.args})
 
 
-def _sigma(config: TrainingConfig) -> float:
-    low, high = config.sigma_range or (config.sigma, config.sigma)
-    return low if low == high else low + (high - low) * torch.rand(()).item()
+def _keep(
+    folder: TrainingFolder,
+    work: Optimisation,
+    psm: PSM,
+    call: VisionCall,
+    config: TrainingConfig,
+    row: dict[str, float],
+) -> dict[str, float]:
+    """Log and save what is due; the score, where it was."""
+    score = {}
+    last = work.done == work.stage.steps
+    if last or work.done % folder.log_every == 0:
+        if folder.held is not None:
+            served = psm if work.name == "mapper" else _without_mappers(psm)
+            with work.as_served():
+                score["score"] = robustness_score(call, served, folder.held.to(work.device), config.sigma)
+        folder.log(work.name, work.done, row | score)
+    if not last and work.done % folder.save_every == 0:
+        folder.save({**work.state(), "psm": psm.state_dict()})
+    return score
 
 
-def _optimiser(module: nn.Module, stage: Stage) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=stage.lr)
-
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / max(1, stage.warmup))
-        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / stage.steps)))
-
-    return optimizer, LambdaLR(optimizer, factor)
+def _without_mappers(psm: PSM) -> PSM:
+    """The same purifier, not a copy of it, without the mappers that are yet to be trained."""
+    alone = PSM(psm.config.model_copy(update={"purifier": None, "readouts": ()}))
+    alone.purifier, alone.config = psm.purifier, psm.config.model_copy(update={"readouts": ()})
+    return alone
 
 
-def _update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
-    scheduler.step()
+def _digest(images: Any) -> str:
+    """What the images are: their own ``digest``, or that of the first and the last and how many they are."""
+    return str(
+        getattr(images, "digest", None) or f"{len(images)} images, {_hash([images[0], images[len(images) - 1]])}"
+    )
 
 
-def _batches(images: Dataset[Tensor], stage: Stage, seed: int) -> Iterator[Tensor]:
-    """``stage.steps`` shuffled batches, epoch after epoch, in an order fixed by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    loader: DataLoader[Any] = DataLoader(images, stage.batch_size, shuffle=True, drop_last=True, generator=generator)
-    if len(loader) == 0:
-        raise SettingError(f"Fewer training images than one batch of {stage.batch_size}.")
-    done = 0
-    while done < stage.steps:
-        for batch in loader:
-            yield batch
-            done += 1
-            if done == stage.steps:
-                return
+def _digest_of(psm: PSM) -> str:
+    return psm.config.weights_sha256 or _hash(psm.state_dict().values())
+
+
+def _hash(tensors: Any) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """The encoder in eval mode and without parameter gradients; both are put back."""
-    modes = {m: m.training for m in module.modules()}
-    wanted = {p: p.requires_grad for p in module.parameters()}
-    module.eval().requires_grad_(False)
+def _frozen(call: VisionCall) -> Iterator[None]:
+    """The encoder in eval mode, it and a linear embedding without parameter gradients; all is put back."""
+    modules: list[nn.Module] = [call.module]
+    if isinstance(linear := getattr(call.embed, "linear", None), nn.Module):
+        modules.append(linear)
+    modes = {m: m.training for module in modules for m in module.modules()}
+    wanted = {p: p.requires_grad for module in modules for p in module.parameters()}
+    for module in modules:
+        module.eval().requires_grad_(False)
     try:
         yield
     finally:

@@ -1,0 +1,275 @@
+"""Where a PSM's files come from: the package, a folder, the Hugging Face hub or a URL; on this machine, and verified.
+
+Nothing here parses what it fetches. What a URL gave is kept in ``cache()`` by its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+from urllib.request import HTTPRedirectHandler, build_opener
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from fs_plugins.errors import PSMError, RegistryError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "psm.safetensors"
+PSM_FILES = (CONFIG_NAME, WEIGHTS_NAME)
+
+CACHE = "FS_PLUGINS_CACHE"
+"""Environment variable: the folder for what URLs gave, and for what was converted from it."""
+OFFLINE = ("FS_PLUGINS_OFFLINE", "HF_HUB_OFFLINE")
+"""Environment variables: while either is 1, nothing is fetched."""
+
+_TIMEOUT, _ABANDONED = 60.0, 3600.0
+_BLOCK = 1 << 20
+_PARTIAL = ".fs-plugins-partial-"
+
+
+class Source(BaseModel):
+    """A PSM's config.json and psm.safetensors in one place, or one file, if ``path`` ends in .pt.
+
+    Args:
+        state: what ``path`` is. ``shipped``: ``package:...`` for inside fs_plugins, or relative to the registry file;
+            ``folder``: a folder or file of this machine; ``hub``: owner/name; ``url``: https.
+        revision: the commit on the hub; branches and tags can move.
+        sha256: of the file, or of the two, one after the other.
+        size: of the file or the two, in bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    state: Literal["shipped", "folder", "hub", "url", "not trained yet"]
+    path: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    size: int | None = None
+
+    @model_validator(mode="after")
+    def _resolvable(self) -> Source:
+        path = self.path or ""
+        if not self.trained and (path or self.revision or self.sha256 or self.size):
+            raise ValueError("what is 'not trained yet' has no path, revision, sha256 or size")
+        if self.trained and not (path and re.fullmatch(r"[0-9a-f]{64}", self.sha256 or "")):
+            raise ValueError("it needs path and sha256 (64 hexadecimal digits), or state: not trained yet")
+        if self.state == "hub" and (not re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", path)):
+            raise ValueError(f"the hub has owner/name, with a PSM's two files, not {path!r}")
+        if self.state == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("the hub needs a revision that cannot move: the 40 hexadecimal digits of a commit")
+        if self.state == "url" and not re.fullmatch(r"(https|file)://.+(/|\.pt)", path):
+            raise ValueError("a url begins with https:// and ends in / (the folder of a PSM) or .pt (one file)")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        return self.state != "not trained yet"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its files."""
+        return (str(self.path).rpartition("/")[2],) if self.one_file else PSM_FILES
+
+    @property
+    def one_file(self) -> bool:
+        return str(self.path).endswith(".pt")
+
+    def here(self, root: Path) -> Path | None:
+        """The folder that has its files on this machine, unverified; None if it is elsewhere. ``root``: the registry's folder."""
+        folder = None
+        if self.state == "hub":
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(str(self.path), CONFIG_NAME, revision=self.revision)
+            folder = Path(cached).parent if isinstance(cached, str) else None
+        elif self.state == "url":
+            folder = cache() / str(self.sha256)
+        elif self.trained:
+            place = resolve(str(self.path), root)
+            folder = place.parent if self.one_file else place
+        return folder if folder and all((folder / name).is_file() for name in self.names) else None
+
+    def fetch(self, root: Path, what: str) -> Path:
+        """The folder that has its files on this machine, their checksum compared just now; downloaded if need be.
+
+        Args:
+            root: the registry's folder.
+            what: its name in errors.
+
+        Raises:
+            RegistryError: not here, and not to be had.
+            PSMError: other bytes than those the checksum is of.
+        """
+        folder = self.here(root)
+        found = checksum(folder, self.names) if folder else None
+        remote = self.state in ("hub", "url")
+        if folder is None or (found != self.sha256 and remote and not offline()):
+            if not remote:
+                raise RegistryError(f"{what} is not at {resolve(str(self.path), root)}. Reinstall it, or restore it.")
+            if variable := offline():
+                into = f" to {cache() / str(self.sha256)}" if self.state == "url" else ""
+                raise RegistryError(
+                    f"{what} is not on this machine, and while {variable} is set nothing is fetched. Unset it, or bring "
+                    f"{' and '.join(self.names)} of {self.path}{into}."
+                )
+            again = folder is not None
+            folder = (
+                self._download(what) if self.state == "url" else _from_hub(str(self.path), self.revision, what, again)
+            )
+            found = checksum(folder, self.names)
+        if found != self.sha256:
+            raise PSMError(
+                f"{what} in {folder} does not have the registry's checksum (found {found}, expected {self.sha256}): damaged, "
+                "or changed by somebody. Restore it (reinstall, or fetch it again online); if the change is yours, use "
+                "fs-plugins registry add --replace."
+            )
+        return folder
+
+    def _download(self, what: str) -> Path:
+        folder, place = cache() / str(self.sha256), str(self.path).rpartition("/")[0]
+        digest, size = hashlib.sha256(), 0
+        try:
+            with filling(folder) as fresh:
+                for name in self.names:
+                    with _reading(f"{place}/{name}", self.size) as blocks, (fresh / name).open("wb") as file:
+                        for block in blocks:
+                            file.write(block)
+                            digest.update(block)
+                            size += len(block)
+                            if self.size is not None and size > self.size:
+                                break
+                if digest.hexdigest() != self.sha256 or self.size not in (None, size):
+                    raise PSMError(
+                        f"{what}: {self.path} gave {size:,} bytes with SHA-256 {digest.hexdigest()}, not "
+                        f"{self.size or size:,} with {self.sha256}: broken off, damaged, or another file. Nothing of it "
+                        "is kept; try again."
+                    )
+        except (OSError, HTTPException) as error:
+            raise RegistryError(
+                f"{what} could not be fetched from {self.path}: {error}. Try again, or copy {' and '.join(self.names)} "
+                f"to {folder}."
+            ) from None
+        return folder
+
+
+class _OnlySecure(HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith("https://"):
+            raise URLError(f"it redirects to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str) -> Any:
+    return build_opener(_OnlySecure).open(url, timeout=_TIMEOUT)
+
+
+@contextmanager
+def _reading(url: str, size: int | None) -> Iterator[Iterator[bytes]]:
+    """What is at a URL, in blocks, with a progress bar on terminals."""
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    bar = partial(wrap_file, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    with _open(url) as response, bar(response, size or 0, description=url.rpartition("/")[2]) as stream:
+        yield iter(lambda: stream.read(_BLOCK), b"")
+
+
+def psm_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A PSM's folder on this machine: ``source`` itself, or that of a hub repository, which need not be pinned.
+
+    Raises:
+        PSMError: nothing there, or files missing.
+    """
+    folder, text = Path(source), str(source)
+    if folder.is_dir():
+        for name in PSM_FILES:
+            if not (folder / name).is_file():
+                raise PSMError(f"{folder} is no PSM folder: {name} is missing.")
+        return folder
+    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        raise PSMError(f"No PSM folder at {text!r} (and that is no hub id of the form owner/name).")
+    try:
+        return _from_hub(text, revision, repr(text))
+    except RegistryError as error:
+        raise PSMError(f"There is no folder {text!r}. {error}") from None
+
+
+def _from_hub(repository: str, revision: str | None, what: str, again: bool = False) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    options: dict[str, Any] = {"local_files_only": offline() is not None, "force_download": again}
+    try:
+        for name in PSM_FILES:
+            folder = Path(hf_hub_download(repository, name, revision=revision, **options)).parent
+            revision = folder.name  # the commit: both files are of one
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise RegistryError(f"The hub did not give {what}: {error}") from None
+    return folder
+
+
+def checksum(folder: Path, names: Sequence[str] = PSM_FILES) -> str:
+    """SHA-256 over a PSM folder's config.json and psm.safetensors, in this order, or over other files of a folder."""
+    digest = hashlib.sha256()
+    for name in names:
+        if not (folder / name).is_file():
+            raise PSMError(f"{folder} is no PSM folder: {name} is missing.")
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A scratch folder; if the block ends well its files go to ``folder``, each whole, when all of them are on disk.
+
+    Several processes may fill a folder with the same files at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"*{_PARTIAL}*"):  # by a process that was killed
+        with suppress(OSError):
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > _ABANDONED:
+                shutil.rmtree(left)
+    fresh = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    try:
+        yield fresh
+        for path in fresh.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path in sorted(fresh.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def cache() -> Path:
+    """FS_PLUGINS_CACHE, or fs-plugins in the platform's folder for caches."""
+    if given := os.environ.get(CACHE):
+        return Path(given).expanduser().absolute()
+    usual = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(sys.platform)
+    return Path(usual or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs-plugins"
+
+
+def offline() -> str | None:
+    """The environment variable that forbids to fetch anything, if one does."""
+    return next((name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
+def resolve(path: str, root: Path) -> Path:
+    """A path in a registry file that lies in ``root``; ``package:`` is fs_plugins' own folder."""
+    if path.startswith("package:"):
+        return Path(__file__).parent / path.removeprefix("package:")
+    return root / Path(path).expanduser()

@@ -1,0 +1,124 @@
+"""What a training is: two stages, the weights of their losses, and which parts they train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from fs_plugins.errors import SettingError
+from fs_plugins.psm import Part
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Optimisation of one stage: AdamW with warm-up and cosine annealing.
+
+    Args:
+        steps: of the optimiser; 0 leaves the stage out.
+        batch_size: images a forward, in every process.
+        draws: noisy copies of each image.
+        lr: the highest learning rate, reached after ``warmup`` steps.
+        ema: decay of the moving average that is kept in the end; None keeps the last weights.
+        accumulate: forwards a step, for batches that do not fit memory. The moments of ``losses.statistics`` are each
+            forward's own; the other losses are the same as in one forward.
+
+    Raises:
+        SettingError: a value out of range.
+    """
+
+    steps: int
+    batch_size: int = 16
+    draws: int = 8
+    lr: float = 2e-4
+    warmup: int = 100
+    ema: float | None = None
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("draws", 1), ("warmup", 0), ("accumulate", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingError(f"A stage's {name} must be a whole number >= {least}, got {value!r}.")
+        if not 0 < self.lr < math.inf:
+            raise SettingError(f"A stage's lr (learning rate) must be positive, got {self.lr!r}.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise SettingError(f"A stage's ema is a decay in [0, 1) (0.99 is the paper's), or None; got {self.ema!r}.")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+    def images(self, processes: int) -> int:
+        """Images in one step of the optimiser."""
+        return self.batch_size * self.accumulate * processes
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The paper's settings by default.
+
+    Args:
+        sigma: noise level to serve at, in [0, 1] pixel units; ``sigma_range`` is what is drawn in training.
+        lambda1, lambda2: weights of consistency and reconstruction in the purifier's loss (eq. 9).
+        lambda3, lambda4: weights of statistics and identity in the mapper's loss (eq. 13).
+        lambda_diff: weight of the denoising loss, of purifiers that have one (1 in eq. 9).
+        purifier, mapper: which parts, with which arguments; None leaves one out.
+        seed: of the weights, the order of the images, and every draw.
+        augment: crops and mirror images in place of the centre crop, of data sets that have them (``ImageFolder``).
+
+    Raises:
+        SettingError: a value out of range, or nothing to train.
+    """
+
+    sigma: float = 0.25
+    sigma_range: tuple[float, float] | None = None
+    purifier: Part | None = field(default_factory=lambda: Part(kind="unet"))
+    mapper: Part | None = field(default_factory=lambda: Part(kind="residual"))
+    purifier_stage: Stage = Stage(steps=12_000, lr=5e-5, ema=0.99)
+    mapper_stage: Stage = Stage(steps=2_500)
+    lambda1: float = 0.25
+    lambda2: float = 0.25
+    lambda3: float = 100.0
+    lambda4: float = 0.25
+    lambda_diff: float = 1.0
+    seed: int = 0
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.sigmas
+        if not 0 < low <= self.sigma <= high < math.inf:
+            raise SettingError(
+                f"sigma must be positive, in [0, 1] pixel units (0.25 is usual), and inside sigma_range; "
+                f"got sigma {self.sigma!r} and sigma_range {self.sigma_range!r}."
+            )
+        for name in ("lambda1", "lambda2", "lambda3", "lambda4", "lambda_diff"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{name} weighs a loss and must be >= 0, got {getattr(self, name)!r}.")
+        if self.purifier is None and self.mapper is None:
+            raise SettingError("Nothing to train: both purifier and mapper are None.")
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The lowest and the highest noise level."""
+        return self.sigma_range or (self.sigma, self.sigma)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that there are to run, in order."""
+        parts = {"purifier": (self.purifier, self.purifier_stage), "mapper": (self.mapper, self.mapper_stage)}
+        return {name: stage for name, (part, stage) in parts.items() if part is not None and stage.steps}
+
+    def weights(self, stage: str) -> dict[str, float]:
+        """Loss term -> its weight in this stage."""
+        if stage == "purifier":
+            return {"l_diff": self.lambda_diff, "l_rb": self.lambda1, "l_mse": self.lambda2}
+        return {"l_rb": 1.0, "l_stats": self.lambda3, "l_id": self.lambda4}
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        told = asdict(self)
+        return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in told.items()}

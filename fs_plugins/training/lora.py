@@ -1,0 +1,62 @@
+"""A diffusion purifier that is fine-tuned by low-rank updates (LoRA): a few MB instead of two GB."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fs_plugins.errors import SettingError
+from fs_plugins.psm.diffusion import load_guided_diffusion
+
+_MARK = "lora_"
+
+
+class LoRAPurifier(nn.Module):
+    """A public diffusion model as it is, with low-rank updates (PEFT) of its attention, linear and convolution layers.
+
+    Only the updates are in its ``state_dict``; the base is read from its own file, which must be the same one.
+
+    Args:
+        base: the base's checkpoint, a file.
+        sha256: its digest in hexadecimal.
+        rank: of the updates.
+        sizes: as for ``DiffusionPurifier``; none for the public model.
+
+    Raises:
+        SettingError: PEFT is not installed.
+        PSMError: no such file, or another one.
+    """
+
+    def __init__(self, *, base: str, sha256: str, rank: int = 4, **sizes: Any) -> None:
+        super().__init__()
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise SettingError('LoRA needs peft: pip install "fs-plugins[train]".') from None
+        self.purifier = load_guided_diffusion(base, sha256=sha256, **sizes)
+        layers = [name for name, part in self.purifier.net.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{'|'.join(map(re.escape, layers))})")
+        inject_adapter_in_model(config, self.purifier.net)
+        if hasattr(self.purifier, "denoising_loss"):
+            self.denoising_loss = self.purifier.denoising_loss
+        self.register_load_state_dict_post_hook(_base_is_here)
+
+    def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
+        """(N, 3, H, W) noisy images and sigma -> images, in [0, 1] pixel units."""
+        return self.purifier(images, sigma)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The updates alone."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in [name for name in state if name.startswith(prefix + "purifier.") and _MARK not in name]:
+            del state[name]
+        return state
+
+
+def _base_is_here(module: nn.Module, keys: Any) -> None:
+    base = tuple(name for name, _ in torch.nn.Module.named_parameters(module) if _MARK not in name)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(base)]

@@ -1,0 +1,158 @@
+"""What a finished PSM is worth on held-out pictures, and its model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fs_plugins.api import certify
+from fs_plugins.psm import PSM
+from fs_plugins.training.config import TrainingConfig
+from fs_plugins.training.psm import robustness_score
+from fs_plugins.vision import VisionCall
+
+THRESHOLD = 0.5
+"""The cosine that certified radii speak of, as in the paper."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of held-out pictures.
+
+    Args:
+        robustness: sigma -> parts of the PSM -> robustness score.
+        radii: parts -> average certified l2 radius at ``config.sigma``; an image without one counts as 0.
+        images, certified: how many pictures each was measured on.
+        n, alpha: draws per certificate, and the probability with which each may be wrong.
+    """
+
+    robustness: Mapping[float, Mapping[str, float]]
+    radii: Mapping[str, float]
+    images: int
+    certified: int
+    n: int
+    alpha: float
+
+
+def parts(psm: PSM) -> dict[str, PSM | None]:
+    """The PSM taken apart, as in the paper's ablation."""
+    found: dict[str, PSM | None] = {"plain noise": None}
+    if psm.purifier is not None:
+        found["purifier"] = psm.only(mapper=False)
+    if psm.mapped:
+        found["mapper"] = psm.only(purifier=False)
+    return found | ({"both": psm} if len(found) == 3 else {})
+
+
+def measure(
+    model: nn.Module,
+    call: VisionCall,
+    psm: PSM,
+    images: Tensor,
+    *,
+    certified: int,
+    n: int,
+    alpha: float,
+    seed: int,
+    advance: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores of (B, C, H, W) held-out pictures in [0, 1], the first ``certified`` of which get certificates."""
+    levels = sorted({psm.config.sigma, *psm.config.sigma_range})
+    robustness = {
+        sigma: {name: robustness_score(call, part, images, sigma, seed=seed) for name, part in parts(psm).items()}
+        for sigma in levels
+    }
+    radii = {}
+    for name, part in (("plain noise", None), ("this PSM", psm)) if certified else ():
+        found = certify(
+            model, images[:certified], n=n, alpha=alpha, psm=part, sigma=psm.config.sigma, seed=seed, advance=advance
+        )
+        radii[name] = sum(one.radius(THRESHOLD) or 0.0 for one in found) / len(found)
+    return Scores(robustness, radii, len(images), min(certified, len(images)), n, alpha)
+
+
+def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, model: str, data: Sequence[str]) -> str:
+    """The model card, Markdown with a YAML header.
+
+    Args:
+        command: what to run to get the same PSM again.
+        model: whose encoder it is for, as the command named it.
+        data: what was trained on and what was held out, in sentences.
+    """
+    made = psm.config
+    readouts = ", ".join(f"`{spec.name}`" for spec in made.readouts) or "none (the purifier serves any)"
+    low, high = made.sigma_range
+    kinds = list(next(iter(scores.robustness.values())))
+    table = [[f"{sigma:g}", *(f"{row[kind]:.4f}" for kind in kinds)] for sigma, row in scores.robustness.items()]
+    lines = [
+        "---",
+        "license:  # yours to choose",
+        "library_name: fs-plugins",
+        "tags: [fs-plugins, feature-space-smoothing, certified-robustness]",
+        "---",
+        "",
+        f"# {made.name}",
+        "",
+        f"A PSM (purifier and smoothness mapper, arXiv 2601.16200) for the vision encoder of `{model}`: readouts with a "
+        f"mapper: {readouts}; {_size(made.image_size)} pixels; sigma {low:g}"
+        + (f" to {high:g}, served at {made.sigma:g}" if low < high else "")
+        + ", in [0, 1] pixel units.",
+        "",
+        f'    fs_plugins.enable(model, psm="{made.name}")  # this folder',
+        "",
+        "## Scores",
+        "",
+        f"Mean cosine between the feature of a single noisy draw and of the clean picture, {scores.images} held-out "
+        "pictures, 8 draws each (`fs_plugins.training.robustness_score`):",
+        "",
+        *_table(["sigma", *kinds], table),
+    ]
+    if scores.radii:
+        lines += [
+            "",
+            f"Average certified l2 radius (cosine at least {THRESHOLD:g}, [0, 1] pixels, sigma {made.sigma:g}) of "
+            f"{scores.certified} held-out pictures, {scores.n} draws each; every certificate is wrong with probability at most "
+            f"{scores.alpha:g}, a picture without one counts as 0:",
+            "",
+            *_table(list(scores.radii), [[f"{value:.4f}" for value in scores.radii.values()]]),
+        ]
+    return "\n".join([
+        *lines,
+        "",
+        "## Training",
+        "",
+        *data,
+        "Two stages: the purifier, then the mapper with the purifier frozen; the encoder frozen throughout. Settings:",
+        "",
+        *(f"    {name}: {json.dumps(value)}" for name, value in config.as_json().items()),
+        "",
+        f"{_count(psm.purifier)} in the purifier, {_count(psm.mappers)} in the mappers. To make it again, with the same "
+        "pictures:",
+        "",
+        f"    {command}",
+        "",
+        "## Limits",
+        "",
+        "- It fits this encoder (and fine-tuned ones like it), readout, resolution and sigma, and no other.",
+        "- The pictures held out are from the same folder as those trained on. No attack was run on it.",
+        "- Certificates speak of the infinite average of draws, not of the few that are served.",
+        "",
+    ])  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _count(module: Any) -> str:
+    total = sum(p.numel() for p in module.parameters()) if module is not None else 0
+    return f"{total:,} parameters"
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return f"{size[0]}x{size[1]}" if size else "any number of"
