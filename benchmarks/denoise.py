@@ -1,8 +1,8 @@
-"""How well the photo purifier denoises, beside scikit-image's denoisers: PSNR in dB on photographs.
+"""How well a purifier denoises, beside scikit-image's denoisers: PSNR in dB on photographs.
 
     pip install scikit-image                       # the peers; and bm3d for one column more (its licence is non-commercial)
-    python benchmarks/denoise.py                   # on photographs that scikit-image ships
-    python benchmarks/denoise.py --photos FOLDER   # on the photographs of a folder that training.photo held out
+    python benchmarks/denoise.py --psm PSM                   # on photographs that scikit-image ships
+    python benchmarks/denoise.py --psm PSM --photos FOLDER   # on those of a folder that training.photo held out
 
 Centre crops of at most 288 x 288, noise of sigma in [0, 1] pixels, not clamped; results are. The peers are told sigma, and
 get the setting that is best for them on these very photographs, one per sigma.
@@ -28,7 +28,6 @@ from fs_plugins.training.photo import HELD_OUT
 
 SIGMAS = (0.1, 0.25, 0.5)
 SIDE = 288
-SHIPPED = Path(__file__).parent.parent / "fs_plugins" / "psm" / "photo"
 Denoiser = Callable[[np.ndarray], np.ndarray]
 
 
@@ -87,7 +86,7 @@ def cropped(photo: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
-    parser.add_argument("--psm", type=Path, default=SHIPPED)
+    parser.add_argument("--psm", type=Path, required=True, help="a PSM with a purifier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     purifier = PSM.from_pretrained(options.psm)

@@ -289,6 +289,17 @@ def test_at_a_step_of_the_schedule_the_noise_is_the_one_that_smoothing_drew():
     assert torch.allclose(clean, x, atol=1e-5)
 
 
+def test_the_denoising_loss_is_the_squared_error_of_the_predicted_noise():
+    x, e = photo(64, 32), gaussian(1, 3, 64, 32)
+    purifier = stubbed(answer=lambda *_: 0.5 * e)
+    loss = purifier.denoising_loss(x, e, torch.tensor([0.3999]))
+    assert loss.item() == pytest.approx(e.square().mean().item() / 4, rel=1e-5)
+    abar = ABAR[399]
+    x_t = math.sqrt(abar) * (2 * x - 1) + math.sqrt(1 - abar) * e
+    assert torch.allclose(purifier.net.seen, x_t, atol=1e-5)
+    assert purifier.net.t.item() == 399
+
+
 def test_only_the_noise_channels_count_and_the_result_is_clamped_in_eval_mode_alone():
     noisy = photo(32, 32) + 0.5 * gaussian(1, 3, 32, 32)
     purifier = stubbed()

@@ -36,6 +36,7 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
     world.scene("heldout", 0).draw().save(tmp_path / "photo.jpg")
     code = re.sub(r'"llava-hf/[^"]+"', repr(str(assets.LLAVA)), code)
     code = re.sub(r'"openai/[^"]+"', repr(str(assets.CLIP)), code)
+    code = code.replace('"fare4"', '"demo-clip"')
     code = re.sub(r"steps=\d[\d_]*", "steps=2", code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

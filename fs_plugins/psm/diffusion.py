@@ -122,6 +122,21 @@ class DiffusionPurifier(nn.Module):
         clean = (y - level * eps + 1)[..., :height, :width] / 2
         return (clean if self.training else clean.clamp(0, 1)).to(images.dtype)
 
+    def denoising_loss(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """l_diff: mean squared error of the predicted noise, what a diffusion model is trained for (Ho et al. 2020, eq. 14).
+
+        Args:
+            clean: (N, 3, H, W) in [0, 1].
+            noise: standard normal, of the same shape.
+            level: (N,) in [0, 1), which of the schedule's steps.
+        """
+        x, e = (_mirror(part.float(), self.multiple) for part in (2 * clean - 1, noise))
+        t = (level.cpu() * len(_LEVELS)).long()
+        at = _LEVELS[t].to(x.dtype).to(x.device).view(-1, 1, 1, 1)
+        x_t = (x + at * e) / (1 + at.square()).sqrt()
+        eps = self.net(x_t.to(self.net.dtype), t.to(x.device)).sample[:, :3].to(x.dtype)
+        return (eps - e).square().mean()
+
 
 def timestep(sigma: float | Tensor) -> Tensor:
     """The first step t, counted from 0, whose noise is at least that of ``sigma``: sqrt((1 - abar_t) / abar_t) >= 2 sigma.
