@@ -21,7 +21,7 @@ from fs_plugins.certificates.certificate import FRESH, Method
 from fs_plugins.certificates.run import Ledger, Plan, certify_image, certify_prediction, encoder_of, unrelated
 from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
-from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
+from fs_plugins.identity import digest, fingerprint, has_adapters, is_readable, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
@@ -281,7 +281,7 @@ def certify(
             and gives the same certificates.
         encoder: which vision encoder of a model that has several.
         background: images for ``Certificate.unrelated``; the certified ones if left out.
-        advance: called with the number of draws as they are made, for progress bars.
+        advance: called with the number of draws as they are made, or as they are found in ``out``, for progress bars.
 
     Returns:
         a certificate for each image, in order.
@@ -302,7 +302,7 @@ def certify(
             smoother, image, plan, rows=chunk_size, advance=advance or _unheard, unrelated=apart, **details
         )
 
-    return _each(smoother, named, one, {**asdict(plan), "encoder": encoder}, seed, out)
+    return _each(smoother, named, one, {**asdict(plan), "encoder": encoder}, seed, out, advance or _unheard)
 
 
 def certify_predictions(
@@ -341,23 +341,26 @@ def certify_predictions(
     """
     plan = Plan(n=n, alpha=alpha, target=target)
     named = images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
-    labels = list(directions) if isinstance(directions, Mapping) else None
-    rays = torch.stack(list(directions.values())) if isinstance(directions, Mapping) else directions
-    if rays.ndim != 2 or len(rays) < 2 or not rays.isfinite().all() or len(rays.unique(dim=0)) < len(rays):
+    labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
+    rows = list(directions.values() if isinstance(directions, Mapping) else directions)
+    shapes = {tuple(torch.as_tensor(row).shape) for row in rows}
+    if len(rows) < 2 or len(shapes) > 1 or len(*shapes) != 1:
         raise SettingError(
-            f"directions must be (K, E), finite and different for K >= 2 classes, got {tuple(rays.shape)}"
-            f"{' with equal or non-finite rows' if rays.ndim == 2 and len(rays) > 1 else ''}."
+            f"directions must be (K, E), a row for each of K >= 2 classes; got {len(rows)} of {shapes or 'none'}."
         )
+    matrix = torch.stack([torch.as_tensor(row) for row in rows])
+    if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
+        raise SettingError("directions has equal or non-finite rows, so that nothing could tell these classes apart.")
     smoother = _road(model, named, psm, sigma, processor, adapter, encoder)
 
     def one(image: Tensor, **details: Any) -> PredictionCertificate:
         return certify_prediction(
-            smoother, image, rays, plan, labels=labels, rows=chunk_size, advance=advance or _unheard, **details
+            smoother, image, matrix, plan, labels=labels, rows=chunk_size, advance=advance or _unheard, **details
         )
 
-    digest = hashlib.sha256(rays.detach().double().cpu().numpy().tobytes()).hexdigest()
-    settings = {**asdict(plan), "encoder": encoder, "directions": digest, "labels": labels}
-    return _each(smoother, named, one, settings, seed, out)
+    exact = hashlib.sha256(matrix.detach().double().cpu().numpy().tobytes()).hexdigest()
+    settings = {**asdict(plan), "encoder": encoder, "directions": exact, "labels": labels}
+    return _each(smoother, named, one, settings, seed, out, advance or _unheard)
 
 
 def _unheard(draws: int) -> None:
@@ -394,6 +397,7 @@ def _each(
     settings: dict[str, Any],
     seed: int | None,
     out: str | os.PathLike[str] | None,
+    advance: Callable[[int], None],
 ) -> list[Any]:
     """A certificate by ``one`` for each image, kept in the file ``out`` and taken from it."""
     call, psm = smoother.call, smoother.psm
@@ -403,8 +407,8 @@ def _each(
         **settings,
         "sigma": smoother.sigma,
         "seed": seed,
-        "psm": (psm.config.name, psm.config.weights_sha256) if psm else None,
-        "encoder": (settings["encoder"], call.architecture, identity),
+        "psm": (psm.config.name, digest(psm)) if psm else None,
+        "encoder": (settings["encoder"], call.architecture, digest(call.module, *_modules(call.embed))),
         "readouts": [readout.name for readout in call.readouts],
         "pixels": (call.pixels.mean, call.pixels.std),
     }
@@ -412,7 +416,9 @@ def _each(
     certificates = []
     for name, image in images.items():
         certificate = ledger.kept(name, image) if ledger is not None else None
-        if certificate is None:
+        if certificate is not None:
+            advance(certificate.n)
+        else:
             certificate = one(
                 _beside(image, call),
                 key=ledger.key if ledger is not None else key,
@@ -423,6 +429,13 @@ def _each(
                 ledger.add(name, image, certificate)
         certificates.append(certificate)
     return certificates
+
+
+def _modules(embed: Any) -> list[nn.Module]:
+    """The modules that an embedding is made of."""
+    if isinstance(embed, nn.Module):
+        return [embed]
+    return [part for part in getattr(embed, "__dict__", {}).values() if isinstance(part, nn.Module)]
 
 
 def _beside(image: Tensor, call: VisionCall) -> Tensor:

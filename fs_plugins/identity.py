@@ -1,4 +1,4 @@
-"""Whose weights an encoder has: a fingerprint to look it up by."""
+"""Whose weights an encoder has: a fingerprint to look it up by, and an exact digest."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
         total += signs.double() @ flat / length
         count += 1
     return tuple(round(value, 6) for value in (total / max(1, count) ** 0.5).tolist())
+
+
+def digest(*modules: nn.Module) -> str:
+    """SHA-256 of all weights, bit for bit, with their types and shapes; of weights that are elsewhere (offloaded) only these."""
+    found = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if isinstance(tensor, Tensor):
+                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                if not tensor.is_meta:
+                    found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def is_readable(module: nn.Module) -> bool:

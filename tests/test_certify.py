@@ -180,7 +180,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(images, tmp_path):
     again = fs_plugins.certify(llava, named, **settings, out=cut, advance=draws.append)
     assert again == whole
     assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert sum(draws) == 2 * (40 + Plan(n=40).pilot), "the finished image is not drawn again"
+    assert draws[0] == 40, "the finished image is not drawn again"
+    assert sum(draws[1:]) == 2 * (40 + Plan(n=40).pilot)
 
 
 def test_a_ledger_of_another_run_is_refused(tmp_path):
@@ -204,6 +205,32 @@ def test_rows_of_another_model_or_another_image_are_never_handed_out(images, tmp
         fs_plugins.certify(other, images[:1], **settings)
     with pytest.raises(SettingError, match="another image called 0"):
         fs_plugins.certify(make_llava(), images[1:2], **settings)
+
+
+def test_rows_of_a_whole_psm_are_not_those_of_its_parts(images, tmp_path):
+    llava = make_llava()
+    psm = make_psm(fs_plugins.vision_call(llava), sigma=0.1)
+    settings = {"n": 20, "seed": 0, "out": tmp_path / "rows.jsonl"}
+    fs_plugins.certify(llava, images, psm=psm, **settings)
+    for other in (psm.only(mapper=False), make_psm(fs_plugins.vision_call(llava), sigma=0.1, purifier=False)):
+        with pytest.raises(SettingError, match=r"other settings \(psm"):
+            fs_plugins.certify(llava, images, psm=other, **settings)
+
+
+def test_copies_of_an_image_are_not_unrelated(images):
+    settings = {"n": 10, "psm": None, "sigma": 0.1, "seed": 0}
+    [whole, *_] = fs_plugins.certify(make_llava(), images, **settings)
+    [doubled, *_] = fs_plugins.certify(make_llava(), torch.cat([images, images[:2]]), **settings)
+    assert doubled.unrelated == pytest.approx(whole.unrelated)
+    assert fs_plugins.certify(make_llava(), images[[0, 0]], **settings)[0].unrelated is None
+
+
+def test_progress_counts_images_that_were_finished_before(images, tmp_path):
+    told: list[int] = []
+    settings = {"n": 20, "psm": None, "sigma": 0.1, "seed": 0, "out": tmp_path / "rows.jsonl", "angular": False}
+    fs_plugins.certify(make_llava(), images, **settings)
+    fs_plugins.certify(make_llava(), images, **settings, advance=told.append)
+    assert told == [20, 20, 20]
 
 
 def test_a_foreign_file_is_never_overwritten(images, tmp_path):
@@ -317,3 +344,9 @@ def test_rows_of_several_processes_are_merged_in_order_or_refused(images, tmp_pa
     assert list(merge(parts, tmp_path / "merged.jsonl", list(named)).values()) == whole
     assert (tmp_path / "merged.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not any(part.exists() for part in parts)
+    again = tmp_path / "again.jsonl"
+    again.write_text((tmp_path / "merged.jsonl").read_text())
+    assert list(merge([again], tmp_path / "merged.jsonl", ["b"])) == ["b"]
+    assert (tmp_path / "merged.jsonl").read_text().count("\n") == 4, (
+        "rows of images that are not asked for now are kept"
+    )

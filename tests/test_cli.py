@@ -61,7 +61,10 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
         (["certify", "{picture}", "--table", "--method", "mean"], "--table shows every method"),
         (["certify", "{picture}", "--table", "--sigma", "0.7"], "No PSM in the registry fits"),
         (["certify", "{picture}", "--classes", "star, cross"], "needs a model that embeds texts"),
-        (["certify", "{picture}", "--model", "demo-clip", "--classes", "star"], "K >= 2"),
+        (["certify", "{picture}", "--model", "demo-clip", "--classes", "star, star"], "two different names"),
+        (["certify", "{picture}", "--model", "demo-clip", "--classes", ","], "two different names"),
+        (["certify", "{picture}", "--model", "demo-clip", "--classes", "a, b", "--method", "mean"], "about features"),
+        (["certify", "{picture}", "--table", "--target", "0.1"], "leave --classes, --method and --target out"),
         (
             ["certify", "{picture}", "--model", "demo-clip", "--classes", "star, cross", "--prompt", "x"],
             "--prompt must",
@@ -146,5 +149,5 @@ def test_certify_names_zero_shot_predictions(picture, tmp_path):
     ]
     result = runner.invoke(app, [*arguments, "--n", "50", "--seed", "0", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert re.search(r"scene.png\s+square\s+100.0 %\s+0\.\d+", result.output)
+    assert re.search(r"scene.png\s+square\s+50\s+100.0 %\s+0\.\d+", result.output)
     assert (tmp_path / "out" / "predictions.jsonl").read_text().count("\n") == 2

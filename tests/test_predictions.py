@@ -29,23 +29,35 @@ def directions() -> torch.Tensor:
 
 def test_votes_and_margins_are_those_of_a_plain_loop_over_the_same_draws(call, image, directions):
     torch.manual_seed(0)
-    smoother = FeatureSmoother(call, psm=make_psm(call), sigma=SIGMA)
-    found = certify_prediction(smoother, image, directions, Plan(n=200), key=b"key", labels="abcde", rows=7)
+    sigma = 0.02
+    smoother = FeatureSmoother(call, psm=make_psm(call, sigma=sigma), sigma=sigma)
+    found = certify_prediction(smoother, image, directions, Plan(n=800), key=b"key", labels="abcde", rows=7)
     generator = Sampler(smoother, image, key=b"key")._stream("bound")
-    noise = [torch.randn(image.shape, generator=generator) for _ in range(200)]
+    noise = [torch.randn(image.shape, generator=generator) for _ in range(800)]
     units = []
     for e in noise:
-        z = call.encode(smoother.psm.purify((image + SIGMA * e)[None], SIGMA))["tokens"]
-        units.append(nn.functional.normalize(smoother.psm.map("tokens", z, SIGMA).flatten(), dim=0))
+        z = call.encode(smoother.psm.purify((image + sigma * e)[None], sigma))["tokens"]
+        units.append(nn.functional.normalize(smoother.psm.map("tokens", z, sigma).flatten(), dim=0))
     u, t = torch.stack(units).double().detach(), directions.double()
     votes = (u @ t.T).argmax(1)
     assert found.votes == int((votes == found.predicted).sum())
     assert found.label == "abcde"[found.predicted]
     assert found.predicted == int(votes.mode().values)
     margins = margin_scores((u @ t.T).numpy(), t.numpy(), found.predicted)
-    assert found.vote_radius == pytest.approx(vote_radius(found.votes, 200, sigma=SIGMA, alpha=5e-4))
-    wanted = argmax_radius(margins, sigma=SIGMA, alpha=5e-4)
-    assert found.feature_radius == (wanted if wanted is None else pytest.approx(wanted, abs=1e-6))
+    assert found.vote_radius == pytest.approx(vote_radius(found.votes, 800, sigma=sigma, alpha=5e-4))
+    assert found.feature_radius == pytest.approx(argmax_radius(margins, sigma=sigma, alpha=5e-4), abs=1e-6)
+
+
+def test_the_class_is_chosen_on_draws_that_have_no_part_in_the_bound(image, directions):
+    smoother = FeatureSmoother(tiny_call(TinyEncoder()), psm=None, sigma=SIGMA)
+    sampler = Sampler(smoother, image, key=b"key", directions=directions)
+    seen: list[torch.Tensor] = []
+    block = sampler._block
+    sampler._block = lambda generator, size: (seen.append((drawn := block(generator, size))[0]), drawn)[1]
+    sampler.favourite(40)
+    sampler.extend(40)
+    pilot, bound = torch.cat(seen).split(40)
+    assert not torch.isclose(pilot[:, None], bound[None], atol=1e-6).all(-1).any()
 
 
 class Sided(nn.Module):
@@ -108,6 +120,8 @@ def test_sampling_stops_where_the_target_is_reached_or_out_of_reach(image, direc
     near = certify_prediction(smoother, image, directions, Plan(n=800, target=full.radius / 3), key=b"key")
     assert near.n < 800
     assert near.radius >= full.radius / 3
+    assert near.share == 0.25, "of four looks"
+    assert near.vote_radius == pytest.approx(vote_radius(near.votes, near.n, sigma=0.02, alpha=1e-3 / 8))
     assert certify_prediction(smoother, image, directions, Plan(n=800, target=10.0), key=b"key").n == 100
 
 
@@ -128,12 +142,26 @@ def test_a_models_predictions_are_kept_and_an_interrupted_run_goes_on(clip, imag
         fs_plugins.certify_predictions(clip, images, -texts, **settings, out=rows)
     with pytest.raises(SettingError, match="other settings"):
         fs_plugins.certify(clip, images, **settings, out=rows)
+    with torch.no_grad():
+        clip.visual_projection.weight.mul_(torch.linspace(0.5, 1.5, 24)[:, None])
+    with pytest.raises(SettingError, match=r"other settings \(encoder"):
+        fs_plugins.certify_predictions(clip, images, named, **settings, out=rows)
+
+
+def test_classes_may_be_called_by_numbers(clip, images, tmp_path):
+    texts = torch.randn(2, 24, generator=torch.Generator().manual_seed(5))
+    settings = {"n": 20, "psm": None, "sigma": 0.1, "seed": 0, "out": tmp_path / "rows.jsonl"}
+    told = fs_plugins.certify_predictions(clip, images, {7: texts[0], 8: texts[1]}, **settings)
+    assert {one.label for one in told} <= {"7", "8"}
+    assert fs_plugins.certify_predictions(clip, images, {7: texts[0], 8: texts[1]}, **settings) == told
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (torch.ones(1, 24), "K >= 2"),
+        ({}, "K >= 2"),
+        ({"a": torch.ones(24), "b": torch.ones(23)}, "K >= 2"),
         (torch.ones(3, 24), "equal or non-finite"),
         (torch.full((2, 24), torch.nan), "equal or non-finite"),
         (torch.eye(4), r"\(K, 24\)"),

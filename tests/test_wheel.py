@@ -37,6 +37,14 @@ def build(folder: Path) -> Path:
     return wheel
 
 
+def test_every_package_is_in_the_list_of_packages():
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fs_plugins").rglob("__init__.py")}
+    assert set(listed) == there | {"fs_plugins.adapters"}
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment_away_from_the_checkout(tmp_path):
     wheel = build(tmp_path)
@@ -51,6 +59,8 @@ def test_the_wheel_works_in_an_empty_environment_away_from_the_checkout(tmp_path
         check=True,
         cwd=tmp_path,
     )
+    helped = subprocess.run([tmp_path / "venv" / "bin" / "fs-plugins", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
     (tmp_path / "try.py").write_text(SCRIPT)
     told = subprocess.run([python, "try.py"], cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

@@ -503,11 +503,9 @@ class PredictionCertificate(_Stored):
 
     def __str__(self) -> str:
         """One line for people."""
-        name = f"class {self.predicted}" if self.label is None else self.label
+        within = "" if self.radius is None else f" within l2 distance {self.radius:.3f}"
         origin = f"n = {self.n}, sigma = {self.sigma:g}, confidence {1 - self.alpha:.6g}"
-        if self.radius is None:
-            return f"certificate ({origin}): {self.meaning}"
-        return f"certificate ({origin}): {name}; {self.meaning} within l2 distance {self.radius:.3f}"
+        return f"certificate ({origin}): {self.meaning}{within}"
 
     @property
     def meaning(self) -> str:
@@ -515,8 +513,12 @@ class PredictionCertificate(_Stored):
         if self.radius is None:
             return f"abstains: nothing is promised at alpha = {self.alpha:g} from {self.n} draws"
         if self.radius == self.vote_radius:
-            return f"the majority vote over noisy draws stays class {self.predicted}"
-        return f"the averaged feature's nearest class stays {self.predicted}"
+            return f"the majority vote over noisy draws stays {self._name}"
+        return f"the averaged feature's nearest class stays {self._name}"
+
+    @property
+    def _name(self) -> str:
+        return f"class {self.predicted}" if self.label is None else self.label
 
 
 AnyCertificate = Certificate | PredictionCertificate

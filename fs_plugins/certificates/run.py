@@ -72,7 +72,7 @@ class Plan:
     @property
     def pilot(self) -> int:
         """Draws that choose the angular threshold."""
-        return min(100, max(10, self.n // 10)) if self.angular and self.method != "plugin" else 0
+        return pilot_size(self.n) if self.angular and self.method != "plugin" else 0
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -80,6 +80,11 @@ class Plan:
         if self.target is None:
             return (self.n,)
         return tuple(sorted({max(1, math.ceil(part * self.n)) for part in LOOKS}))
+
+
+def pilot_size(n: int) -> int:
+    """How many draws choose settings for n others."""
+    return min(100, max(10, n // 10))
 
 
 def certify_image(
@@ -160,15 +165,14 @@ def certify_prediction(
     Args:
         directions: (K, E), a row a class: text embeddings, or a linear head's weight.
         labels: the K classes' names.
-        smoother, image, plan, key, rows, advance, details: as for ``certify_image``; the plan's method, refinement
-            and threshold play no part.
+        smoother, image, plan, key, rows, advance, details: as for ``certify_image``; of the plan, n, alpha and target count.
 
     Raises:
         SettingError: directions of another width, fewer than two, or two that are equal.
         ModelError: the clean image has no feature to certify.
     """
     sampler = Sampler(smoother, image, key=key, rows=rows, directions=directions, advance=advance)
-    predicted = sampler.favourite(plan.pilot)
+    predicted = sampler.favourite(pilot_size(plan.n))
     rays = directions.detach().double().cpu().numpy()
     described = {**_described(smoother, image), "label": labels[predicted] if labels else None, **details}
     share = 1 / len(plan.looks)
@@ -176,7 +180,7 @@ def certify_prediction(
     def certificate(left: int) -> PredictionCertificate:
         """With ``left`` further draws that all are as good as can be."""
         products = sampler.products
-        finite = np.atleast_1d(np.isfinite(products).all(axis=1))
+        finite = ~np.isnan(products[:, 0])
         margins = margin_scores(np.where(finite[:, None], products, 0.0), rays, predicted)
         margins[~finite] = -1.0
         return PredictionCertificate.from_draws(
@@ -233,7 +237,12 @@ def unrelated(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 3
 
     None where there are fewer than two.
     """
-    alike = [image for image in images if image.shape == images[0].shape][:most]
+    alike: list[Tensor] = []
+    for image in images:
+        if image.shape == images[0].shape and not any(torch.equal(image, other) for other in alike):
+            alike.append(image)
+        if len(alike) == most:
+            break
     if len(alike) < 2:
         return None
     call = smoother.call
@@ -337,7 +346,8 @@ def merge(parts: Sequence[Path], into: Path, order: Sequence[str]) -> dict[str, 
     if missing:
         raise SettingError(f"No process certified {', '.join(missing[:5])}; run the same command again.")
     fresh = into.with_name(f".{into.name}")
-    fresh.write_text("\n".join([headers[0], *(rows[name] for name in order)]) + "\n")
+    others = [name for name in rows if name not in set(order)]  # of an earlier run of more images
+    fresh.write_text("\n".join([headers[0], *(rows[name] for name in [*order, *others])]) + "\n")
     os.replace(fresh, into)
     for part in parts:
         part.unlink()

@@ -6,8 +6,10 @@ import csv
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +86,12 @@ def certify(
         import fs_plugins
         from fs_plugins.certificates.run import Plan
 
-        if table and (classes or method != "best"):
-            raise errors.SettingError("--table shows every method for features; leave --classes and --method out.")
+        if table and (classes is not None or method != "best" or target is not None):
+            raise errors.SettingError(
+                "--table shows every method for features, all from n draws; leave --classes, --method and --target out."
+            )
+        if classes is not None and (method != "best" or threshold != 0.5):
+            raise errors.SettingError("--method and --threshold are about features; --classes certifies predictions.")
         plan = Plan(n=n, alpha=alpha, method=method, target=target, threshold=threshold)  # type: ignore[arg-type]
         crew = _Crew.assemble()
         if crew.size > 1 and seed is None:
@@ -95,13 +101,13 @@ def certify(
         if wanted is None:
             raise errors.SettingError("This encoder takes images of any size: say which with --size.")
         pictures = _pictures(images or [], scenes, wanted)
-        draw: Any = partial(
-            fs_plugins.certify, method=plan.method, threshold=threshold, background=list(pictures.values())
-        )
+        draw: Any = partial(fs_plugins.certify, method=plan.method, threshold=threshold)
+        background: dict[str, Any] = {"background": list(pictures.values())}
         if classes is not None:
             directions = _directions(loaded, source(model), classes, prompt)
-            draw = partial(fs_plugins.certify_predictions, directions=directions)
-        run = _Run(crew, partial(draw, loaded, n=n, alpha=alpha, target=target, seed=seed), pictures, plan.pilot + n)
+            draw, background = partial(fs_plugins.certify_predictions, directions=directions), {}
+        verb = partial(draw, loaded, n=n, alpha=alpha, target=target, seed=seed)
+        run = _Run(crew, verb, background, pictures, plan.pilot + n)
         chosen = None if psm == "none" else psm
         if not table:
             rows = out / ("certificates.jsonl" if classes is None else "predictions.jsonl")
@@ -143,7 +149,8 @@ class _Crew:
         needs("accelerate")
         from accelerate import PartialState
 
-        state = PartialState(cpu=device() == "cpu")
+        # Shares differ in length: whoever is done first waits for the last.
+        state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
@@ -153,17 +160,18 @@ class _Run:
 
     crew: _Crew
     verb: Callable[..., list[Any]]
+    background: dict[str, Any]
     pictures: dict[str, Any]
     draws: int
 
     def __call__(self, jobs: dict[Path, dict[str, Any]]) -> list[dict[str, Any]]:
         """A file of rows -> its settings; for each, image -> certificate (of this process only, but in the first)."""
-        for settings in jobs.values():
-            self.verb(images={}, **settings)  # refuses what cannot be, before anything is drawn
+        for rows, settings in jobs.items():
+            self.verb(images={}, **settings, out=rows if rows.exists() else None)  # refuses what cannot be, undrawn
         if self.crew.rank == 0:
             first = dict([next(iter(self.pictures.items()))])
             seconds = sum(
-                _seconds_per_draw(partial(self.verb, images=first, **{**s, "n": 64, "target": None}))
+                _seconds_per_draw(partial(self.verb, images=first, **{**s, "n": min(64, self.draws), "target": None}))
                 for s in jobs.values()
             )
             total = len(self.pictures) * self.draws
@@ -186,7 +194,7 @@ class _Run:
         own = parts[crew.rank] if crew.size > 1 else rows
         if own != rows and rows.exists() and not own.exists():
             shutil.copy(rows, own)  # a finished run's rows count
-        told = self.verb(images=mine, **settings, out=own, advance=bar)
+        told = self.verb(images=mine, **settings, **self.background, out=own, advance=bar)
         if crew.size > 1:
             crew.wait()
             if crew.rank == 0:
@@ -215,6 +223,8 @@ def _directions(model: Any, origin: str, classes: str, prompt: str) -> dict[str,
     from transformers import AutoTokenizer
 
     names = [name.strip() for name in classes.split(",") if name.strip()]
+    if len(set(names)) < 2:
+        raise errors.SettingError(f'--classes needs two different names or more, such as "cat, dog"; got {classes!r}.')
     if "{}" not in prompt:
         raise errors.SettingError(f"--prompt must say where the class goes with {{}}, got {prompt!r}.")
     if not hasattr(model, "get_text_features"):
@@ -223,8 +233,13 @@ def _directions(model: Any, origin: str, classes: str, prompt: str) -> dict[str,
             "head of your own, pass its weight to fs_plugins.certify_predictions."
         )
     tokenizer = AutoTokenizer.from_pretrained(origin)
-    padding = "max_length" if tokenizer.model_max_length < 10_000 else True  # SigLIP was trained on padded texts
-    tokens = tokenizer([prompt.format(name) for name in names], padding=padding, truncation=True, return_tensors="pt")
+    tokens = tokenizer(
+        [prompt.format(name) for name in names],
+        padding="max_length",  # as SigLIP was trained
+        max_length=getattr(model.config, "text_config", model.config).max_position_embeddings,
+        truncation=True,
+        return_tensors="pt",
+    )
     with torch.no_grad():
         found = model.get_text_features(**tokens.to(model.device))
     features = getattr(found, "pooler_output", found)
@@ -246,10 +261,10 @@ def _finish(certificates: dict[str, Any], rows: Path, threshold: float, *, predi
 
 def _show_certificates(certificates: dict[str, Any], threshold: float) -> None:
     table = plain_table("image", "mean", *(f"eps {eps:g}" for eps in DISTANCES), f"R {threshold:g}", "in l-inf")
-    for name, one in certificates.items():
+    for name, one in _short(certificates).items():
         radius, inner = one.radius(threshold), one.linf_radius(threshold)
         row = [promise(one.fcsb(eps)) for eps in DISTANCES]
-        table.add_row(escape(Path(name).name), f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
+        table.add_row(escape(name), f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
     console.print(table)
     first = next(iter(certificates.values()))
     kind = (
@@ -265,15 +280,21 @@ def _show_certificates(certificates: dict[str, Any], threshold: float) -> None:
     )
 
 
+def _short(certificates: dict[str, Any]) -> dict[str, Any]:
+    """Files by their names alone, where these differ."""
+    alone = Counter(Path(name).name for name in certificates)
+    return {Path(name).name if alone[Path(name).name] == 1 else name: one for name, one in certificates.items()}
+
+
 def _show_predictions(certificates: dict[str, Any]) -> None:
-    table = plain_table("image", "predicted", "votes", "R vote", "R average", "R")
-    for name, one in certificates.items():
+    table = plain_table("image", "predicted", "draws", "votes", "R vote", "R average", "R")
+    for name, one in _short(certificates).items():
         radii = [promise(radius) for radius in (one.vote_radius, one.feature_radius, one.radius)]
-        table.add_row(escape(Path(name).name), escape(one.label), f"{100 * one.votes / one.n:.1f} %", *radii)
+        table.add_row(escape(name), escape(one.label), f"{one.n:,}", f"{100 * one.votes / one.n:.1f} %", *radii)
     console.print(table)
     first = next(iter(certificates.values()))
     _note(
-        f"votes: share of {first.n:,} single draws that predict this class. R vote: the l2 distance in [0, 1] pixels within "
+        f"votes: share of single draws that predict this class. R vote: the l2 distance in [0, 1] pixels within "
         f"which the majority of draws stays with it. R average: within which the averaged feature does. Both hold together, "
         f"wrong with probability at most {first.alpha:g}; none: it abstains. sigma {first.sigma:g}, PSM "
         f"{first.psm or 'none'}."
@@ -328,7 +349,7 @@ def _seconds_per_draw(certify: Callable[..., Any]) -> float:
     marks: list[tuple[float, int]] = []
     certify(advance=lambda draws: marks.append((time.perf_counter(), draws)))
     (first, _), *later = marks
-    return (later[-1][0] - first) / sum(draws for _, draws in later)
+    return (later[-1][0] - first) / sum(draws for _, draws in later) if later else 0.0
 
 
 def _duration(seconds: float) -> str:

@@ -87,7 +87,8 @@ def _show(result: Any) -> None:
     console.print(
         "\nThe l2 distance in [0, 1] pixels within which the cosine to the clean feature stays at least .5: by the paper's "
         "formula, which holds at no confidence, by the same formula with a confidence of "
-        f"{1 - result.pictures[0].certificate.alpha:g}, and by fs_plugins.certify with that confidence. The attack above moves "
+        f"{1 - result.pictures[0].certificate.alpha:g}, and by fs_plugins.certify with that confidence (its mean bound, at the "
+        "quarter of alpha that it has there, is the column before). The attack above moves "
         f"a picture by up to {settings.eps * result.pictures[0].clean.numel() ** 0.5:.1f}.",
         style="dim",
         highlight=False,

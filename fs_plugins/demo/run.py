@@ -29,7 +29,7 @@ from fs_plugins.vision import VisionCall
 BATCH = 44
 Advance = Callable[[int], None]
 Track = Callable[[str, int], Advance]
-"""(what, how many images) -> a function that is told how many more are done."""
+"""(what, how many images or draws) -> a function that is told how many more are done."""
 
 
 @dataclass(frozen=True)
