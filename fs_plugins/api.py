@@ -403,16 +403,18 @@ def _each(
     call, psm = smoother.call, smoother.psm
     key = secrets.token_bytes(32) if seed is None else f"certificate seed {seed}".encode()
     identity = encoder_of(smoother)
-    settings = {
-        **settings,
-        "sigma": smoother.sigma,
-        "seed": seed,
-        "psm": (psm.config.name, digest(psm)) if psm else None,
-        "encoder": (settings["encoder"], call.architecture, digest(call.module, *_modules(call.embed))),
-        "readouts": [readout.name for readout in call.readouts],
-        "pixels": (call.pixels.mean, call.pixels.std),
-    }
-    ledger = Ledger(out, settings, key) if out is not None else None
+    ledger = None
+    if out is not None:  # reading every weight takes a while
+        settings = {
+            **settings,
+            "sigma": smoother.sigma,
+            "seed": seed,
+            "psm": (psm.config.name, digest(psm)) if psm else None,
+            "encoder": (settings["encoder"], call.architecture, digest(call.module, *_modules(call.embed))),
+            "readouts": [readout.name for readout in call.readouts],
+            "pixels": (call.pixels.mean, call.pixels.std),
+        }
+        ledger = Ledger(out, settings, key)
     certificates = []
     for name, image in images.items():
         certificate = ledger.kept(name, image) if ledger is not None else None

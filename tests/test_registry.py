@@ -597,13 +597,7 @@ def test_purifiers_that_are_none_are_told(online, call, tmp_path):
     with pytest.raises(RegistryError, match=r"'nobody' is no purifier.*Trained ones: .*guided-diffusion-256"):
         SHIPPED.purifier("nobody")
     make_psm(call).save_pretrained(tmp_path / "psm")
-    facts = {
-        "state": "folder",
-        "path": "psm",
-        "sha256": registry.checksum(tmp_path / "psm"),
-        "kind": "unet",
-        "args": {},
-    }
+    facts = in_folder(tmp_path)
     with pytest.raises(PSMError, match="no mapper"):
         purifiers(tmp_path, **facts).purifier("mine")
 
@@ -615,19 +609,24 @@ def test_the_public_diffusion_purifier_is_in_the_registry_that_ships():
     assert entry.names == ("256x256_diffusion_uncond.pt",)
 
 
+def in_folder(root) -> dict:
+    """An entry's facts of the PSM in the folder ``psm``."""
+    return {
+        "state": "folder",
+        "path": "psm",
+        "sha256": registry.checksum(root / "psm"),
+        "kind": "unet",
+        "args": {},
+    }
+
+
 def any_size(call, **changes) -> PSM:
     return make_psm(call, mapper=False, image_size=None, fingerprint=(), encoder="any", **changes)
 
 
 def test_a_psm_without_mappers_may_serve_any_size_and_encoder(call, llava, tmp_path, monkeypatch):
     any_size(call).save_pretrained(tmp_path / "psm")
-    facts = {
-        "state": "folder",
-        "path": "psm",
-        "sha256": registry.checksum(tmp_path / "psm"),
-        "kind": "unet",
-        "args": {},
-    }
+    facts = in_folder(tmp_path)
     purifier = purifiers(tmp_path, **facts).purifier("mine")
     for other in (call, fs_plugins.vision_call(llava)):
         purifier.check(other, 0.25)

@@ -71,6 +71,17 @@ def promise(value: float | None, units: int = 1) -> str:
     return "none" if value is None else f"{value:.3f}" if units == 1 else f"{value * units:.2f}/{units}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as they are said."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     columns = (

@@ -21,6 +21,7 @@ from fs_plugins import errors
 from fs_plugins.cli.base import (
     console,
     device,
+    duration,
     errors_for_people,
     load,
     needs,
@@ -178,7 +179,7 @@ class _Run:
             several = f" {len(jobs)} times" if len(jobs) > 1 else ""
             console.print(
                 f"{len(self.pictures)} images, {total:,} draws{several}: about "
-                f"{_duration(seconds * total / self.crew.size)}.",
+                f"{duration(seconds * total / self.crew.size)}.",
                 highlight=False,
             )
         with progress() as track:
@@ -350,13 +351,3 @@ def _seconds_per_draw(certify: Callable[..., Any]) -> float:
     certify(advance=lambda draws: marks.append((time.perf_counter(), draws)))
     (first, _), *later = marks
     return (later[-1][0] - first) / sum(draws for _, draws in later) if later else 0.0
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fs_plugins import errors
-from fs_plugins.cli.base import console, device, errors_for_people, load, needs, plain_table, quieten
+from fs_plugins.cli.base import console, device, duration, errors_for_people, load, needs, plain_table, quieten
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _DATA, _PARTS, _STAGES, _RUN, _REPORT = "Data", "Parts", "Stages", "Run", "Report"
@@ -275,12 +275,12 @@ class _Work:
             total += seconds * stage.steps
             table.add_row(
                 *(name, f"{count:,}", _bytes(4 * copies * count), f"{seconds:.2f} s", f"{loading:.2f} s"),
-                *(f"{stage.steps:,}", _duration(seconds * stage.steps)),
+                *(f"{stage.steps:,}", duration(seconds * stage.steps)),
             )
         if self.crew.is_main_process:
             console.print(table)
             self.say(
-                f"About {_duration(total)} and {_peak(self.crew.device)} of memory at the peak, a process. Loading runs "
+                f"About {duration(total)} and {_peak(self.crew.device)} of memory at the peak, a process. Loading runs "
                 "beside the steps and costs no time as long as it is the shorter of the two. Nothing was written."
             )
 
@@ -494,13 +494,3 @@ def _peak(place: Any) -> str:
 
 def _bytes(count: float) -> str:
     return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

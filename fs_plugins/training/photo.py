@@ -81,7 +81,7 @@ def train(photos: Path, out: Path, *, steps: int, batch: int, size: int, lr: flo
         if step % 200 == 0 or step == steps:
             state = {"step": step, "net": net.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
             _write({**state, "schedule": schedule.state_dict()}, checkpoint)
-            save_file(ema, out / "ema.safetensors")
+            save_file({name: value.contiguous() for name, value in ema.items()}, out / "ema.safetensors")
 
 
 def _write(state: dict[str, object], path: Path) -> None:

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fs_plugins.demo import text, world
-from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule, write_image_processor
+from fs_plugins.demo.train.data import (
+    TRAIN_SCENES,
+    batches,
+    normalise,
+    pictures,
+    schedule,
+    update,
+    write_image_processor,
+)
 from fs_plugins.training.data import to_unit
 
 
@@ -62,11 +70,7 @@ def train_clip(out: Path, cache: Path, steps: int, batch: int, seed: int) -> Non
             F.cross_entropy(head(patches), attributes[chosen, i], ignore_index=-100) for i, head in enumerate(heads)
         )
         loss = contrastive + 0.5 * heads_loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
+        update(loss, optimizer, scheduler)
         if step % 50 == 0 or step == steps - 1:
             right = (heads[0](patches).argmax(-1) == attributes[chosen, 0]).float().mean().item()
             print(

@@ -62,6 +62,15 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """One step down, the gradient clipped to length 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    scheduler.step()
+
+
 def write_image_processor(out: Path, processor_class: str) -> None:
     """Write preprocessor_config.json by hand, so that transformers 4.57 and 5.x both load it."""
     settings = {

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fs_plugins.demo import text, world
-from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule, write_image_processor
+from fs_plugins.demo.train.data import (
+    TRAIN_SCENES,
+    batches,
+    normalise,
+    pictures,
+    schedule,
+    update,
+    write_image_processor,
+)
 
 
 def build_llava(clip_folder: Path) -> Any:
@@ -143,11 +151,7 @@ def train_llava(clip_folder: Path, out: Path, cache: Path, steps: int, batch: in
         asked = wanted != -100
         logits = model.lm_head(hidden[:, :-1][asked])
         loss = F.cross_entropy(logits, wanted[asked])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
+        update(loss, optimizer, scheduler)
         if step % 25 == 0 or step == steps - 1:
             right = (logits.argmax(-1) == wanted[asked]).float().mean().item()
             print(

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fs_plugins.attacks.loop import ascend
 from fs_plugins.demo import world
 from fs_plugins.demo.train.clip import class_directions
-from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule
+from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule, update
 
 EPS = 4 / 255
 STEP = 1.5 / 255
@@ -56,11 +56,7 @@ def train_robust(
             clean, eps=EPS, step_size=STEP, steps=STEPS, start=around,
         )  # fmt: skip
         value = loss(embedding(tower, worst)).mean()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
+        update(value, optimizer, scheduler)
         if step % 20 == 0 or step == steps - 1:
             with torch.no_grad():
                 still = F.cosine_similarity(embedding(tower, clean), embedding(frozen, clean)).mean().item()
