@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fs_plugins.api import known_encoders
+from fs_plugins.api import known_encoders, vision_call
 from fs_plugins.errors import ModelError, RegistryError, SettingError
 from fs_plugins.patch import hooks_of
 from fs_plugins.vision import is_a, unwrapped
@@ -194,6 +194,55 @@ def swap_encoder(
         projection=projection,
         remaining=tuple(remaining),
     )
+
+
+def load_encoder(name: str) -> nn.Module:
+    """A CLIP vision encoder of the registry, in the smallest model that consumes what its PSMs are for, in eval mode.
+
+    That is ``CLIPVisionModelWithProjection``, or ``CLIPVisionModel`` where there is no projection, for a pooled readout; for
+    LLaVA's, a LLaVA whose language side is tiny and random. It is for training and certifying, without the rest of the
+    large model.
+
+    Args:
+        name: of the registry; of several readouts the pooled one is taken.
+
+    Raises:
+        SettingError: no such encoder, or one whose readouts neither of these models consumes.
+        ModelError, RegistryError: as for ``swap_encoder``.
+    """
+    import transformers
+
+    known = known_encoders()
+    if name not in known.entries:
+        raise SettingError(f"{name!r} is no encoder of the registry. It has: {', '.join(known.entries)}.")
+    entry, readouts = known.entries[name], [psm.readout for psm in known.psms(name)]
+    pooled, llava = "pooler_output" in readouts, "hidden_states[-2][1:]" in readouts
+    if entry.architecture.family != "clip_vision" or not (pooled or llava):
+        raise SettingError(
+            f"{name!r} ({entry.architecture.family}, {', '.join(readouts)}) cannot be loaded without the model around it. Load "
+            "that, and give it to fs_plugins.training.train_psm (docs/training.md)."
+        )
+    _, said, fetch = _find(name, None)
+    weights, _ = fetch()
+    width = len(weights[_PROJECTION]) if _PROJECTION in weights else 0
+    tower = transformers.CLIPVisionConfig(**{**said, "projection_dim": width})
+    model: nn.Module
+    if pooled:
+        kind = transformers.CLIPVisionModelWithProjection if width else transformers.CLIPVisionModel
+        model = kind(tower)
+    else:
+        tiny: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16)
+        words = transformers.LlamaConfig(**tiny, num_hidden_layers=1, num_attention_heads=1)
+        facts = transformers.LlavaConfig(vision_config=tower, text_config=words, image_token_index=15)
+        model = transformers.LlavaForConditionalGeneration(facts)
+    swap_encoder(model, name)
+    pixels = vision_call(model).pixels
+    if (pixels.mean, pixels.std) != (entry.preprocessing.mean, entry.preprocessing.std):
+        raise SettingError(
+            f"{name!r} has mean {entry.preprocessing.mean} and std {entry.preprocessing.std}, {type(model).__name__} has "
+            f"{pixels.mean} and {pixels.std}. Load the model around it."
+        )
+    return model.eval()
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,12 +16,11 @@ from test_diffusion import GuidedDiffusion, shaken
 from typer.testing import CliRunner
 
 import fs_plugins
-from fs_plugins import PSM, PSMError
+from fs_plugins import PSM, PSMError, sources
 from fs_plugins.cli import app
 from fs_plugins.cli.base import load
-from fs_plugins.demo import world
+from fs_plugins.demo import assets, world
 from fs_plugins.psm.diffusion import load_guided_diffusion
-from fs_plugins.training.psm import trainable_parts
 
 pytest.importorskip("accelerate")
 runner = CliRunner()
@@ -226,7 +225,7 @@ def tiny_diffusion(path: Path) -> tuple[Path, str]:
     return path / "tiny.pt", json.dumps(TINY)
 
 
-def test_lora_trains_and_keeps_its_updates_alone(photos, tmp_path):
+def test_lora_trains_keeps_its_updates_alone_and_serves(photos, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     weights, sizes = tiny_diffusion(tmp_path)
     made = ("--purifier", "diffusion", "--purifier-weights", weights, "--purifier-args", sizes, "--lora", "2")
@@ -247,7 +246,7 @@ def test_lora_trains_and_keeps_its_updates_alone(photos, tmp_path):
         "1e-3",
     )
     invoke(photos, "--model", "demo-clip", "--out", tmp_path / "psm", *made, *few)
-    psm = PSM.from_pretrained(tmp_path / "psm", **trainable_parts())
+    psm = PSM.from_pretrained(tmp_path / "psm")
     kept = psm.purifier.state_dict()
     assert all("lora_" in name for name in kept)
     assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name), "something was learned"
@@ -262,9 +261,24 @@ def test_lora_trains_and_keeps_its_updates_alone(photos, tmp_path):
     assert not torch.allclose(tuned, base, atol=1e-6)
     size = (tmp_path / "psm" / "psm.safetensors").stat().st_size
     assert size < weights.stat().st_size / 4
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(assets.CLIP).eval()
+    blank = torch.zeros(1, 3, 64, 64)
+    with fs_plugins.enable(clip, psm=tmp_path / "psm", seed=0) as handle, torch.no_grad():
+        served = clip(pixel_values=blank, input_ids=torch.tensor([[1, 3]])).image_embeds
+        assert handle.status().vision[0].purifier == "lora"
+    monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
+    sha256 = psm.config.purifier.args["sha256"]
+    (tmp_path / "cache" / sha256).mkdir(parents=True)
+    elsewhere = weights.rename(tmp_path / "cache" / sha256 / weights.name)
+    with fs_plugins.enable(clip, psm=tmp_path / "psm", seed=0), torch.no_grad():
+        again = clip(pixel_values=blank, input_ids=torch.tensor([[1, 3]])).image_embeds
+    assert torch.equal(again, served), "the base is found in the cache"
+    elsewhere.rename(weights)
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(PSMError, match="is damaged"):
-        PSM.from_pretrained(tmp_path / "psm", **trainable_parts())
+        PSM.from_pretrained(tmp_path / "psm")
 
 
 def test_a_diffusion_purifier_is_fine_tuned_whole(photos, tmp_path):
@@ -272,7 +286,7 @@ def test_a_diffusion_purifier_is_fine_tuned_whole(photos, tmp_path):
     made = ("--purifier", "diffusion", "--purifier-weights", weights, "--purifier-args", sizes, "--lr", "1e-30")
     few = ("--mapper", "none", "--certify", "0", "--steps", "1", "--batch-size", "2", "--draws", "1")
     invoke(photos, "--model", "demo-clip", "--out", tmp_path / "psm", *made, *few)
-    psm = PSM.from_pretrained(tmp_path / "psm", **trainable_parts())
+    psm = PSM.from_pretrained(tmp_path / "psm")
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         public = load_guided_diffusion(weights, **TINY)(images, 0.25)

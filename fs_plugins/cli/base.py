@@ -31,9 +31,14 @@ def source(name: str) -> str:
 
 
 def load(name: str) -> Any:
-    """A transformers model of whatever class its configuration names."""
+    """A transformers model of whatever class its configuration names, or an encoder of the registry."""
     import transformers
 
+    from fs_plugins.api import known_encoders
+    from fs_plugins.towers import load_encoder
+
+    if source(name) == name and name in known_encoders().entries:
+        return load_encoder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source(name))
         own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
@@ -82,20 +87,19 @@ def duration(seconds: float) -> str:
     )
 
 
+def bars(count: str, *more: TextColumn) -> Progress:
+    """Progress bars on stderr; ``count`` says how far a task is, ``more`` comes last."""
+    first = (TextColumn("{task.description}"), BarColumn(), TextColumn(count))
+    return Progress(*first, TimeElapsedColumn(), TimeRemainingColumn(), *more, console=Console(stderr=True))
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with bars("{task.percentage:>3.0f} %") as shown:
 
         def track(what: str, total: int) -> Any:
-            task = bars.add_task(what, total=total)
-            return lambda done: bars.advance(task, done)
+            task = shown.add_task(what, total=total)
+            return lambda done: shown.advance(task, done)
 
         yield track
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from fs_plugins import errors
-from fs_plugins.cli.base import console, device, duration, errors_for_people, load, needs, plain_table, quieten
+from fs_plugins.cli.base import bars, console, device, duration, errors_for_people, load, needs, plain_table, quieten
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _DATA, _PARTS, _STAGES, _RUN, _REPORT = "Data", "Parts", "Stages", "Run", "Report"
@@ -30,7 +29,9 @@ def train(
     photos: Annotated[Path | None, typer.Argument(help="A folder of PNG and JPEG files; no labels are needed.")] = None,
     model: Annotated[
         str,
-        typer.Option(help='Folder or hub id of a transformers model; "demo" and "demo-clip" are those that ship.'),
+        typer.Option(
+            help='Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.'
+        ),
     ] = "demo",
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the log, and the PSM in the end.")] = Path(
         "my-psm"
@@ -289,18 +290,15 @@ class _Work:
         if not self.crew.is_main_process:
             yield None
             return
-        columns = (
-            *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")),
-            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}", style="dim")),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        losses_column = TextColumn("{task.fields[losses]}", style="dim")
+        with bars("{task.completed}/{task.total}", losses_column) as shown:
             tasks: dict[str, Any] = {}
 
             def told(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=steps, completed=step - 1, losses="")
+                    tasks[stage] = shown.add_task(stage, total=steps, completed=step - 1, losses="")
                 losses = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-                bars.update(tasks[stage], completed=step, losses=losses)
+                shown.update(tasks[stage], completed=step, losses=losses)
 
             yield told
 
@@ -339,14 +337,14 @@ def _part(kind: str, text: str, option: str) -> Any:
 
 def _purifier(kind: str, args: str, weights: Path | None, lora: int | None, start: str | None) -> tuple[Any, Any]:
     """The purifier to train, and the PSM that has the weights it starts from, if not from scratch."""
+    from fs_plugins.api import plugin_parts
     from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
     from fs_plugins.psm.diffusion import load_guided_diffusion
-    from fs_plugins.training.psm import trainable_parts
 
     if (start is not None or kind != "diffusion") and (weights or lora):
         raise errors.SettingError("--purifier-weights and --lora go with --purifier diffusion, and not with --start.")
     if start is not None:
-        started = PSM.from_pretrained(start, **trainable_parts())
+        started = PSM.from_pretrained(start, **plugin_parts())
         if started.config.purifier is None:
             raise errors.SettingError(f"--start {start} has no purifier to go on from.")
         return started.config.purifier, started
@@ -362,17 +360,16 @@ def _purifier(kind: str, args: str, weights: Path | None, lora: int | None, star
             "--purifier diffusion is fine-tuned: give the public checkpoint, 256x256_diffusion_uncond.pt, with "
             f"--purifier-weights; {'there is no file ' + str(weights) if weights else 'there is none yet'}."
         )
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if lora is not None:
-        return Part(
-            kind="lora", args={"base": str(weights.resolve()), "sha256": digest, "rank": lora, **part.args}
-        ), None
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        base = {"base": str(weights.resolve()), "sha256": digest, "rank": lora}
+        return Part(kind="lora", args={**base, **part.args}), None
     known = PSMConfig(
         name="base", sigma=0.25, sigma_range=(0.25, 0.25), image_size=(256, 256), purifier=part, encoder="none",
-        fingerprint=(), weights_sha256=digest,
+        fingerprint=(),
     )  # fmt: skip
-    started = PSM(known, **trainable_parts())
+    started = PSM(known, **plugin_parts())
     started.purifier = load_guided_diffusion(weights, **part.args)
     return part, started
 

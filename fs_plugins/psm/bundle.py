@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fs_plugins.errors import PSMError
 from fs_plugins.psm.diffusion import DiffusionPurifier
+from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
 from fs_plugins.psm.purifier import UNetPurifier
 from fs_plugins.sources import CONFIG_NAME, WEIGHTS_NAME, checksum, psm_folder
@@ -81,7 +82,7 @@ class PSMConfig(_Strict):
         return self
 
 
-_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier}
+_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier, "lora": LoRAPurifier}
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from fs_plugins.api import plugin_parts
 from fs_plugins.errors import SettingError
-from fs_plugins.identity import fingerprint
+from fs_plugins.identity import digest, fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig
@@ -74,7 +74,7 @@ def train_psm(
             "weights": list(fingerprint(call.module)),
             "images": _digest(images),
             "image_size": list(size),
-            "start": start and _digest_of(start),
+            "start": start and digest(start),
             "processes": crew.num_processes,
             "precision": {"no": "fp32"}.get(crew.mixed_precision, crew.mixed_precision),
             "config": config.as_json(),
@@ -163,21 +163,13 @@ def _initial(
             encoder=encoder,
             fingerprint=fingerprint(call.module),
         ),
-        **trainable_parts(),
+        **plugin_parts(),
     )
     if start is not None:
         if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
             raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")
         psm.purifier.load_state_dict(start.purifier.state_dict())
     return psm
-
-
-def trainable_parts() -> dict[str, Any]:
-    """Purifiers and mappers by kind that can be trained beside the bundle's own: those of plugins, and LoRA."""
-    from fs_plugins.training.lora import LoRAPurifier
-
-    parts = plugin_parts()
-    return {**parts, "purifiers": {"lora": LoRAPurifier, **parts["purifiers"]}}
 
 
 def _sized(mapper: Part, width: int) -> Part:
@@ -215,20 +207,10 @@ def _without_mappers(psm: PSM) -> PSM:
 
 def _digest(images: Any) -> str:
     """What the images are: their own ``digest``, or that of the first and the last and how many they are."""
-    return str(
-        getattr(images, "digest", None) or f"{len(images)} images, {_hash([images[0], images[len(images) - 1]])}"
-    )
-
-
-def _digest_of(psm: PSM) -> str:
-    return psm.config.weights_sha256 or _hash(psm.state_dict().values())
-
-
-def _hash(tensors: Any) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+    if own := getattr(images, "digest", None):
+        return str(own)
+    ends = b"".join(image.numpy().tobytes() for image in (images[0], images[len(images) - 1]))
+    return f"{len(images)} images, {hashlib.sha256(ends).hexdigest()[:16]}"
 
 
 @contextmanager

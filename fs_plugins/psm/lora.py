@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fs_plugins import sources
 from fs_plugins.errors import SettingError
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
@@ -20,7 +22,8 @@ class LoRAPurifier(nn.Module):
     Only the updates are in its ``state_dict``; the base is read from its own file, which must be the same one.
 
     Args:
-        base: the base's checkpoint, a file.
+        base: the base's checkpoint, a file. On a machine that does not have it there, the one of this name and digest that
+            the registry's purifiers left in the cache (``enable(model, psm="diffusion")`` fetches the public one).
         sha256: its digest in hexadecimal.
         rank: of the updates.
         sizes: as for ``DiffusionPurifier``; none for the public model.
@@ -36,12 +39,16 @@ class LoRAPurifier(nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise SettingError('LoRA needs peft: pip install "fs-plugins[train]".') from None
-        self.purifier = load_guided_diffusion(base, sha256=sha256, **sizes)
-        layers = [name for name, part in self.purifier.net.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{'|'.join(map(re.escape, layers))})")
-        inject_adapter_in_model(config, self.purifier.net)
-        if hasattr(self.purifier, "denoising_loss"):
-            self.denoising_loss = self.purifier.denoising_loss
+        place = Path(base)
+        if not place.is_file() and (cached := sources.cache() / sha256 / place.name).is_file():
+            place = cached
+        with torch.device("cpu"):  # for real, also where a PSM is built on the meta device to be filled from its file
+            self.purifier = load_guided_diffusion(place, sha256=sha256, **sizes)
+            parts = self.purifier.net.named_modules()
+            layers = [re.escape(name) for name, part in parts if isinstance(part, nn.Linear | nn.Conv2d)]
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{'|'.join(layers)})")
+            inject_adapter_in_model(config, self.purifier.net)
+        self.denoising_loss = self.purifier.denoising_loss
         self.register_load_state_dict_post_hook(_base_is_here)
 
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
