@@ -83,18 +83,11 @@ def cropped(photo: torch.Tensor) -> torch.Tensor:
     return photo[:, top : top + SIDE, left : left + SIDE]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path)
-    parser.add_argument("--psm", type=Path, required=True, help="a PSM with a purifier")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    purifier = PSM.from_pretrained(options.psm)
-    photos = [cropped(p) for p in (held_out(options.photos) if options.photos else shipped_with_scikit_image())]
-    columns = ["noisy", *peers(0.1), "ours"]
-    table = Table("sigma", *columns, title=f"PSNR in dB, mean of {len(photos)} photographs")
+def compare(purifier: PSM, photos: list[torch.Tensor], seed: int) -> dict[float, dict[str, float]]:
+    """sigma -> denoiser -> mean PSNR in dB over the photographs."""
+    found = {}
     for sigma in SIGMAS:
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = torch.Generator().manual_seed(seed)
         noisy = [photo + sigma * torch.randn(photo.shape, generator=generator) for photo in photos]
         pairs = [(c.permute(1, 2, 0).numpy(), y.permute(1, 2, 0).numpy()) for c, y in zip(photos, noisy, strict=True)]
         scores = {"noisy": float(np.mean([psnr(clean, y) for clean, y in pairs]))}
@@ -103,6 +96,21 @@ def main() -> None:
         with torch.no_grad():
             ours = [purifier.purify(y[None], sigma)[0].permute(1, 2, 0).numpy() for y in noisy]
         scores["ours"] = float(np.mean([psnr(clean, y) for (clean, _), y in zip(pairs, ours, strict=True)]))
+        found[sigma] = scores
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--psm", type=Path, required=True, help="a PSM with a purifier")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    photos = [cropped(p) for p in (held_out(options.photos) if options.photos else shipped_with_scikit_image())]
+    found = compare(PSM.from_pretrained(options.psm), photos, options.seed)
+    columns = list(next(iter(found.values())))
+    table = Table("sigma", *columns, title=f"PSNR in dB, mean of {len(photos)} photographs")
+    for sigma, scores in found.items():
         table.add_row(f"{sigma:g}", *(f"{scores[name]:.2f}" for name in columns))
     Console().print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import secrets
@@ -19,7 +20,7 @@ from fs_plugins import registry
 from fs_plugins.certificates import Certificate, PredictionCertificate
 from fs_plugins.certificates.certificate import FRESH, Method
 from fs_plugins.certificates.run import Ledger, Plan, certify_image, certify_prediction, encoder_of, unrelated
-from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, SettingError
+from fs_plugins.errors import FSPluginsError, FSPluginsWarning, ModelError, PluginError, PSMError, SettingError
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.identity import digest, fingerprint, has_adapters, is_readable, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
@@ -138,9 +139,10 @@ def enable(
 
     Args:
         model: any model an adapter claims, also inside PEFT, torch.compile or DDP; in eval mode.
-        psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution; a PSM, its folder
-            or its hub id is used as given; ``None`` is plain smoothing at ``sigma``. A list has one for each
-            vision encoder of a model that has several (Video-LLaVA: images, then video).
+        psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution, or else its purifier
+            ``"photo"``, with a warning; ``"photo"``, ``"diffusion"`` or another of the registry's purifiers by name, a PSM,
+            its folder or its hub id is used as given (a folder of such a name is ``./photo``); ``None`` is plain smoothing at
+            ``sigma``. A list has one for each vision encoder of a model that has several (Video-LLaVA: images, then video).
         sigma: standard deviation of the noise in [0, 1] pixel units at the resolution the encoder sees.
             Left out, the PSM's own. Required with ``psm=None``.
         n0: draws per image. More is steadier and slower.
@@ -218,12 +220,19 @@ def _choose(
     psms = list(psm) if isinstance(psm, list | tuple) else [psm] * len(calls)
     if len(psms) != len(calls):
         raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
-    chosen = []
+    chosen, notices = [], []
+    purifier = functools.cache(lambda name: known_encoders().purifier(name, **plugin_parts()))
     for call, choice in zip(calls, psms, strict=True):
-        found = _find_psm(call, choice, sigma)
+        found, said = _find_psm(call, choice, sigma, purifier)
+        notices += said
         if found is None and sigma is None:
             raise SettingError("psm=None is plain smoothing and needs a sigma in [0, 1] pixel units; 0.25 is usual.")
-        chosen.append((call, found, sigma if sigma is not None else cast(PSM, found).config.sigma))
+        level = sigma if sigma is not None else cast(PSM, found).config.sigma
+        if found is not None:
+            found.check(call, level)
+        chosen.append((call, found, level))
+    for notice in dict.fromkeys(notices):  # once for encoders that are alike
+        warnings.warn(notice, FSPluginsWarning, stacklevel=3 if only is None else 4)  # from enable; certify's _road
     return name, chosen
 
 
@@ -409,7 +418,7 @@ def _each(
             **settings,
             "sigma": smoother.sigma,
             "seed": seed,
-            "psm": (psm.config.name, digest(psm)) if psm else None,
+            "psm": (psm.config.name, digest(psm), psm.config.structure) if psm else None,
             "encoder": (settings["encoder"], call.architecture, digest(call.module, *_modules(call.embed))),
             "readouts": [readout.name for readout in call.readouts],
             "pixels": (call.pixels.mean, call.pixels.std),
@@ -557,37 +566,55 @@ def _notify(event: SmoothingEvent) -> None:
     plugin_manager().hook.fs_after_smoothing(event=event)
 
 
-def _find_psm(call: VisionCall, psm: Any, sigma: float | None) -> PSM | None:
+def _find_psm(
+    call: VisionCall, psm: Any, sigma: float | None, purifier: Callable[[str], PSM]
+) -> tuple[PSM | None, list[str]]:
+    """What a choice means for this encoder, and what its user should know of it.
+
+    Args:
+        purifier: how to get one of the registry's purifiers by name.
+    """
+    notices = []
     if psm is None or isinstance(psm, PSM):
         found = psm
     elif psm == "auto":
         known = known_encoders()
-        found = known.load(known.find(call, sigma), **plugin_parts())
+        chosen = known.choose(call, sigma)
+        if isinstance(chosen, registry.StandIn):
+            found = purifier(chosen.name)
+            notices.append(str(chosen))
+        else:
+            found = known.load(chosen, **plugin_parts())
+    elif isinstance(psm, str) and not {"/", os.sep} & set(psm):
+        purifiers = known_encoders().purifiers
+        if psm not in purifiers and not Path(psm).exists():
+            raise PSMError(
+                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: {', '.join(purifiers)}."
+            )
+        found = purifier(psm) if psm in purifiers else PSM.from_pretrained(psm, **plugin_parts())
     elif isinstance(psm, str | os.PathLike):
         found = PSM.from_pretrained(psm, **plugin_parts())
     else:
-        raise SettingError(f'psm must be "auto", None, a PSM, its folder or its hub id; got {type(psm).__name__}.')
-    if found is None:
-        return None
+        raise SettingError(
+            'psm must be "auto", None, a PSM, its folder or its hub id, or the name of one of the registry\'s purifiers; '
+            f"got {type(psm).__name__}."
+        )
+    if found is None or not found.config.fingerprint:  # the second serves any encoder
+        return found, notices
     if has_adapters(call.module):
-        warnings.warn(
-            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them.",
-            FSPluginsWarning,
-            stacklevel=4,
+        notices.append(
+            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them."
         )
     if (
         psm != "auto"
-        and found.config.fingerprint  # else it serves any encoder
         and is_readable(call.module)
         and not same_encoder(found.config.fingerprint, fingerprint(call.module))
     ):
-        warnings.warn(
+        notices.append(
             f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
-            "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it.",
-            FSPluginsWarning,
-            stacklevel=4,
+            "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it."
         )
-    return found
+    return found, notices
 
 
 def known_encoders() -> registry.Registry:

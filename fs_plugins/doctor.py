@@ -41,7 +41,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Encoder:
-    """One vision encoder of a model, as its adapter describes it. ``psm`` names the PSM that fits or says why none does."""
+    """One vision encoder of a model, as its adapter describes it. ``psm`` names what ``psm="auto"`` takes, and why."""
 
     module: str
     pixels: str
@@ -112,8 +112,7 @@ def _encoder(call: VisionCall) -> Encoder:
     recognised: tuple[str, ...] = ()
     try:
         recognised = tuple(registry.recognise(call))
-        match = registry.find(call)
-        psm = str(match)
+        psm = str(registry.choose(call))
     except FSPluginsError as error:
         psm = str(error)
     return Encoder(

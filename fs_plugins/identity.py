@@ -29,7 +29,7 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
     if any(not parameter.is_floating_point() for parameter in module.parameters()):
         raise ModelError(
             "The encoder's weights are quantised, so it cannot be recognised. "
-            'Pass psm=<a PSM or its folder> instead of psm="auto", or keep the encoder out of the quantisation.'
+            "Pass psm=<a PSM or its folder>, or keep the encoder out of the quantisation."
         )
     total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
     count = 0
@@ -37,7 +37,7 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
         if tensor.is_meta:
             raise ModelError(
                 f"{name} is on the meta device (offloaded?), so the encoder cannot be recognised. "
-                'Pass psm=<a PSM or its folder> instead of psm="auto".'
+                "Pass psm=<a PSM or its folder>."
             )
         flat = tensor.detach().flatten()
         flat = flat[:: max(1, flat.numel() // _SKETCH_SAMPLE)].double().cpu()

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fs_plugins import sources
-from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
 from fs_plugins.identity import fingerprint, same_encoder
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
@@ -26,6 +26,9 @@ from fs_plugins.vision import VisionCall
 
 USER = "FS_PLUGINS_REGISTRY"
 """Environment variable: the user's registry file."""
+
+STAND_IN = "photo"
+"""The purifier that serves encoders without a PSM of their own."""
 
 _CLIP_VISION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size", "hidden_act",
@@ -216,6 +219,33 @@ class Match:
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """A purifier in place of the PSM that an encoder does not have; ``str()`` of it is for people.
+
+    Args:
+        name: of the purifier.
+        reason: why no PSM was taken, a sentence.
+        unreadable: whether the encoder could not be recognised, for it is quantised or offloaded.
+    """
+
+    name: str
+    reason: str
+    unreadable: bool = False
+
+    def __str__(self) -> str:
+        exact = (
+            "If you have a PSM of its own, pass psm=FOLDER."
+            if self.unreadable
+            else "Train one with `fs-plugins train PHOTOS --model MODEL --out FOLDER` (docs/training.md) and pass psm=FOLDER."
+        )
+        return (
+            f"{self.reason} The purifier {self.name!r} stands in, without a mapper: it knows pictures, not this encoder, so accuracy "
+            f"and certificates are usually lower than with a PSM of its own. {exact} psm={self.name!r} is the same without this "
+            "warning."
+        )
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that ``verify`` looked at; ``right`` is None where it could not be checked."""
 
@@ -291,12 +321,33 @@ class Registry:
         others = tuple(dict.fromkeys(other for other, _ in fits if other != name))
         return Match(name, owner, psm, self.files[owner][0], entry.verified, others)
 
-    def load(self, match: Match, **parts: Any) -> PSM:
-        """Fetch a match's PSM, its checksum compared before a byte is parsed.
+    def choose(self, call: VisionCall, sigma: float | None = None) -> Match | StandIn:
+        """The PSM for this encoder, else the purifier that stands in for one.
+
+        Raises:
+            RegistryError: there is neither at this sigma, or for images that are not RGB.
+            ModelError: the encoder's weights cannot be read to recognise it, and there is no purifier.
+        """
+        try:
+            return self.find(call, sigma)
+        except (ModelError, RegistryError) as error:
+            stand_in = self.purifiers.get(STAND_IN)
+            if stand_in is None or not stand_in.covers(sigma) or len(call.pixels.mean) != 3:
+                raise
+            unreadable = isinstance(error, ModelError)
+            reason = (
+                str(error).partition(". ")[0] if unreadable else f"No PSM in the registry fits this encoder{_at(sigma)}"
+            )
+            return StandIn(STAND_IN, f"{reason}.", unreadable)
+
+    def load(self, match: Match | StandIn, **parts: Any) -> PSM:
+        """Fetch what was chosen, its checksum compared before a byte is parsed.
 
         Raises:
             PSMError, RegistryError: damaged, missing, or not what the entry says.
         """
+        if isinstance(match, StandIn):
+            return self.purifier(match.name, **parts)
         folder = match.psm.fetch(match.file.parent, f"The PSM of {match.psm_name!r}")
         return PSM.from_pretrained(folder, **parts)
 
@@ -358,7 +409,7 @@ class Registry:
         """What a PSM says of itself beside what its entry says."""
         try:
             config = PSM.from_pretrained(folder, **parts).config
-        except PSMError as error:
+        except FSPluginsError as error:  # of a purifier that needs a package, say
             return Check(what, False, str(error))
         wrong = []
         if (config.sigma, config.sigma_range) != (trained.sigma, trained.span) and not trained.one_file:
@@ -381,13 +432,15 @@ class Registry:
         ]
         architecture = ", ".join(f"{key} {value}" for key, value in call.architecture.items())
         known = f"It has the architecture of {', '.join(names)}. " if names else ""
-        at = f" at sigma {sigma:g}" if sigma is not None else ""
         return (
-            f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{at}. {known}"
-            f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with "
-            "fs_plugins.training.train_psm (docs/training.md) and pass its folder as psm=..., or pass psm=None with a "
-            "sigma (0.25 is usual) for plain smoothing."
+            f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. {known}"
+            f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` (docs/training.md) and "
+            "pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for plain smoothing."
         )
+
+
+def _at(sigma: float | None) -> str:
+    return "" if sigma is None else f" at sigma {sigma:g}"
 
 
 def _conversion(entry: Trained) -> Path:

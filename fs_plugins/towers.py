@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from fs_plugins.api import known_encoders, vision_call
 from fs_plugins.errors import ModelError, RegistryError, SettingError
+from fs_plugins.identity import fingerprint
 from fs_plugins.patch import hooks_of
+from fs_plugins.sources import offline
 from fs_plugins.vision import is_a, unwrapped
 
 # open_clip's names -> those of transformers' CLIP vision encoder.
@@ -142,10 +145,7 @@ def swap_encoder(
     name, said, fetch = _find(source, revision)
     _same_architecture(said, name, target.architecture)
     weights, beside = fetch()
-    found = _describe(weights, name)
-    if differences := _differences(said, found):
-        wrong = "; ".join(f"{key} {is_} instead of {stated}" for key, (stated, is_) in sorted(differences.items()))
-        raise RegistryError(f"The weights of {name} are not what the registry says: {wrong}.")
+    found = _described(weights, name, said)
     _same_architecture(found | beside, name, target.architecture)
     changes = _changes(target, weights, name)
     old, tokens_before, tokens = target.architecture["image_size"], _tokens(target.architecture), _tokens(found)
@@ -224,6 +224,7 @@ def load_encoder(name: str) -> nn.Module:
         )
     _, said, fetch = _find(name, None)
     weights, _ = fetch()
+    _described(weights, name, said)
     width = len(weights[_PROJECTION]) if _PROJECTION in weights else 0
     tower = transformers.CLIPVisionConfig(**{**said, "projection_dim": width})
     model: nn.Module
@@ -235,8 +236,11 @@ def load_encoder(name: str) -> nn.Module:
         words = transformers.LlamaConfig(**tiny, num_hidden_layers=1, num_attention_heads=1)
         facts = transformers.LlavaConfig(vision_config=tower, text_config=words, image_token_index=15)
         model = transformers.LlavaForConditionalGeneration(facts)
-    swap_encoder(model, name)
-    pixels = vision_call(model).pixels
+    swap_encoder(model, weights)
+    call = vision_call(model)
+    if entry.verified and not entry.has(fingerprint(call.module)):
+        raise RegistryError(f"The weights of {name} have another fingerprint than the registry says.")
+    pixels = call.pixels
     if (pixels.mean, pixels.std) != (entry.preprocessing.mean, entry.preprocessing.std):
         raise SettingError(
             f"{name!r} has mean {entry.preprocessing.mean} and std {entry.preprocessing.std}, {type(model).__name__} has "
@@ -527,6 +531,15 @@ def _processor_settings(processor: Any, old: int, new: int) -> list[tuple[Any, s
     return settings
 
 
+def _described(weights: dict[str, Tensor], name: str, said: _Architecture) -> _Architecture:
+    """The architecture of some weights, which must be the one that the registry says."""
+    found = _describe(weights, name)
+    if differences := _differences(said, found):
+        wrong = "; ".join(f"{key} {is_} instead of {stated}" for key, (stated, is_) in sorted(differences.items()))
+        raise RegistryError(f"The weights of {name} are not what the registry says: {wrong}.")
+    return found
+
+
 def _find(source: EncoderSource, revision: str | None) -> tuple[str, _Architecture, Callable[[], _Weights]]:
     """A source's name, what the registry says of it, and how to get its weights."""
     if isinstance(source, Mapping):
@@ -566,10 +579,11 @@ def _download(repository: str, layouts: list[str], revision: str | None) -> Path
 
     names = sorted((name for layout in layouts for name in _FILES[layout]), key=lambda name: name.endswith(".bin"))
     failure: Exception | None = None
+    fetch = partial(hf_hub_download, repository, revision=revision, local_files_only=offline() is not None)
     try:
         for name in names:
             try:
-                path = Path(hf_hub_download(repository, name, revision=revision))
+                path = Path(fetch(name))
             except LocalEntryNotFoundError as error:  # a file that is not in the cache, and no connection
                 failure = error
             except EntryNotFoundError:
@@ -577,7 +591,7 @@ def _download(repository: str, layouts: list[str], revision: str | None) -> Path
             else:
                 if name in _FILES["transformers"]:
                     with suppress(EntryNotFoundError):
-                        hf_hub_download(repository, "config.json", revision=revision)
+                        fetch("config.json")
                 return path
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         failure = error

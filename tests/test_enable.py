@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from conftest import llava_inputs, make_llava, make_psm, pixels_of
 
 import fs_plugins
-from fs_plugins import FSPluginsWarning, ModelError, PixelError, PSMError, RegistryError, SettingError
+from fs_plugins import FSPluginsWarning, ModelError, PixelError, PSMError, RegistryError, SettingError, registry
+from fs_plugins.demo import assets
 from fs_plugins.patch import hooks_of
 
 
@@ -321,7 +323,7 @@ def hook_count(model) -> int:
         ({"psm": None, "sigma": 0.25, "n0": 0}, SettingError, "n0"),
         ({"psm": None, "sigma": 0.25, "noise": "halton"}, SettingError, "noise"),
         ({"psm": 3}, SettingError, "psm must be"),
-        ({"psm": "auto"}, RegistryError, "psm=None"),
+        ({"psm": "auto", "sigma": 0.7}, RegistryError, "psm=None"),
         ({"psm": "./nowhere"}, PSMError, "No PSM folder"),
         ({"psm": None, "sigma": 0.25, "processor": object()}, SettingError, "image_mean"),
         ({"psm": None, "sigma": 0.25, "adapter": "nobody"}, fs_plugins.PluginError, "nobody"),
@@ -336,9 +338,109 @@ def test_bad_settings_are_refused_before_anything_is_attached(llava, options, er
 
 def test_no_psm_error_names_what_exists_and_how_to_train_one(llava):
     with pytest.raises(RegistryError) as error:
-        fs_plugins.enable(llava)
-    for part in ("demo-clip", "hidden_states[-2][1:]", "train_psm", "psm=None"):
+        fs_plugins.enable(llava, sigma=0.7)
+    for part in ("demo-clip", "hidden_states[-2][1:]", "fs-plugins train", "psm=None"):
         assert part in str(error.value)
+
+
+def test_an_encoder_without_a_psm_gets_the_photo_purifier_and_one_warning(llava, images):
+    with pytest.warns(FSPluginsWarning) as told:
+        handle = fs_plugins.enable(llava)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    for part in (
+        "No PSM in the registry fits this encoder",
+        "'photo' stands in",
+        "fs-plugins train PHOTOS",
+        "psm='photo'",
+    ):
+        assert part in str(told[0].message)
+    (vision,) = handle.status().vision
+    assert (vision.psm, vision.purifier, vision.sigma) == ("photo", "unet", 0.25)
+    assert not any(readout.mapped for readout in vision.readouts)
+    handle.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fs_plugins.enable(llava, psm="photo", seed=3) as asked, torch.no_grad():
+            served = consumed(llava, images)
+            assert asked.status().vision[0].images == len(images)
+    with pytest.warns(FSPluginsWarning, match="stands in"), fs_plugins.enable(llava, seed=3), torch.no_grad():
+        assert torch.equal(consumed(llava, images), served)
+
+
+def test_a_certificate_of_an_encoder_without_a_psm_is_the_photo_purifiers(llava, images):
+    with pytest.warns(FSPluginsWarning, match="stands in") as told:
+        (one,) = fs_plugins.certify(llava, images[:1], n=20, seed=0)
+    assert told[0].filename == __file__
+    (same,) = fs_plugins.certify(llava, images[:1], n=20, seed=0, psm="photo")
+    assert one == same
+
+
+def test_a_damaged_psm_is_an_error_and_nothing_stands_in_for_it(tmp_path, monkeypatch):
+    from transformers import CLIPModel
+
+    (tmp_path / "psm").mkdir()
+    for name in ("config.json", "psm.safetensors"):
+        (tmp_path / "psm" / name).write_bytes((assets.PSM_CLIP / name).read_bytes() + b" ")
+    known = yaml.safe_load(registry.shipped_path().read_text())
+    for psm in known["encoders"]["demo-clip"]["psms"]:
+        psm.update(state="folder", path=str(tmp_path / "psm"))
+    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(known))
+    monkeypatch.setenv(registry.USER, str(tmp_path / "registry.yaml"))
+    clip = CLIPModel.from_pretrained(assets.CLIP).eval()
+    with pytest.raises(PSMError, match="does not have the registry's checksum"):
+        fs_plugins.enable(clip)
+    assert hook_count(clip) == 0
+
+
+def test_an_encoder_of_other_than_colour_images_is_told_to_go_without_a_psm():
+    from conftest import vision_config
+    from transformers import CLIPVisionModel
+
+    gray = CLIPVisionModel(vision_config(num_channels=1)).eval()
+    space = fs_plugins.PixelSpace((0.5,), (0.5,), source="this test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RegistryError, match="pass psm=None with a sigma"):
+            fs_plugins.enable(gray, processor=space)
+        with pytest.raises(PSMError, match=r"1 channels\. Pass psm=None"):
+            fs_plugins.enable(gray, processor=space, psm="photo")
+
+
+def test_an_encoder_in_double_precision_is_served_too(images):
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(assets.CLIP).eval()
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    words = torch.tensor([[1, 3]])
+    with fs_plugins.enable(clip, seed=0), torch.no_grad():
+        single = clip(pixel_values=pixels, input_ids=words).image_embeds
+    with fs_plugins.enable(clip.double(), seed=0), torch.no_grad():
+        double = clip(pixel_values=pixels.double(), input_ids=words).image_embeds
+    assert double.dtype == torch.float64
+    assert torch.allclose(double.float(), single, atol=1e-4)
+
+
+def test_names_are_looked_up_and_paths_are_not(llava, monkeypatch):
+    with pytest.raises(
+        PSMError, match=r"No PSM folder at 'fotos', and the registry has no purifier of that name.*photo"
+    ):
+        fs_plugins.enable(llava, psm="fotos")
+    monkeypatch.setenv(registry.USER, "/nowhere.yaml")
+    with fs_plugins.enable(llava, psm=str(registry.shipped().place("photo", "package:psm/photo"))) as handle:
+        assert handle.status().vision[0].psm == "photo", "a path needs no registry"
+
+
+def test_a_quantised_encoder_is_served_by_the_photo_purifier():
+    """It cannot be recognised, which is no reason to leave it unprotected."""
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(assets.CLIP).eval()
+    with fs_plugins.enable(clip) as handle:
+        assert handle.status().vision[0].psm == "demo-psm-clip"
+    clip.vision_model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2).byte(), requires_grad=False))
+    with pytest.warns(FSPluginsWarning, match="weights are quantised.*stands in"), fs_plugins.enable(clip) as handle:
+        assert handle.status().vision[0].psm == "photo"
 
 
 def test_models_in_training_mode_and_strange_objects_are_refused(llava):

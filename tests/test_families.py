@@ -297,6 +297,15 @@ def test_an_unknown_tower_is_content_with_its_checkpoints_processor(tmp_path):
 # A PSM for each encoder.
 
 
+def test_encoders_that_are_alike_are_warned_about_once():
+    model = video_llava()
+    with pytest.warns(fs_plugins.FSPluginsWarning) as told:
+        handle = fs_plugins.enable(model)
+    assert len(told) == 1
+    assert [vision.psm for vision in handle.status().vision] == ["photo", "photo"]
+    assert len({id(smoother.psm) for smoother in handle.smoothers}) == 1, "it is loaded once"
+
+
 def test_video_llava_takes_a_psm_for_each_of_its_encoders(images):
     model = video_llava()
     _, (image, video) = fs_plugins.api.claim(model)

@@ -188,10 +188,10 @@ def test_the_first_file_wins_and_plugins_add_theirs(llava, own, tmp_path):
         (lambda d: d["encoders"]["demo-clip"]["architecture"].pop("patch_size"), "patch_size: clip_vision has"),
         (lambda d: d["encoders"]["demo-clip"]["architecture"].update(colour=1), "colour: clip_vision has"),
         (
-            lambda d: d["purifiers"]["guided-diffusion-256"].update(kind="unet"),
+            lambda d: d["purifiers"]["diffusion"].update(kind="unet"),
             r"\.pt file is read for kind: diffusion",
         ),
-        (lambda d: d["purifiers"]["photo"].update(path="somewhere"), "'not trained yet' has no path"),
+        (lambda d: d["purifiers"]["photo"].update(state="not trained yet"), "'not trained yet' has no path"),
         (lambda d: d["purifiers"].update({"demo-clip": d["purifiers"]["photo"]}), "of an encoder and of a purifier"),
         (lambda d: d["encoders"]["llava-1.5"]["psms"][0].update(sigma=0.25), "not trained yet"),
         (lambda d: d["encoders"]["fare2-clip"].update(psm_of="nobody"), "nobody"),
@@ -591,10 +591,24 @@ registry.Registry([Path({str(tmp_path / "purifiers.yaml")!r})]).purifier("mine")
     assert known.purifier("mine").purifier is not None
 
 
+def test_enable_takes_a_purifier_by_its_name(online, checkpoint, tmp_path, llava, monkeypatch):
+    """A registry of the user's puts a small checkpoint in the public one's place."""
+    entry = {"kind": "diffusion", "args": TINY, "sigma": 0.25, "sigma_range": [0.1, 1.0], **in_one_file(checkpoint)}
+    write(tmp_path / "own.yaml", {"version": 1, "purifiers": {"diffusion": entry}})
+    monkeypatch.setenv("FS_PLUGINS_REGISTRY", str(tmp_path / "own.yaml"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diffusion").mkdir()
+    with fs_plugins.enable(llava, psm="diffusion", sigma=0.5) as handle:
+        (vision,) = handle.status().vision
+        assert (vision.psm, vision.purifier, vision.sigma) == ("diffusion", "diffusion", 0.5)
+    with pytest.raises(PSMError, match="is no PSM folder"):
+        fs_plugins.enable(llava, psm="./diffusion")
+
+
 def test_purifiers_that_are_none_are_told(online, call, tmp_path):
     with pytest.raises(RegistryError, match="'mine' is not trained yet"):
         purifiers(tmp_path, state="not trained yet", sigma=None, sigma_range=None).purifier("mine")
-    with pytest.raises(RegistryError, match=r"'nobody' is no purifier.*Trained ones: .*guided-diffusion-256"):
+    with pytest.raises(RegistryError, match=r"'nobody' is no purifier.*Trained ones: .*diffusion"):
         SHIPPED.purifier("nobody")
     make_psm(call).save_pretrained(tmp_path / "psm")
     facts = in_folder(tmp_path)
@@ -603,7 +617,7 @@ def test_purifiers_that_are_none_are_told(online, call, tmp_path):
 
 
 def test_the_public_diffusion_purifier_is_in_the_registry_that_ships():
-    entry = SHIPPED.purifiers["guided-diffusion-256"]
+    entry = SHIPPED.purifiers["diffusion"]
     assert (entry.kind, entry.state, entry.size, entry.licence) == ("diffusion", "url", 2_211_383_297, "MIT")
     assert entry.sha256.startswith("a37c32fffd316cd4")
     assert entry.names == ("256x256_diffusion_uncond.pt",)
@@ -630,7 +644,7 @@ def test_a_psm_without_mappers_may_serve_any_size_and_encoder(call, llava, tmp_p
     purifier = purifiers(tmp_path, **facts).purifier("mine")
     for other in (call, fs_plugins.vision_call(llava)):
         purifier.check(other, 0.25)
-        assert _find_psm(other, purifier, None) is purifier, "and nobody is warned of other weights"
+        assert _find_psm(other, purifier, None, pytest.fail) == (purifier, []), "and nobody is warned of other weights"
     free = tiny_call(TinyEncoder(), image_size=None)
     smoother = FeatureSmoother(free, psm=purifier, sigma=0.25, seed=0)
     assert smoother.smooth(torch.rand(1, 3, 8, 8))["tokens"].shape == (1, 4, 6)
@@ -801,8 +815,8 @@ def trained(online, llava, tmp_path) -> tuple[Path, Path]:
 def test_add_puts_a_psm_into_the_users_file_where_enable_finds_it(trained, llava):
     model, psm = trained
     path = registry.user_path()
-    with pytest.raises(RegistryError, match="No PSM in the registry fits"):
-        fs_plugins.enable(llava)
+    with pytest.warns(FSPluginsWarning, match="'photo' stands in"):
+        fs_plugins.enable(llava).disable()
     assert f"new is at the top of {path}" in told("add", str(psm), "--encoder", str(model))
     with fs_plugins.enable(llava) as handle:
         assert handle.status().vision[0].psm == "new"
@@ -949,11 +963,11 @@ def test_list_and_show_tell_everything_of_the_registry_that_ships(online):
     for name, entry in SHIPPED.entries.items():
         assert name in listed
         assert name in told("show", name) or entry.weights.location in told("show", name)
-    assert "photo unet any not trained yet shipped" in listed
+    assert "photo unet any 0.05 to 0.5 shipped photo shipped" in listed
     assert "fare4-clip fare those of clip-vit-large-patch14 shipped" in listed
-    assert "guided-diffusion-256 diffusion any 0.01 to 1 url 256x256_diffusion_uncond.pt shipped" in listed
+    assert "diffusion diffusion any 0.01 to 1 url 256x256_diffusion_uncond.pt shipped" in listed
     assert "trained for clip-vit-large-patch14 and are used unchanged" in told("show", "fare4-clip")
-    shown = told("show", "guided-diffusion-256")
-    for fact in ("licence MIT", "size 2211383297", SHIPPED.purifiers["guided-diffusion-256"].sha256):
+    shown = told("show", "diffusion")
+    for fact in ("licence MIT", "size 2211383297", SHIPPED.purifiers["diffusion"].sha256):
         assert fact in shown
     assert "The registry has no entry 'nobody'" in told("show", "nobody", code=2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 
 import fs_plugins
 from fs_plugins import registry
+from fs_plugins.api import known_encoders
 from fs_plugins.demo import assets, run, text, world
+from fs_plugins.demo.train import robust
 from fs_plugins.demo.train.llava import Dialogues, questions_and_answers
 from fs_plugins.training.data import to_unit
 
@@ -31,11 +36,12 @@ def clip():
     return CLIPModel.from_pretrained(assets.CLIP).eval(), AutoProcessor.from_pretrained(assets.CLIP)
 
 
-def test_all_assets_together_are_below_25_mb():
-    assert sum(path.stat().st_size for path in assets.ASSETS.rglob("*") if path.is_file()) < 25e6
-    assert all(
-        path.suffix in {".safetensors", ".json", ".jinja", ".md"} for path in assets.ASSETS.rglob("*") if path.is_file()
-    )
+def test_assets_are_small():
+    files = [path for path in assets.ASSETS.rglob("*") if path.is_file()]
+    robust = sum(path.stat().st_size for path in files if path.parent in (assets.FARE, assets.TECOA))
+    assert sum(path.stat().st_size for path in files) - robust < 25e6
+    assert robust < 4e6
+    assert all(path.suffix in {".safetensors", ".json", ".jinja", ".md"} for path in files)
 
 
 def test_the_registrys_checksums_and_fingerprints_are_those_of_the_files(clip, llava):
@@ -122,7 +128,7 @@ def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
 
     result = run.run(run.Settings(images=11, steps=2, n0=2, draws=100), lambda what, total: lambda done: None)
     summary = json.loads(run.write_summary(result, tmp_path).read_text())
-    assert set(summary["clean"]) == set(summary["attacked"]) == {"none", "fs_psm"}
+    assert list(summary["clean"]) == list(summary["attacked"]) == list(DEFENCES.values())
     for rows in (summary["clean"], summary["attacked"]):
         for row in rows.values():
             assert set(row) == {"acc", "asr", "fcs", "caption_acc", "vqa_acc"}
@@ -134,7 +140,7 @@ def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
         assert row["picture"] == panel.truth
         assert row["certified"] == pytest.approx(panel.certificate.radius(), abs=1e-4)
         assert row["plugin"] > row["certified"] > row["mean"] > 0
-    assert (summary["images"], summary["seed"]) == (11, 0)
+    assert (summary["images"], summary["robust_images"], summary["seed"]) == (11, 11, 0)
     assert summary["seconds"] > 0
     picture.draw(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 20_000
@@ -147,6 +153,16 @@ def test_panels_show_the_scenes_that_were_attacked():
         assert 0 < (panel.attacked - panel.clean).abs().max() <= 1 / 255 + 1e-6
     first = world.scene("heldout", 0)
     assert torch.equal(result.pictures[0].clean, to_unit(first.draw()))
+
+
+DEFENCES = {
+    "none": "none",
+    "FS-PSM": "fs_psm",
+    "FARE": "fare",
+    "FARE + FS-PSM": "fare_fs_psm",
+    "TeCoA": "tecoa",
+    "TeCoA + FS-PSM": "tecoa_fs_psm",
+}
 
 
 def documented(page: str) -> dict[tuple[str, str], list[float]]:
@@ -165,9 +181,10 @@ def test_the_demo_holds_what_the_project_promises_and_documents():
     summary = run.run(run.Settings(), lambda what, total: lambda done: None).summary()
     for page in ("README.md", "fs_plugins/demo/assets/README.md"):
         table = documented(page)
-        assert len(table) == 4
+        assert {which for which, _ in table} == {"clean", "attacked"}
+        assert {defence for _, defence in table} == set(DEFENCES)
         for (which, defence), quoted in table.items():
-            row = summary[which][{"none": "none", "FS-PSM": "fs_psm"}[defence]]
+            row = summary[which][DEFENCES[defence]]
             for name, value in zip(("acc", "asr", "fcs", "caption_acc", "vqa_acc"), quoted, strict=True):
                 # Another processor rounds differently, which may turn a few of 200 answers.
                 measured, slack = (row[name], 0.02) if name == "fcs" else (100 * row[name], 3)
@@ -181,6 +198,9 @@ def test_the_demo_holds_what_the_project_promises_and_documents():
     assert attacked["fs_psm"]["asr"] <= 0.05
     assert clean["fs_psm"]["acc"] >= 0.85
     assert attacked["fs_psm"]["fcs"] > attacked["none"]["fcs"]
+    for tower in ("fare", "tecoa"):
+        assert attacked[tower]["acc"] < attacked["fs_psm"]["acc"], "16/255 is beyond what they were trained against"
+        assert attacked[tower]["asr"] < attacked["none"]["asr"]
     assert ablation["fs_pm"]["acc"] > ablation["fs"]["acc"]
     lines = (ROOT / "README.md").read_text().splitlines()
     for row in summary["certificates"]:
@@ -188,3 +208,64 @@ def test_the_demo_holds_what_the_project_promises_and_documents():
         measured = [row[name] for name in ("plugin", "mean", "certified")]
         assert measured == pytest.approx([float(value) for value in quoted], abs=0.01)
     assert all(row["certified"] > 1.1 * row["mean"] for row in summary["certificates"])
+
+
+@pytest.mark.slow
+def test_fare_and_tecoa_withstand_what_they_were_trained_against(llava):
+    """At 4/255 both beat the vanilla tower by at least 20 points of accuracy."""
+    settings = run.Settings(images=110, eps=4 / 255)
+    facts = world.scenes("heldout", settings.images)
+    clean, targets = (torch.stack([to_unit(s.draw()) for s in some]) for some in (facts, world.scenes("target", 110)))
+    accuracy = {}
+    for tower, source in run.TOWERS.items():
+        model, processor = copy.deepcopy(llava[0]), llava[1]
+        if source is not None:
+            fs_plugins.swap_encoder(model, source)
+        call = fs_plugins.vision_call(model)
+        attacked = run._attack(call, clean, targets, settings, lambda what, total: lambda done: None, tower)
+        row = run.Row()
+        run._classify(model, processor, call, facts, attacked, row)
+        accuracy[tower] = sum(row.acc) / len(row.acc)
+    assert accuracy["fare"] >= accuracy["none"] + 0.2, accuracy
+    assert accuracy["tecoa"] >= accuracy["none"] + 0.2, accuracy
+
+
+@pytest.mark.parametrize("name", ["demo-fare", "demo-tecoa"])
+def test_robust_towers_are_recognised_and_served_with_the_vanilla_towers_psm(llava, name):
+    model = copy.deepcopy(llava[0])
+    swapped = fs_plugins.swap_encoder(model, name)
+    assert (swapped.size, swapped.tokens) == (64, 64)
+    call = fs_plugins.vision_call(model)
+    match = known_encoders().find(call)
+    assert (match.name, match.psm_name, match.verified) == (name, "demo-clip", True)
+    assert "PSM of demo-clip, used unchanged" in str(match)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fs_plugins.enable(model) as handle:
+            assert handle.status().vision[0].psm == "demo-psm-llava"
+
+
+def test_the_losses_of_fare_and_tecoa_are_theirs():
+    reference = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    directions = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # unit text embeddings times the logit scale
+    found = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    fare = robust.losses("fare", reference, directions, torch.tensor([0, 1]))
+    assert fare(found).tolist() == [4.0, 25.0], "squared l2 to the frozen encoder's embedding of the clean picture"
+    tecoa = robust.losses("tecoa", reference, directions, torch.tensor([0, 1]))
+    expected = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1.2 - 1.6))]
+    assert tecoa(found).tolist() == pytest.approx(expected), "cross-entropy of scaled cosines"
+
+
+@pytest.mark.parametrize("what", ["fare", "tecoa"])
+def test_a_robust_tower_is_trained_from_the_shipped_clip_alone(what, tmp_path, monkeypatch):
+    from transformers import CLIPVisionModelWithProjection
+
+    monkeypatch.setattr(robust, "TRAIN_SCENES", 12)
+    for name in ("one", "two"):
+        robust.train_robust(what, assets.CLIP, tmp_path / name, tmp_path / "cache.npy", 2, 4, seed=0)
+    one, two = (CLIPVisionModelWithProjection.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    before = CLIPVisionModelWithProjection.from_pretrained(assets.CLIP).half().state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), "the seed decides"
+    assert torch.equal(one.visual_projection.weight.half(), before["visual_projection.weight"])
+    assert not torch.equal(one.state_dict()[next(iter(before))].half(), next(iter(before.values())))

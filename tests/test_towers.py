@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fs_plugins
 from fs_plugins import ModelError, RegistryError, SettingError, towers
 from fs_plugins.demo import assets
+from fs_plugins.identity import fingerprint
 from fs_plugins.registry import Registry
 from fs_plugins.towers import EncoderSwap, swap_encoder, to_open_clip, to_transformers
 
@@ -484,9 +485,9 @@ ENTRY = """
       {{family: clip_vision, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 3, num_attention_heads: 4,
        patch_size: 4, image_size: {size}, hidden_act: {act}}}
     weights: {weights}
-    preprocessing: {{mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], interpolation: bicubic}}
-    fingerprint: unverified
-    psms: [{{readout: pooler_output, state: not trained yet}}]
+    preprocessing: {{mean: [{mean}, 0.4578275, 0.40821073], std: [0.26862954, 0.26130258, 0.27577711]}}
+    fingerprint: {print}
+    psms: [{{readout: "{readout}", state: not trained yet}}]
 """
 
 
@@ -498,9 +499,15 @@ def known(tmp_path, monkeypatch):
         text = "version: 1\nencoders:"
         for name, changes in entries.items():
             weights = "{source: hub, location: someone/robust, format: open_clip}"
-            text += ENTRY.format(
-                **{"name": name.replace("_", "-"), "size": 8, "act": "quick_gelu", "weights": weights, **changes}
-            )
+            usual = {
+                "size": 8,
+                "act": "quick_gelu",
+                "weights": weights,
+                "mean": 0.48145466,
+                "readout": "pooler_output",
+                "print": "unverified",
+            }
+            text += ENTRY.format(**{"name": name.replace("_", "-"), **usual, **changes})
         (tmp_path / "registry.yaml").write_text(text)
         monkeypatch.setattr(towers, "known_encoders", lambda: Registry([tmp_path / "registry.yaml"]))
 
@@ -516,7 +523,7 @@ def hub(tmp_path, monkeypatch):
     files: dict[tuple[str, str], Path] = {}
     asked: list[tuple[str, str, str | None]] = []
 
-    def download(repository, name, *, revision=None):
+    def download(repository, name, *, revision=None, local_files_only=False):
         asked.append((repository, name, revision))
         if (repository, name) not in files:
             raise EntryNotFoundError(f"no {name}")
@@ -883,3 +890,56 @@ def test_a_real_open_clip_model_takes_the_encoder_back(open_clip):
 def test_open_clips_own_models_are_told_their_way(open_clip):
     with pytest.raises(ModelError, match=r"CLIP has none.*model\.visual\.load_state_dict"):
         swap_encoder(open_clip_model(open_clip, quick=True), tower().state_dict())
+
+
+@pytest.mark.parametrize("name", ["demo-fare", "demo-tecoa"])
+def test_an_encoder_of_the_registry_is_loaded_without_the_model_around_it(name):
+    model = towers.load_encoder(name)
+    call = fs_plugins.vision_call(model)
+    assert type(model).__name__ == "CLIPVisionModelWithProjection"
+    assert call.embed(call.encode(torch.rand(1, 3, 64, 64))).shape == (1, 64)
+    entry = towers.known_encoders().entries[name]
+    assert entry.has(fingerprint(call.module)), "the encoder's own weights"
+
+
+def test_an_encoder_of_llavas_readout_comes_in_a_small_llava(known, tmp_path):
+    source = with_projection()
+    source.save_pretrained(tmp_path / "tower")
+    readout = "hidden_states[-2][1:]"
+    known(mine={"size": 16, "weights": f"{{source: folder, location: {tmp_path / 'tower'}}}", "readout": readout})
+    model = towers.load_encoder("mine")
+    assert [r.name for r in fs_plugins.vision_call(model).readouts] == [readout]
+    images = torch.rand(2, 3, 16, 16)
+    call = fs_plugins.vision_call(model)
+    with torch.no_grad():
+        hidden = source(call.pixels.from_unit(images, torch.float32), output_hidden_states=True).hidden_states
+        assert close(call.encode(images)[readout], hidden[-2][:, 1:])
+    known(mine={"size": 16, "weights": f"{{source: folder, location: {tmp_path / 'tower'}}}", "mean": 0.5})
+    with pytest.raises(SettingError, match="Load the model around it"):
+        towers.load_encoder("mine")
+    known(mine={"readout": "tokens"})
+    with pytest.raises(SettingError, match="cannot be loaded without the model around it"):
+        towers.load_encoder("mine")
+    with pytest.raises(SettingError, match="It has: mine"):
+        towers.load_encoder("yours")
+    known(mine={"size": 16, "weights": f"{{source: folder, location: {tmp_path / 'tower'}}}", "print": [1.0] * 16})
+    with pytest.raises(RegistryError, match="another fingerprint"):
+        towers.load_encoder("mine")
+    (tmp_path / "bare").mkdir()
+    bare = {
+        key: value
+        for key, value in load_file(tmp_path / "tower" / "model.safetensors").items()
+        if "visual_projection" not in key
+    }
+    save_file(bare, tmp_path / "bare" / "model.safetensors")
+    known(mine={"size": 16, "weights": f"{{source: folder, location: {tmp_path / 'bare'}}}"})
+    assert type(towers.load_encoder("mine")).__name__ == "CLIPVisionModel"
+
+
+def test_a_folder_comes_before_an_encoder_of_the_registry_of_its_name(tmp_path, monkeypatch):
+    from fs_plugins.cli.base import load
+
+    assert type(load("demo-fare")).__name__ == "CLIPVisionModelWithProjection"
+    with_projection(size=16).save_pretrained(tmp_path / "demo-fare")
+    monkeypatch.chdir(tmp_path)
+    assert load("demo-fare").config.hidden_size == 32

@@ -20,6 +20,7 @@ from fs_plugins import PSM, PSMError, sources
 from fs_plugins.cli import app
 from fs_plugins.cli.base import load
 from fs_plugins.demo import assets, world
+from fs_plugins.psm import Part
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
 pytest.importorskip("accelerate")
@@ -271,11 +272,21 @@ def test_lora_trains_keeps_its_updates_alone_and_serves(photos, tmp_path, monkey
     monkeypatch.setenv(sources.CACHE, str(tmp_path / "cache"))
     sha256 = psm.config.purifier.args["sha256"]
     (tmp_path / "cache" / sha256).mkdir(parents=True)
-    elsewhere = weights.rename(tmp_path / "cache" / sha256 / weights.name)
+    elsewhere = weights.rename(tmp_path / "cache" / sha256 / "of-another-name.pt")
     with fs_plugins.enable(clip, psm=tmp_path / "psm", seed=0), torch.no_grad():
         again = clip(pixel_values=blank, input_ids=torch.tensor([[1, 3]])).image_embeds
     assert torch.equal(again, served), "the base is found in the cache"
     elsewhere.rename(weights)
+    other = psm.config.model_copy(
+        update={
+            "purifier": Part(kind="lora", args=psm.config.purifier.args | {"sha256": "0" * 64, "base": "/nowhere.pt"})
+        }
+    )
+    assert other.structure != psm.config.structure, "another base is another purifier, though the updates are the same"
+    moved = psm.config.purifier.args | {"base": "/elsewhere.pt"}
+    assert psm.config.model_copy(update={"purifier": Part(kind="lora", args=moved)}).structure == psm.config.structure
+    with pytest.raises(PSMError, match=r"trained on is not at /nowhere\.pt"):
+        PSM(other)
     weights.write_bytes(weights.read_bytes() + b"x")
     with pytest.raises(PSMError, match="is damaged"):
         PSM.from_pretrained(tmp_path / "psm")

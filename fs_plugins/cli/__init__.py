@@ -26,6 +26,7 @@ app.add_typer(registry, name="registry")
 def main() -> None:
     """Entry point."""
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("once", category=errors.FSPluginsWarning)  # however often a command asks
     app()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -37,7 +38,7 @@ def load(name: str) -> Any:
     from fs_plugins.api import known_encoders
     from fs_plugins.towers import load_encoder
 
-    if source(name) == name and name in known_encoders().entries:
+    if source(name) == name and not Path(name).exists() and name in known_encoders().entries:
         return load_encoder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source(name))

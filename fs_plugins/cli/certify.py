@@ -49,9 +49,13 @@ def certify(
     images: Annotated[list[Path] | None, typer.Argument(help="PNG or JPEG files, or folders of them.")] = None,
     model: Annotated[
         str,
-        typer.Option(help='Folder or hub id of a transformers model; "demo" and "demo-clip" are those that ship.'),
+        typer.Option(
+            help='Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.'
+        ),
     ] = "demo",
-    psm: Annotated[str, typer.Option(help='"auto", "none" for plain smoothing, a PSM folder or hub id.')] = "auto",
+    psm: Annotated[
+        str, typer.Option(help='"auto", "photo", "diffusion", "none" for plain smoothing, a PSM folder or hub id.')
+    ] = "auto",
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
     n: Annotated[int, typer.Option("--n", "--draws", min=1, help="Draws per image.")] = 1000,
     alpha: Annotated[float, typer.Option(help="Each certificate may be wrong with this probability.")] = 1e-3,

@@ -7,6 +7,8 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 CLIP = ASSETS / "clip"
 LLAVA = ASSETS / "llava"
+FARE = ASSETS / "fare"
+TECOA = ASSETS / "tecoa"
 PSM_LLAVA = ASSETS / "psm-llava"
 PSM_CLIP = ASSETS / "psm-clip"
 PSM_NO_PURIFIER = ASSETS / "psm-llava-no-purifier"

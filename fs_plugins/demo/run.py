@@ -1,10 +1,13 @@
 """The demo: ask the small LLaVA about held-out scenes, attack its vision tower, watch the plugin hold.
 
+The same with the tower fine-tuned by FARE and by TeCoA; each tower is attacked itself.
+
 Everything is computed while it runs; only the scenes are fixed.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +30,8 @@ from fs_plugins.training.data import to_unit
 from fs_plugins.vision import VisionCall
 
 BATCH = 44
+TOWERS = {"none": None, "fare": assets.FARE, "tecoa": assets.TECOA}
+"""The defence that a tower is by itself -> its weights; None for those of the model that ships."""
 Advance = Callable[[int], None]
 Track = Callable[[str, int], Advance]
 """(what, how many images or draws) -> a function that is told how many more are done."""
@@ -42,6 +47,11 @@ class Settings:
     n0: int = 4
     seed: int = 0
     draws: int = 1000
+
+    @property
+    def robust_images(self) -> int:
+        """How many of the scenes the FARE and TeCoA towers get: a quarter, for time."""
+        return min(self.images, max(11, self.images // 4))
 
 
 @dataclass
@@ -86,6 +96,7 @@ class Result:
                 for panel in self.pictures
             ],
             "images": self.settings.images,
+            "robust_images": self.settings.robust_images,
             "seconds": round(self.seconds, 1),
             "seed": self.settings.seed,
             "settings": {**asdict(self.settings), "sigma": self.sigma, "norm": "linf", "attack": "AttackVLM"},
@@ -126,35 +137,29 @@ def run(settings: Settings, track: Track) -> Result:
 
     began = time.time()
     processor = AutoProcessor.from_pretrained(assets.LLAVA)
-    model = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval().requires_grad_(False)
+    vanilla = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval().requires_grad_(False)
     facts = world.scenes("heldout", settings.images)
     aims = world.scenes("target", settings.images)
     clean, targets = _pictures(facts), _pictures(aims)
-    call = fs_plugins.vision_call(model)
-    attacked = _attack(call, clean, targets, settings, track)
+
+    tables: dict[str, dict[str, Row]] = {"clean": {}, "attacked": {}}
+    said: dict[str, dict[str, list[str]]] = {}
+    attacked: dict[str, Tensor] = {}
+    for tower, source in TOWERS.items():
+        model, count = vanilla, settings.images
+        if source is not None:
+            model, count = copy.deepcopy(vanilla), settings.robust_images
+            fs_plugins.swap_encoder(model, source)
+        call = fs_plugins.vision_call(model)
+        attacked[tower] = _attack(call, clean[:count], targets[:count], settings, track, tower)
+        shown = {"clean": clean[:count], "attacked": attacked[tower]}
+        for name, options in ((tower, None), (_smoothed(tower), {"psm": "auto"})):
+            rows, said[name] = _measure(model, processor, facts[:count], shown, options, settings, track, name)
+            for which, row in rows.items():
+                tables[which][name] = row
 
     psm = PSM.from_pretrained(assets.PSM_LLAVA)
-    defences: dict[str, dict[str, Any] | None] = {"none": None, "fs_psm": {"psm": "auto"}}
-    tables: dict[str, dict[str, Row]] = {"clean": {}, "attacked": {}}
-    said: dict[str, list[str]] = {}
-    features: dict[str, Tensor] = {}
-    for name, options in defences.items():
-        for which, images in (("clean", clean), ("attacked", attacked)):
-            row, served = Row(), []
-            advance = track(f"{which} pictures, defence {name}", 3 * len(facts))
-            with _defended(model, options, settings):
-                for start in range(0, len(facts), BATCH):
-                    some, pixels = facts[start : start + BATCH], images[start : start + BATCH]
-                    answers, feature, again = _interview(model, processor, call, some, pixels, row, advance)
-                    said.setdefault(f"{name} {which}", []).extend(answers)
-                    served.append(feature)
-                    if which == "clean":
-                        row.fcs += torch.cosine_similarity(feature, again, dim=-1).tolist()
-            features[f"{name} {which}"] = torch.cat(served)
-            tables[which][name] = row
-        pair = features[f"{name} clean"], features[f"{name} attacked"]
-        tables["attacked"][name].fcs = torch.cosine_similarity(*pair, dim=-1).tolist()
-
+    call = fs_plugins.vision_call(vanilla)
     parts: dict[str, PSM | None] = {
         "fs": None,
         "fs_m": PSM.from_pretrained(assets.PSM_NO_PURIFIER),
@@ -162,13 +167,13 @@ def run(settings: Settings, track: Track) -> Result:
     }
     ablation = {"none": tables["attacked"]["none"]}
     for name, part in parts.items():
-        options = {"psm": part, "sigma": psm.config.sigma}
+        smoothed = {"psm": part, "sigma": psm.config.sigma}
         ablation[name] = _ablate(
-            model, processor, call, facts, clean, attacked, options, settings, track(name, len(facts))
+            vanilla, processor, call, facts, clean, attacked["none"], smoothed, settings, track(name, len(facts))
         )
     ablation["fs_pm"] = tables["attacked"]["fs_psm"]
 
-    panels = _panels(model, psm, facts, clean, attacked, said, settings, track)
+    panels = _panels(vanilla, psm, facts, clean, attacked["none"], said, settings, track)
     return Result(
         settings, psm.config.sigma, tables["clean"], tables["attacked"], ablation, time.time() - began, panels
     )
@@ -185,8 +190,14 @@ def _pictures(facts: list[world.Scene]) -> Tensor:
     return torch.stack([to_unit(scene.draw()) for scene in facts])
 
 
-def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings, track: Track) -> Tensor:
-    advance = track(f"attacking the vision tower, {settings.steps} steps", settings.steps * len(clean))
+def _smoothed(tower: str) -> str:
+    """A tower -> the name of the defence that smooths it."""
+    return "fs_psm" if tower == "none" else f"{tower}_fs_psm"
+
+
+def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings, track: Track, tower: str) -> Tensor:
+    what = "vision tower" if tower == "none" else f"{tower} tower"
+    advance = track(f"attacking the {what}, {settings.steps} steps", settings.steps * len(clean))
     done = []
     for start in range(0, len(clean), BATCH):
         part = slice(start, start + BATCH)
@@ -202,6 +213,36 @@ def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings
             )
         )
     return torch.cat(done)
+
+
+def _measure(
+    model: Any,
+    processor: Any,
+    facts: list[world.Scene],
+    shown: dict[str, Tensor],
+    options: dict[str, Any] | None,
+    settings: Settings,
+    track: Track,
+    name: str,
+) -> tuple[dict[str, Row], dict[str, list[str]]]:
+    """The rows of one defence, and its captions, on the clean and on the attacked pictures."""
+    call = fs_plugins.vision_call(model)
+    rows: dict[str, Row] = {which: Row() for which in shown}
+    said: dict[str, list[str]] = {which: [] for which in shown}
+    features: dict[str, list[Tensor]] = {which: [] for which in shown}
+    for which, images in shown.items():
+        advance = track(f"{which} pictures, defence {name}", 3 * len(facts))
+        with _defended(model, options, settings):
+            for start in range(0, len(facts), BATCH):
+                some, pixels = facts[start : start + BATCH], images[start : start + BATCH]
+                answers, feature, again = _interview(model, processor, call, some, pixels, rows[which], advance)
+                said[which] += answers
+                features[which].append(feature)
+                if which == "clean":
+                    rows[which].fcs += torch.cosine_similarity(feature, again, dim=-1).tolist()
+    pair = torch.cat(features["clean"]), torch.cat(features["attacked"])
+    rows["attacked"].fcs = torch.cosine_similarity(*pair, dim=-1).tolist()
+    return rows, said
 
 
 @contextmanager
@@ -298,7 +339,7 @@ def _panels(
     facts: list[world.Scene],
     clean: Tensor,
     attacked: Tensor,
-    said: dict[str, list[str]],
+    said: dict[str, dict[str, list[str]]],
     settings: Settings,
     track: Track,
 ) -> list[Panel]:
@@ -326,9 +367,9 @@ def _panels(
                 attacked[i],
                 noisy,
                 purified,
-                said["none clean"][i],
-                said["none attacked"][i],
-                said["fs_psm attacked"][i],
+                said["none"]["clean"][i],
+                said["none"]["attacked"][i],
+                said["fs_psm"]["attacked"][i],
                 certificate,
             )
         )

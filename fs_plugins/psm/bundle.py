@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -81,6 +82,14 @@ class PSMConfig(_Strict):
             raise ValueError("a mapper belongs to one encoder: it needs image_size and fingerprint")
         return self
 
+    @property
+    def structure(self) -> str:
+        """What the parts compute beside their weights, as JSON; where a file lies plays no part."""
+        parts = self.model_dump(mode="json", include={"purifier", "readouts"})
+        if self.purifier is not None:
+            parts["purifier"]["args"].pop("base", None)  # LoRA's; its digest is another argument
+        return json.dumps(parts, sort_keys=True)
+
 
 _PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier, "lora": LoRAPurifier}
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
@@ -128,13 +137,13 @@ class PSM(nn.Module):
 
     def purify(self, images: Tensor, sigma: float) -> Tensor:
         """(N, C, H, W) noisy images -> purified images; unchanged without a purifier."""
-        return images if self.purifier is None else self.purifier(images, sigma)
+        return images if self.purifier is None else _at_most_fp32(self.purifier, images, sigma)
 
     def map(self, readout: str, feature: Tensor, sigma: float) -> Tensor:
         """A readout's feature -> the refined feature; unchanged where the readout has no mapper."""
         if readout not in self.mapped:
             return feature
-        return self.mappers[self.mapped.index(readout)](feature, sigma)
+        return _at_most_fp32(self.mappers[self.mapped.index(readout)], feature, sigma)
 
     def only(self, *, purifier: bool = True, mapper: bool = True) -> PSM:
         """A copy that keeps just these parts (ablation)."""
@@ -161,7 +170,9 @@ class PSM(nn.Module):
             )
         channels = len(call.pixels.mean)
         if self.purifier is not None and channels != 3:
-            raise PSMError(f"Purifiers take RGB images; this encoder's pixels have {channels} channels.")
+            raise PSMError(
+                f"Purifiers take RGB images; this encoder's pixels have {channels} channels. Pass psm=None and a sigma."
+            )
         low, high = config.sigma_range
         if not low - 1e-9 <= sigma <= high + 1e-9:
             covers = f"sigma = {low:g}" if low == high else f"sigma from {low:g} to {high:g}"
@@ -256,6 +267,11 @@ class PSM(nn.Module):
                 f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}"
             ) from None
         return psm
+
+
+def _at_most_fp32(part: nn.Module, value: Tensor, sigma: float) -> Tensor:
+    """A part's answer in the value's type; parts do not work in fp64, encoders may."""
+    return part(value.float(), sigma).double() if value.dtype == torch.float64 else part(value, sigma)
 
 
 def _sha256(data: bytes) -> str:

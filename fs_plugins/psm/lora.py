@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins import sources
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import PSMError, SettingError
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
 _MARK = "lora_"
@@ -22,8 +22,8 @@ class LoRAPurifier(nn.Module):
     Only the updates are in its ``state_dict``; the base is read from its own file, which must be the same one.
 
     Args:
-        base: the base's checkpoint, a file. On a machine that does not have it there, the one of this name and digest that
-            the registry's purifiers left in the cache (``enable(model, psm="diffusion")`` fetches the public one).
+        base: the base's checkpoint, a file. On a machine that does not have it there, the one of this digest that the
+            registry's purifiers left in the cache (``enable(model, psm="diffusion")`` fetches the public one).
         sha256: its digest in hexadecimal.
         rank: of the updates.
         sizes: as for ``DiffusionPurifier``; none for the public model.
@@ -40,8 +40,14 @@ class LoRAPurifier(nn.Module):
         except ImportError:
             raise SettingError('LoRA needs peft: pip install "fs-plugins[train]".') from None
         place = Path(base)
-        if not place.is_file() and (cached := sources.cache() / sha256 / place.name).is_file():
-            place = cached
+        cached = sources.cache() / sha256
+        if not place.is_file():
+            place = next(cached.glob("*.pt"), place)
+        if not place.is_file():
+            raise PSMError(
+                f"The model that this LoRA purifier was trained on is not at {base}, and not in {cached}. Put it there; "
+                'enable(model, psm="diffusion") fetches the public one.'
+            )
         with torch.device("cpu"):  # for real, also where a PSM is built on the meta device to be filled from its file
             self.purifier = load_guided_diffusion(place, sha256=sha256, **sizes)
             parts = self.purifier.net.named_modules()

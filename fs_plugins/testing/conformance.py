@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fs_plugins
-from fs_plugins import PSM, FeatureSmoother, PixelError, VisionCall
+from fs_plugins import PSM, FeatureSmoother, PixelError, VisionCall, registry
 from fs_plugins.api import claim
 from fs_plugins.identity import fingerprint
 from fs_plugins.outputs import map_tensors
@@ -121,6 +123,22 @@ class AdapterConformance:
             assert list(model.state_dict()) == keys
         assert torch.equal(self._outcome(model, images), before)
         assert _hooks(model) == hooks
+
+    def test_enable_needs_nothing_but_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An encoder without a PSM of its own gets the registry's purifier of photographs."""
+        monkeypatch.setenv(registry.USER, os.devnull)
+        model, images = self._model_and_images()
+        before = self._outcome(model, images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fs_plugins.FSPluginsWarning)
+            handle = fs_plugins.enable(model)
+        with handle:
+            after = self._outcome(model, images)
+            assert after.isfinite().all()
+            assert not torch.equal(after, before)
+            vision = handle.status().vision
+            assert all(v.psm for v in vision)
+            assert any(v.calls for v in vision)
 
     def test_an_exception_inside_the_encoder_leaves_everything_in_order(self) -> None:
         model, images = self._model_and_images()

@@ -1,15 +1,18 @@
 """The photo purifier that ships: a U-Net that denoises photographs, for any encoder and a range of sigma.
 
-    python -m fs_plugins.training.photo PHOTOS --out FOLDER
+    python -m fs_plugins.training.photo PHOTOS --out FOLDER --credits images.csv
 
 Trained on crops of the photographs in a folder but for every twentieth, which are held out. It goes on from its last
-checkpoint; every step's crops and noise follow from the seed and the step's number.
+checkpoint; every step's crops and noise follow from the seed and the step's number. ``images.csv`` is the list that comes
+with the photographs of the NIPS 2017 adversarial competition; whom it names is named beside the purifier.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
+import re
 import time
 from pathlib import Path
 
@@ -91,6 +94,20 @@ def _write(state: dict[str, object], path: Path) -> None:
     os.replace(fresh, path)
 
 
+def credit(photos: Path, listed: Path, out: Path) -> None:
+    """Write down whose photographs were trained on; the list has bytes beyond ASCII as ``\\303\\251``."""
+    with listed.open(newline="", encoding="utf-8") as file:
+        rows = {row["ImageId"]: row for row in csv.DictReader(file)}
+    trained_on = [path.stem for i, path in enumerate(ImageFolder(photos, (1, 1)).paths) if i % HELD_OUT]
+    with (out / "psm" / "photographs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("photograph", "author", "source"))
+        for name in trained_on:
+            author = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), rows[name]["Author"])
+            author = author.encode("latin-1").decode() if author != rows[name]["Author"] else author
+            writer.writerow((name, author, rows[name]["OriginalLandingURL"]))
+
+
 def finish(out: Path) -> None:
     """The moving average as a PSM without a mapper, for any encoder."""
     config = PSMConfig(
@@ -112,15 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--credits", type=Path, help="CSV with ImageId, Author and OriginalLandingURL")
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=96, help="side of the crops")
     parser.add_argument("--side", type=int, default=299, help="side that photographs are fitted to first")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
+    listed = options.pop("credits")
     train(**options)
     finish(options["out"])
+    if listed:
+        credit(options["photos"], listed, options["out"])
 
 
 if __name__ == "__main__":

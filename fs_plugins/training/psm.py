@@ -209,7 +209,7 @@ def _digest(images: Any) -> str:
     """What the images are: their own ``digest``, or that of the first and the last and how many they are."""
     if own := getattr(images, "digest", None):
         return str(own)
-    ends = b"".join(image.numpy().tobytes() for image in (images[0], images[len(images) - 1]))
+    ends = b"".join(image.detach().cpu().numpy().tobytes() for image in (images[0], images[len(images) - 1]))
     return f"{len(images)} images, {hashlib.sha256(ends).hexdigest()[:16]}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fs_plugins.demo.train.clip import train_clip
 from fs_plugins.demo.train.llava import train_llava
 from fs_plugins.demo.train.psm import train_parts
-from fs_plugins.demo.train.robust import train_robust
+from fs_plugins.demo.train.robust import UPDATES, train_robust
 
 
 def main() -> None:
@@ -30,7 +30,8 @@ def main() -> None:
     elif arguments.what == "llava":
         train_llava(assets / "clip", assets / "llava", cache, steps or 1000, 24, seed)
     elif arguments.what in ("fare", "tecoa"):
-        train_robust(arguments.what, assets / "clip", assets / arguments.what, cache, steps or 600, 48, seed)
+        what = arguments.what
+        train_robust(what, assets / "clip", assets / what, cache, steps or UPDATES[what], 48, seed)
     else:
         train_parts(arguments.what, assets, cache, steps, seed)
 

@@ -46,9 +46,7 @@ def train_clip(out: Path, cache: Path, steps: int, batch: int, seed: int) -> Non
     images = pictures("train", TRAIN_SCENES, cache)
     facts = world.scenes("train", TRAIN_SCENES)
     attributes = _attributes(facts)
-    captions = sorted({s.caption for s in facts})
-    position = {c: i for i, c in enumerate(captions)}
-    caption_of = torch.tensor([position[s.caption] for s in facts])
+    captions, caption_of = caption_labels(facts)
     ids, mask = _tokens(tokenizer, captions, 12)
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
@@ -99,7 +97,6 @@ def zero_shot(model: Any, count: int) -> dict[str, float]:
 @torch.no_grad()
 def class_directions(model: Any) -> Tensor:
     """(11, E) unit text embeddings of the shapes, averaged over colours, sizes and places."""
-    tokenizer = text.build_tokenizer(append_eos=True)
     prompts = [
         f"a {size} {colour} {shape} {where}"
         for shape in world.CLASSES
@@ -107,9 +104,24 @@ def class_directions(model: Any) -> Tensor:
         for size in world.SIZES
         for where in ("on the left", "in the middle", "on the right")
     ]
-    ids, mask = _tokens(tokenizer, prompts, 12)
-    words = model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
-    return F.normalize(F.normalize(words, dim=-1).view(len(world.CLASSES), -1, words.shape[-1]).mean(1), dim=-1)
+    words = caption_directions(model, prompts)
+    return F.normalize(words.view(len(world.CLASSES), -1, words.shape[-1]).mean(1), dim=-1)
+
+
+def caption_labels(facts: list[world.Scene]) -> tuple[list[str], Tensor]:
+    """The different captions of some scenes, and for each scene the index of its own."""
+    captions = sorted({s.caption for s in facts})
+    position = {c: i for i, c in enumerate(captions)}
+    return captions, torch.tensor([position[s.caption] for s in facts])
+
+
+@torch.no_grad()
+def caption_directions(model: Any, captions: list[str]) -> Tensor:
+    """(len(captions), E) unit text embeddings."""
+    ids, mask = _tokens(text.build_tokenizer(append_eos=True), captions, 12)
+    return F.normalize(
+        model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output), dim=-1
+    )
 
 
 def _attributes(scenes: list[world.Scene]) -> Tensor:

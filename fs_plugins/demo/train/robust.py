@@ -2,7 +2,8 @@
 
 Both are adversarial: every update first looks for the worst picture within l-inf eps by projected gradient ascent. FARE
 (Schlarmann et al., ICML 2024, arXiv 2402.12336) keeps the attacked picture's embedding where the frozen encoder has the clean
-one's, without labels. TeCoA (Mao et al., ICLR 2023, arXiv 2212.07016) classifies it right against text embeddings.
+one's, without labels. TeCoA (Mao et al., ICLR 2023, arXiv 2212.07016) classifies it right against text embeddings,
+here those of the world's 396 captions of a shape.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from fs_plugins.attacks.loop import ascend
 from fs_plugins.demo import world
-from fs_plugins.demo.train.clip import class_directions
+from fs_plugins.demo.train.clip import caption_directions, caption_labels
 from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule, update
 
 EPS = 4 / 255
 STEP = 1.5 / 255
 STEPS = 5
+LR = {"fare": 3e-4, "tecoa": 1e-4}
+UPDATES = {"fare": 600, "tecoa": 300}
 
 
 def train_robust(
@@ -38,16 +41,18 @@ def train_robust(
     frozen = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval().requires_grad_(False)
     tower = copy.deepcopy(frozen).requires_grad_(True)
     tower.visual_projection.requires_grad_(False)
-    directions = clip.logit_scale.exp() * class_directions(clip)
+    if what == "tecoa":  # what reads the tokens that LLaVA consumes: without a reference they would drift from its projector
+        tower.vision_model.encoder.layers[-1].requires_grad_(False)
     facts = world.scenes("train", TRAIN_SCENES)
     known = [i for i, scene in enumerate(facts) if scene.shape]
-    labels = torch.tensor([facts[i].label for i in known])
+    captions, labels = caption_labels([facts[i] for i in known])
+    directions = clip.logit_scale.exp() * caption_directions(clip, captions)
     images = pictures("train", TRAIN_SCENES, cache)[known]
     parameters = [p for p in tower.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=LR[what], weight_decay=1e-4)
     scheduler = schedule(optimizer, steps, steps // 14)
     began = time.time()
-    for step, chosen in enumerate(batches(len(known), batch, steps, seed)):
+    for step, chosen in enumerate(batches(len(images), batch, steps, seed)):
         clean = images[chosen].float() / 255
         loss = losses(what, embedding(frozen, clean), directions, labels[chosen])
         around = clean + EPS * (2 * torch.rand_like(clean) - 1)
