@@ -1,6 +1,6 @@
 """How well a purifier denoises, beside scikit-image's denoisers: PSNR in dB on photographs.
 
-    pip install scikit-image                       # the peers; and bm3d for one column more (its licence is non-commercial)
+    pip install scikit-image PyWavelets            # the peers; and bm3d for one column more (its licence is non-commercial)
     python benchmarks/denoise.py --psm PSM                   # on photographs that scikit-image ships
     python benchmarks/denoise.py --psm PSM --photos FOLDER   # on those of a folder that training.photo held out
 

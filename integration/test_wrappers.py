@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fs_plugins
-from fs_plugins import FSPluginsWarning, ModelError
+from fs_plugins import FSPluginsWarning
 
 TOWERS = {
     "CLIP": "vision_model",

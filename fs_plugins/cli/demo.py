@@ -47,9 +47,9 @@ _DEFENCES = {
     "none": "no defence",
     "fs_psm": "FS-PSM",
     "fare": "FARE",
-    "fare_fs_psm": "FARE + FS-PSM",
+    "fare_fs_psm": "FARE + FS",
     "tecoa": "TeCoA",
-    "tecoa_fs_psm": "TeCoA + FS-PSM",
+    "tecoa_fs_psm": "TeCoA + FS",
 }
 _PARTS = {
     "none": "none",
@@ -105,7 +105,7 @@ def _show(result: Any) -> None:
         "class), exact captions, multiple-choice questions. FCS: cosine of the features consumed from "
         "the clean and the attacked picture (of two runs, for clean ones). The attack is made against "
         "each tower itself, without smoothing. FARE and TeCoA towers were trained against 4/255; their rows are of the first "
-        f"{settings.robust_images} scenes. "
+        f"{settings.robust_images} scenes; FS with them is the vanilla tower's PSM. "
         f"Empirical robustness is not a certificate. {result.seconds:.0f} s.",
         style="dim",
         highlight=False,

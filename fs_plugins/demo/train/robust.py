@@ -41,7 +41,9 @@ def train_robust(
     frozen = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval().requires_grad_(False)
     tower = copy.deepcopy(frozen).requires_grad_(True)
     tower.visual_projection.requires_grad_(False)
-    if what == "tecoa":  # what reads the tokens that LLaVA consumes: without a reference they would drift from its projector
+    if (
+        what == "tecoa"
+    ):  # what reads the tokens that LLaVA consumes: without a reference they would drift from its projector
         tower.vision_model.encoder.layers[-1].requires_grad_(False)
     facts = world.scenes("train", TRAIN_SCENES)
     known = [i for i, scene in enumerate(facts) if scene.shape]
