@@ -412,11 +412,11 @@ def test_an_encoder_in_double_precision_is_served_too(images):
 
     clip = CLIPModel.from_pretrained(assets.CLIP).eval()
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
-    words = torch.tensor([[1, 3]])
+    # The tower alone: transformers 4's text model builds a mask that overflows in double precision.
     with fs_plugins.enable(clip, seed=0), torch.no_grad():
-        single = clip(pixel_values=pixels, input_ids=words).image_embeds
+        single = clip.vision_model(pixels).pooler_output
     with fs_plugins.enable(clip.double(), seed=0), torch.no_grad():
-        double = clip(pixel_values=pixels.double(), input_ids=words).image_embeds
+        double = clip.vision_model(pixels.double()).pooler_output
     assert double.dtype == torch.float64
     assert torch.allclose(double.float(), single, atol=1e-4)
 
