@@ -54,9 +54,9 @@ from fs_plugins.certificates.certificate import Method
 from fs_plugins.certificates.run import Plan
 from fs_plugins.certificates.sampling import Sampler
 from fs_plugins.demo import assets, world
+from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
-from fs_plugins.training.data import to_unit
 
 ALPHA = 1e-3
 THRESHOLD = 0.5

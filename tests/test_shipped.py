@@ -17,7 +17,7 @@ from fs_plugins.api import known_encoders
 from fs_plugins.demo import assets, run, text, world
 from fs_plugins.demo.train import robust
 from fs_plugins.demo.train.llava import Dialogues, questions_and_answers
-from fs_plugins.training.data import to_unit
+from fs_plugins.pictures import to_unit
 
 ROOT = Path(__file__).parent.parent
 

@@ -210,7 +210,8 @@ class _Run:
 def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str, Any]:
     """Files, folders, and scenes that are drawn -> name -> (3, H, W) in [0, 1]."""
     from fs_plugins.demo import world
-    from fs_plugins.training.data import ImageFolder, fitted, read
+    from fs_plugins.pictures import fitted, read
+    from fs_plugins.training.data import ImageFolder
 
     paths: list[Path] = []
     for path in given:

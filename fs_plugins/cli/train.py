@@ -387,8 +387,8 @@ def _image_size(call: Any, size: int | None) -> Any:
 
 def _pictures(photos: Path | None, scenes: int, size: tuple[int, int], held: int | None, seed: int) -> tuple[Any, Any]:
     """What is trained on, and what is held out."""
+    from fs_plugins.pictures import fitted
     from fs_plugins.training import ImageFolder
-    from fs_plugins.training.data import fitted
 
     class Scenes(ImageFolder):
         """Scenes of the embedded world, drawn as they are asked for."""

@@ -25,8 +25,8 @@ from fs_plugins.certificates.run import Plan
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation import Estimate, mean, proportion
 from fs_plugins.evaluation.answers import encode, generate
+from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM
-from fs_plugins.training.data import to_unit
 from fs_plugins.vision import VisionCall
 
 BATCH = 44

@@ -21,7 +21,7 @@ from fs_plugins.demo.train.data import (
     update,
     write_image_processor,
 )
-from fs_plugins.training.data import to_unit
+from fs_plugins.pictures import to_unit
 
 
 def build_clip() -> Any:

@@ -15,9 +15,9 @@ import fs_plugins
 from fs_plugins.demo import world
 from fs_plugins.demo.train.data import TRAIN_SCENES, pictures
 from fs_plugins.demo.train.llava import build_llava
+from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM, Part
 from fs_plugins.training import Stage, TrainingConfig, robustness_score, train_psm
-from fs_plugins.training.data import to_unit
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)

@@ -1,0 +1,44 @@
+"""Pictures on disk and in memory, as (3, H, W) tensors in [0, 1]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fs_plugins.errors import SettingError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+
+
+def to_unit(image: Image.Image) -> Tensor:
+    """A PIL image -> (3, H, W) fp32 in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def fitted(image: Image.Image, size: tuple[int, int], **fit: Any) -> Tensor:
+    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
+
+    ``fit``: ``bleed`` and ``centering`` of PIL's ``ImageOps.fit``.
+    """
+    height, width = size
+    return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC, **fit))
+
+
+def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
+    """A PNG or JPEG, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
+
+    Raises:
+        SettingError: no such file, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return fitted(image, size, **fit)
+    except FileNotFoundError:
+        raise SettingError(f"There is no file {path}.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingError(f"{path} is not a readable image: {error}") from None
