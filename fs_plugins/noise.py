@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from fs_plugins.pickled import Pickled
 
 Noise = Literal["iid", "antithetic"]
 NoiseScope = Literal["call", "image"]
+
+
+class Source(Protocol):
+    """Hands out the generators of a vision call's noise."""
+
+    def generators(self, images: Sequence[Tensor] | Tensor) -> list[torch.Generator]:
+        """One for each image, on the images' device."""
 
 
 def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, count: int) -> Iterator[Tensor]:
@@ -36,6 +43,16 @@ def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, coun
         else:
             yield -drawn
             drawn = None
+
+
+def keyed(*marks: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream follows from these marks alone."""
+    return _seeded("/".join(map(str, marks)).encode(), device)
+
+
+def _seeded(mark: bytes, device: torch.device | str) -> torch.Generator:
+    digest = hashlib.sha256(mark).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class NoiseSource(Pickled):
@@ -67,11 +84,7 @@ class NoiseSource(Pickled):
                 call = self._calls
                 self._calls += 1
             marks = [f"call {call} image {i}".encode() for i in range(len(images))]
-        return [self._generator(mark, image.device) for mark, image in zip(marks, images, strict=True)]
-
-    def _generator(self, mark: bytes, device: torch.device) -> torch.Generator:
-        digest = hashlib.sha256(self._key + mark).digest()
-        return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return [_seeded(self._key + mark, image.device) for mark, image in zip(marks, images, strict=True)]
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of an unseeded source gets a key of its own: two models never share their noise."""

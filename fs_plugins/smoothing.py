@@ -8,16 +8,17 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.layouts import Group, Layout
-from fs_plugins.noise import Noise, NoiseScope, NoiseSource, draws
+from fs_plugins.noise import Noise, NoiseScope, NoiseSource, Source, draws
 from fs_plugins.outputs import map_tensors
 from fs_plugins.pickled import Pickled
 from fs_plugins.psm import PSM
@@ -150,21 +151,30 @@ class FeatureSmoother(Pickled):
         )
 
     def smooth(self, images: Tensor) -> Features:
-        """(B, C, H, W) still images in [0, 1] -> the served features, without going through the model.
+        """(B, C, H, W) still images in [0, 1] -> the served features, without going through the model."""
+        return self.call.features(self.look(images))
+
+    def look(self, images: Tensor, *, source: Source | None = None, frugal: bool = False) -> Any:
+        """(B, C, H, W) still images in [0, 1] -> the encoder's smoothed output, a row per image.
 
         Gradients follow the images: this is what an adaptive attack differentiates.
+
+        Args:
+            source: of the noise; the smoother's own if left out.
+            frugal: keep no activations of purifier, encoder and mapper for the backward pass; it computes them again.
         """
+        run = _recomputed if frugal else _once
         units = tuple(range(len(images)))
         wide = torch.promote_types(images.dtype, torch.float32)
         still = Group(units, self.call.pixels.from_unit(images, wide), {})
-        steps = self.passes([still], self.call.dtype, Tally())
+        steps = self.passes([still], self.call.dtype, Tally(), source=source, run=run)
         step = next(steps)
         while True:
-            output = self.call.forward(step.pixels)
+            output = run(self.call.forward, step.pixels)
             try:
                 step = steps.send(output)
             except StopIteration as stop:
-                return self.call.features(Layout().closed(stop.value, units, images))
+                return Layout().closed(stop.value, units, images)
 
     def views(self, images: Tensor, noise: Tensor) -> Tensor:
         """Images and standard normal noise of one shape -> what the encoder is shown: P(x + sigma e), fp32."""
@@ -181,13 +191,23 @@ class FeatureSmoother(Pickled):
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
         return wide if psm is None else {name: psm.map(name, value, self.sigma) for name, value in wide.items()}
 
-    def passes(self, groups: Sequence[Group], dtype: torch.dtype, tally: Tally) -> Generator[Pass, Any, list[Any]]:
+    def passes(
+        self,
+        groups: Sequence[Group],
+        dtype: torch.dtype,
+        tally: Tally,
+        *,
+        source: Source | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> Generator[Pass, Any, list[Any]]:
         """Yield what the encoder must be run on, take its raw outputs by ``send``, return the smoothed ones.
 
         Args:
             groups: the images of one vision call.
             dtype: of the pixels the encoder expects.
             tally: counts images, draws and non-finite draws as they come.
+            source: of the noise; the smoother's own if left out.
+            run: calls purifier and mapper, as ``function(*arguments)`` if left out.
 
         Returns:
             smoothed outputs, opened (one row per image), whose rows are the groups' images in order.
@@ -198,7 +218,8 @@ class FeatureSmoother(Pickled):
             pair for group, images in zip(groups, views, strict=True) for pair in zip(group.units, images, strict=True)
         )
         tally.images, tally.draws = len(by_unit), self.n0
-        generators = self.source.generators([by_unit[unit] for unit in range(len(by_unit))])
+        run = run or _once
+        generators = (source or self.source).generators([by_unit[unit] for unit in range(len(by_unit))])
         done = []
         for group, images in zip(groups, views, strict=True):
             size = min(len(images), self.chunk_size)
@@ -208,12 +229,12 @@ class FeatureSmoother(Pickled):
                 streams = [
                     draws(generators[unit], tuple(images.shape[1:]), self.noise, self.n0) for unit in group.units[part]
                 ]
-                mean = _Mean(self)
+                mean = _Mean(self, run)
                 for first in range(0, self.n0, per_pass):
                     count = min(per_pass, self.n0 - first)
                     noise = torch.stack([torch.stack([next(stream) for stream in streams]) for _ in range(count)])
                     copies = images[part].repeat(count, *[1] * (images.ndim - 1))
-                    shown = self.views(copies, noise.flatten(0, 1))
+                    shown = run(self.views, copies, noise.flatten(0, 1))
                     output = yield Pass(group, part, count, self.call.pixels.from_unit(shown, dtype))
                     mean.add(layout.opened(output, len(shown)), count)
                 tally.non_finite += mean.non_finite
@@ -232,11 +253,20 @@ class FeatureSmoother(Pickled):
             return self._psms[device]
 
 
+def _once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class _Mean:
     """Running average of a group's outputs over passes of (draws, images, ...)."""
 
-    def __init__(self, smoother: FeatureSmoother) -> None:
+    def __init__(self, smoother: FeatureSmoother, run: Callable[..., Any]) -> None:
         self.smoother = smoother
+        self.run = run
         self.non_finite = 0
         self.output: Any = None
         self.dtypes: Any = None
@@ -244,7 +274,7 @@ class _Mean:
         self.lengths: list[Tensor] = []
 
     def add(self, output: Any, draws: int) -> None:
-        features = self.smoother.mapped(self.smoother.call.features(output))
+        features = self.run(self.smoother.mapped, self.smoother.call.features(output))
         lengths = self.smoother.call.embed(features).norm(dim=-1)
         rows = len(lengths)
         finite = lengths.isfinite()

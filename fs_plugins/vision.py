@@ -233,10 +233,13 @@ class VisionCall:
         with direct():
             return self.module(argument, **others, **self.kwargs)
 
+    def look(self, images: Tensor) -> Any:
+        """(N, C, H, W) images in [0, 1] -> the plain encoder's output, a row per image. Gradients follow the images."""
+        return self.pixels.layout.opened(self.forward(self.pixels.from_unit(images, self.dtype)), len(images))
+
     def encode(self, images: Tensor) -> Features:
         """(N, C, H, W) images in [0, 1] -> the plain encoder's features, fp32. Gradients follow the images."""
-        output = self.forward(self.pixels.from_unit(images, self.dtype))
-        features = self.features(self.pixels.layout.opened(output, len(images)))
+        features = self.features(self.look(images))
         return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
 
     def with_pixels(self, pixels: PixelSpace) -> VisionCall:

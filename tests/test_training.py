@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 import fs_plugins
 from fs_plugins import PSM, SettingError
+from fs_plugins.noise import keyed
 from fs_plugins.psm import Part, ResidualMapper
 from fs_plugins.training import ImageFolder, Stage, TrainingConfig, losses, robustness_score, train_psm
 from fs_plugins.training import psm as training
 from fs_plugins.training.ablate import ablate
-from fs_plugins.training.data import batches, check, drawn, keyed, samples
+from fs_plugins.training.data import batches, check, drawn, samples
 from fs_plugins.training.stages import MapperTerms, PurifierTerms
 
 

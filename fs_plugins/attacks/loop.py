@@ -1,34 +1,41 @@
-"""The one loop of the l-inf attacks: iterated sign steps that climb an objective."""
+"""The one loop of the gradient attacks: iterated steps that climb an objective."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fs_plugins.attacks.ball import Ball, check_distance
 from fs_plugins.errors import SettingError
+
+Objective = Callable[[Tensor, int, int], Tensor]
+"""(B, C, H, W) images in [0, 1], step from 1 and draw from 0 -> (B,) scores; each depends on its own image only."""
 
 
 def ascend(
-    objective: Callable[[Tensor], Tensor],
+    objective: Objective,
     images: Tensor,
     *,
-    eps: float,
-    step_size: float,
+    ball: Ball,
+    step_size: float | None = None,
     steps: int,
+    draws: int = 1,
     start: Tensor | None = None,
-    report: Callable[[int], None] | None = None,
+    report: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Climb ``objective`` inside the l-inf ball around ``images``.
+    """Climb ``objective`` inside the ball around each image.
 
     Args:
-        objective: (B, C, H, W) images in [0, 1] -> (B,) scores; each depends on its own image only.
+        objective: what to climb.
         images: (B, C, H, W) in [0, 1].
-        eps: radius of the ball, in [0, 1] pixel units (16/255 is usual).
-        step_size: length of a sign step, same units.
+        ball: where the attack may go.
+        step_size: length of a step in the ball's norm, [0, 1] pixel units; by default 1/255 for l-inf, and for l2
+            2.5 eps / steps.
         steps: how many.
+        draws: the objective's gradient is summed over so many draws at every step (expectation over transformation).
         start: (B, C, H, W) where to begin, pulled into the ball; by default the images themselves.
         report: called after each step with its number, from 1.
 
@@ -36,21 +43,25 @@ def ascend(
         (B, C, H, W) attacked images, in the ball and in [0, 1].
 
     Raises:
-        SettingError: eps or step_size outside (0, 1], or no step to take.
+        SettingError: a value out of range.
     """
-    for name, value in (("eps", eps), ("step_size", step_size)):
-        if not (math.isfinite(value) and 0 < value <= 1):
-            hint = f"; did you mean {value:g}/255?" if 1 < value <= 255 else ""
-            raise SettingError(f"{name} is in [0, 1] pixel units and must be in (0, 1], got {value:g}{hint}")
-    if steps < 1:
-        raise SettingError(f"steps must be at least 1, got {steps}.")
-    low, high = (images - eps).clamp(0, 1), (images + eps).clamp(0, 1)
-    attacked = (images if start is None else start).detach().clamp(low, high)
+    for name, value in (("steps", steps), ("draws", draws)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SettingError(f"{name} must be a whole number >= 1, got {value!r}.")
+    if step_size is None:
+        step_size = 1 / 255 if ball.norm == "linf" else 2.5 * ball.eps / steps
+    elif ball.norm == "linf":
+        check_distance("step_size", step_size)
+    elif not step_size > 0:
+        raise SettingError(f"step_size is an l2 length in [0, 1] pixel units and must be above 0, got {step_size!r}.")
+    attacked = ball.project((images if start is None else start).detach(), images)
     for step in range(1, steps + 1):
         attacked.requires_grad_(True)
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(objective(attacked).sum(), attacked)
-        attacked = (attacked.detach() + step_size * slope.sign()).clamp(low, high)
+        slope = torch.zeros_like(attacked)
+        for draw in range(draws):
+            with torch.enable_grad():
+                slope += torch.autograd.grad(objective(attacked, step, draw).sum(), attacked)[0]
+        attacked = ball.project(attacked.detach() + step_size * ball.steepest(slope), images)
         if report is not None:
             report(step)
     return attacked

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.attacks import attack_vlm
+from fs_plugins.attacks import attack
 from fs_plugins.certificates.run import Plan
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation import Estimate, mean, proportion
@@ -198,21 +198,9 @@ def _smoothed(tower: str) -> str:
 def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings, track: Track, tower: str) -> Tensor:
     what = "vision tower" if tower == "none" else f"{tower} tower"
     advance = track(f"attacking the {what}, {settings.steps} steps", settings.steps * len(clean))
-    done = []
-    for start in range(0, len(clean), BATCH):
-        part = slice(start, start + BATCH)
-        size = len(clean[part])
-        done.append(
-            attack_vlm(
-                call,
-                clean[part],
-                targets[part],
-                eps=settings.eps,
-                steps=settings.steps,
-                report=lambda _: advance(size),  # noqa: B023
-            )
-        )
-    return torch.cat(done)
+    return attack(
+        "attackvlm", call, clean, targets, eps=settings.eps, steps=settings.steps, batch_size=BATCH, report=advance
+    )
 
 
 def _measure(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fs_plugins.noise import keyed
 from fs_plugins.psm import PSM
 from fs_plugins.training.config import TrainingConfig
-from fs_plugins.training.data import keyed
 from fs_plugins.training.psm import robustness_score, train_psm
 from fs_plugins.training.stages import MapperTerms, PurifierTerms
 from fs_plugins.vision import VisionCall

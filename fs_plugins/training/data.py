@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fs_plugins.errors import SettingError
+from fs_plugins.noise import keyed
 from fs_plugins.pictures import EXTENSIONS, read
 from fs_plugins.training.config import Stage, TrainingConfig
 
@@ -85,12 +86,6 @@ class ImageFolder(Dataset[Tensor]):
         part = copy.copy(self)
         part.paths = paths
         return part
-
-
-def keyed(*marks: object) -> torch.Generator:
-    """A generator on the CPU whose stream follows from these marks alone."""
-    digest = hashlib.sha256("/".join(map(str, marks)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 Sample = tuple[int, int, int]

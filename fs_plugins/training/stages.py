@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins.errors import SettingError
+from fs_plugins.noise import keyed
 from fs_plugins.psm import PSM, ResidualMapper
 from fs_plugins.training import losses
 from fs_plugins.training.config import TrainingConfig
-from fs_plugins.training.data import batches, drawn, keyed, samples
+from fs_plugins.training.data import batches, drawn, samples
 from fs_plugins.vision import VisionCall
 
 Terms = dict[str, Tensor]

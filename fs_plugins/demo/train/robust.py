@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fs_plugins.attacks.loop import ascend
+from fs_plugins.attacks import Ball, ascend
 from fs_plugins.demo import world
 from fs_plugins.demo.train.clip import caption_directions, caption_labels
 from fs_plugins.demo.train.data import TRAIN_SCENES, batches, normalise, pictures, schedule, update
@@ -59,8 +59,8 @@ def train_robust(
         loss = losses(what, embedding(frozen, clean), directions, labels[chosen])
         around = clean + EPS * (2 * torch.rand_like(clean) - 1)
         worst = ascend(
-            lambda x: loss(embedding(tower, x)),  # noqa: B023
-            clean, eps=EPS, step_size=STEP, steps=STEPS, start=around,
+            lambda x, *_: loss(embedding(tower, x)),  # noqa: B023
+            clean, ball=Ball("linf", EPS), step_size=STEP, steps=STEPS, start=around,
         )  # fmt: skip
         value = loss(embedding(tower, worst)).mean()
         update(value, optimizer, scheduler)

@@ -1,0 +1,116 @@
+"""What an attack sees of an encoder: plain, or through the smoothing that protects it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fs_plugins.errors import ModelError
+from fs_plugins.noise import keyed
+from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Randomness of one draw of one step of an attack, an image's own for each of ``keys``.
+
+    It does not depend on which other images are attacked beside it. As a ``Source`` it feeds a smoother.
+    """
+
+    marks: tuple[object, ...]
+    keys: tuple[object, ...]
+
+    def at(self, *marks: object) -> Stream:
+        return replace(self, marks=(*self.marks, *marks))
+
+    def generators(self, images: Sequence[Tensor] | Tensor) -> list[torch.Generator]:
+        return [keyed(*self.marks, key, device=image.device) for key, image in zip(self.keys, images, strict=True)]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an encoder makes of B images.
+
+    Args:
+        embedding: (B, E) the certified embedding: all that the model consumes.
+        pooled: (B, P) one vector for the picture as a whole: the class token beside the consumed tokens, their mean
+            where there is none, or the embedding where the model consumes a pooled vector.
+        tokens: (B, L, D) what stands for parts of the picture; None where the encoder shows none.
+    """
+
+    embedding: Tensor
+    pooled: Tensor
+    tokens: Tensor | None
+
+
+class Victim:
+    """An encoder under attack.
+
+    Args:
+        encoder: a VisionCall is seen plain, whatever smoothing is enabled (the oblivious attack); a FeatureSmoother is seen
+            through noise, purifier, mapper and average (the adaptive one).
+    """
+
+    def __init__(self, encoder: VisionCall | FeatureSmoother) -> None:
+        self.smoother = encoder if isinstance(encoder, FeatureSmoother) else None
+        self.call: VisionCall = encoder.call if isinstance(encoder, FeatureSmoother) else encoder
+
+    def see(self, images: Tensor, stream: Stream) -> Seen:
+        """(B, C, H, W) in [0, 1], of any size -> what is served for them. Gradients follow the images."""
+        images = self._resized(images)
+        if self.smoother is None:
+            return self._seen(self.call.look(images))
+        return self._seen(self.smoother.look(images, source=stream, frugal=images.requires_grad))
+
+    @torch.no_grad()
+    def see_plain(self, images: Tensor) -> Seen:
+        """The same without any smoothing, and without gradients: what an attack aims at, or away from."""
+        return self._seen(self.call.look(self._resized(images)))
+
+    def _resized(self, images: Tensor) -> Tensor:
+        size = self.call.image_size
+        if size is None or size == tuple(images.shape[-2:]):
+            return images
+        return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+    def _seen(self, output: Any) -> Seen:
+        features = self.call.features(output)
+        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
+        embedding = self.call.embed(wide)
+        of_tokens = [readout for readout in self.call.readouts if readout.tokens != 0]
+        if not of_tokens:
+            return Seen(embedding, embedding, _hidden(output))
+        whole = [replace(readout, skip=0).get(output) for readout in of_tokens]
+        pooled = [
+            value[:, 0] if readout.skip else value.mean(1) for readout, value in zip(of_tokens, whole, strict=True)
+        ]
+        return Seen(embedding, torch.cat(pooled, dim=1).to(embedding.dtype), wide[of_tokens[0].name])
+
+
+def _hidden(output: Any) -> Tensor | None:
+    """The tokens that a pooled encoder shows beside its pooled vector."""
+    found = output.get("last_hidden_state") if isinstance(output, Mapping) else None
+    return found.to(torch.promote_types(found.dtype, torch.float32)) if isinstance(found, Tensor) else None
+
+
+def victims(encoders: VisionCall | FeatureSmoother | Sequence[VisionCall | FeatureSmoother]) -> list[Victim]:
+    """One victim, or an ensemble of surrogates.
+
+    Raises:
+        ModelError: neither a VisionCall nor a FeatureSmoother.
+    """
+    several: list[Any] = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
+    for encoder in several:
+        if not isinstance(encoder, VisionCall | FeatureSmoother):
+            raise ModelError(
+                f"An attack takes a VisionCall (fs_plugins.vision_call(model)), or a FeatureSmoother to attack through "
+                f"(fs_plugins.enable(model).smoothers[0]); got {type(encoder).__name__}."
+            )
+    if not several:
+        raise ModelError("An attack needs at least one encoder.")
+    return [Victim(encoder) for encoder in several]
