@@ -1,0 +1,180 @@
+"""Does a defence hold, or does it only hide its gradients? The tests of Athalye et al. (ICML 2018, arXiv 1802.00420)
+and Carlini et al. (2019, arXiv 1902.06705), on the features that a smoothed encoder serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fs_plugins.attacks.feature import METHODS, attack, climbed
+from fs_plugins.attacks.square import square
+from fs_plugins.attacks.victim import Stream, Victim
+from fs_plugins.errors import SettingError
+from fs_plugins.smoothing import FeatureSmoother
+
+REPEATS = 4
+"""Served features that each attacked image is judged by, from draws that no attack has seen."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How far one attack got.
+
+    Args:
+        name: which.
+        margins: for each image, cosine of the served feature to the target's less that to the image's own. Above 0 the
+            attack has succeeded.
+    """
+
+    name: str
+    margins: tuple[float, ...]
+
+    @property
+    def success(self) -> float:
+        return sum(margin > 0 for margin in self.margins) / len(self.margins)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.margins) / len(self.margins)
+
+
+@dataclass(frozen=True)
+class MaskingReport:
+    """What ``check_gradients`` found; ``str()`` of it is for people.
+
+    Args:
+        eps: l-inf, in [0, 1] pixel units.
+        attacks: none, oblivious, square, adaptive with a quarter of the steps, adaptive.
+        unbounded: share of images that the adaptive attack makes unlike themselves when eps is 1.
+        problems: what speaks for masked gradients; empty if nothing does.
+    """
+
+    eps: float
+    attacks: tuple[Strength, ...]
+    unbounded: float
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{one.name:28} success {one.success:6.1%}   margin {one.mean:+.3f}" for one in self.attacks]
+        lines.append(f"{'adaptive, eps 1, untargeted':28} success {self.unbounded:6.1%}")
+        verdict = self.problems or ("Nothing speaks for masked gradients.",)
+        return "\n".join([f"l-inf eps {255 * self.eps:g}/255, {len(self.attacks[0].margins)} images", *lines, *verdict])
+
+
+def check_gradients(
+    smoother: FeatureSmoother,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    eps: float = 16 / 255,
+    steps: int = 100,
+    draws: int = 2,
+    queries: int = 500,
+    method: str = "attackvlm",
+    seed: int = 0,
+    batch_size: int = 32,
+    confidence: float = 0.99,
+    advance: Callable[[int], Any] | None = None,
+) -> MaskingReport:
+    """Compare attacks that must be ordered if the gradients are honest.
+
+    The adaptive attack must be no weaker than the oblivious one, than itself with a quarter of the steps, and than a
+    gradient-free search; and without a bound on eps it must make every image unlike itself. "Weaker" is a paired
+    one-sided t-test of the margins at this confidence.
+
+    Args:
+        smoother: the defence: ``fs_plugins.enable(model).smoothers[0]``.
+        images, targets: (B, C, H, W) in [0, 1], B >= 2.
+        eps: l-inf, in [0, 1] pixel units.
+        steps, draws, method, seed, batch_size: of the attacks, see ``attack``.
+        queries: of the gradient-free search.
+        advance: called with numbers of forward-backward passes of images, which are ``effort`` in all.
+
+    Raises:
+        SettingError: fewer than two images, or see ``attack``.
+    """
+    if len(images) < 2:
+        raise SettingError(f"Attacks are compared over at least two images, got {len(images)}.")
+    call = smoother.call
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "report": advance}
+
+    def adaptive(count: int) -> Tensor:
+        return attack(method, smoother, images, targets, eps=eps, steps=count, draws=draws, **options)
+
+    def searched() -> Tensor:
+        done = []
+        for first in range(0, len(images), batch_size):
+            part = slice(first, first + batch_size)
+            keys = tuple(range(len(images)))[part]
+            stream = Stream((seed, "square"), keys)
+            objective = climbed(METHODS[method], [Victim(smoother)], targets[part], stream, 1)
+            report = None if advance is None else lambda _, size=len(keys): advance(size)  # noqa: B008
+            done.append(square(objective, images[part], eps=eps, queries=queries, stream=stream, report=report))
+        return torch.cat(done)
+
+    found = {
+        "no attack": images,
+        "oblivious": attack(method, call, images, targets, eps=eps, steps=steps, **options),
+        "gradient-free": searched(),
+        "adaptive, a quarter": adaptive(max(1, steps // 4)),
+        "adaptive": adaptive(steps),
+    }
+    own, aim = (_cosines_to(call, some) for some in (images, targets))
+    strengths = tuple(
+        Strength(name, tuple((aim(served) - own(served)).tolist()))
+        for name, served in ((name, _served(smoother, some, seed, batch_size)) for name, some in found.items())
+    )
+    free = attack(method, smoother, images, eps=1.0, step_size=min(1.0, 4 / steps), steps=steps, draws=draws, **options)
+    unbounded = _estranged(call, images, _served(smoother, free, seed, batch_size))
+    problems = [
+        f"The adaptive attack is weaker than {rival}."
+        for rival, strength in (("the oblivious one", strengths[1]), ("a gradient-free search", strengths[2]), ("itself with a quarter of the steps", strengths[3]))
+        if _weaker(strengths[4].margins, strength.margins, confidence)
+    ]  # fmt: skip
+    if unbounded < 1:
+        problems.append(f"With eps 1, where any picture is allowed, {1 - unbounded:.0%} of the images still resist.")
+    return MaskingReport(eps, strengths, unbounded, tuple(problems))
+
+
+def effort(images: int, *, steps: int = 100, queries: int = 500) -> int:
+    """How much ``check_gradients`` will tell ``advance`` in all."""
+    return images * (steps + queries + max(1, steps // 4) + 2 * steps)
+
+
+@torch.no_grad()
+def _served(smoother: FeatureSmoother, images: Tensor, seed: int, batch_size: int) -> Tensor:
+    """(REPEATS, B, E): what is served for the images, at draws of the judge's own."""
+    victim, keys = Victim(smoother), tuple(range(len(images)))
+    repeats = []
+    for i in range(REPEATS):
+        parts = [slice(first, first + batch_size) for first in range(0, len(images), batch_size)]
+        repeats.append(torch.cat([victim.see(images[p], Stream((seed, "judge", i), keys[p])).embedding for p in parts]))
+    return torch.stack(repeats)
+
+
+@torch.no_grad()
+def _cosines_to(call: Any, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Served features (R, B, E) -> (B,) mean cosine to the plain features of these images."""
+    plain = Victim(call).see_plain(images).embedding
+    return lambda served: torch.cosine_similarity(served, plain[None], dim=-1).mean(0)
+
+
+def _estranged(call: Any, images: Tensor, served: Tensor) -> float:
+    """Share of images whose served feature is nearer to another image's plain feature than to its own."""
+    plain = torch.nn.functional.normalize(Victim(call).see_plain(images).embedding, dim=-1)
+    near = torch.nn.functional.normalize(served.mean(0), dim=-1) @ plain.T
+    return (near.argmax(1) != torch.arange(len(images), device=near.device)).float().mean().item()
+
+
+def _weaker(ours: tuple[float, ...], rivals: tuple[float, ...], confidence: float) -> bool:
+    """Whether the rival's margins are larger, image by image, beyond what chance explains."""
+    apart = np.subtract(rivals, ours)
+    if np.ptp(apart) == 0:
+        return bool(apart[0] > 0)
+    return bool(stats.ttest_1samp(apart, 0, alternative="greater").pvalue < 1 - confidence)
