@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,25 @@ def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
     Raises:
         SettingError: no such file, or no image.
     """
+    with _opened(path) as image:
+        return fitted(image, size, **fit)
+
+
+def check(path: Path) -> None:
+    """Decode a PNG or JPEG to its end: a header may be fine where the pixels are cut off.
+
+    Raises:
+        SettingError: no such file, or no image, or not the whole of one.
+    """
+    with _opened(path) as image:
+        image.load()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return fitted(image, size, **fit)
+            yield image
     except FileNotFoundError:
         raise SettingError(f"There is no file {path}.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -67,7 +67,7 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
         (["certify", "{picture}", "--table", "--target", "0.1"], "leave --classes, --method and --target out"),
         (
             ["certify", "{picture}", "--model", "demo-clip", "--classes", "star, cross", "--prompt", "x"],
-            "--prompt must",
+            "The prompt must",
         ),
         (["demo", "--images", "11", "--eps", "16"], "did you mean 16/255"),
     ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,23 @@ def errors_for_people() -> Iterator[None]:
         console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that share the images (``accelerate launch``, ``torchrun``), and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def assemble(cls) -> Crew:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        needs("accelerate")
+        from accelerate import PartialState
+
+        # Shares differ in length: whoever is done first waits for the last.
+        state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=7))
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)

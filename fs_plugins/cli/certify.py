@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +17,7 @@ from rich.markup import escape
 
 from fs_plugins import errors
 from fs_plugins.cli.base import (
+    Crew,
     console,
     device,
     duration,
@@ -98,7 +97,7 @@ def certify(
         if classes is not None and (method != "best" or threshold != 0.5):
             raise errors.SettingError("--method and --threshold are about features; --classes certifies predictions.")
         plan = Plan(n=n, alpha=alpha, method=method, target=target, threshold=threshold)  # type: ignore[arg-type]
-        crew = _Crew.assemble()
+        crew = Crew.assemble()
         if crew.size > 1 and seed is None:
             raise errors.SettingError("Several processes need --seed, so that their draws are one run's.")
         loaded = load(model).to(device())
@@ -109,7 +108,10 @@ def certify(
         draw: Any = partial(fs_plugins.certify, method=plan.method, threshold=threshold)
         background: dict[str, Any] = {"background": list(pictures.values())}
         if classes is not None:
-            directions = _directions(loaded, source(model), classes, prompt)
+            from fs_plugins.evaluation.zeroshot import directions_of
+
+            names = [name.strip() for name in classes.split(",") if name.strip()]
+            directions = directions_of(loaded, source(model), names, prompt)
             draw, background = partial(fs_plugins.certify_predictions, directions=directions), {}
         verb = partial(draw, loaded, n=n, alpha=alpha, target=target, seed=seed)
         run = _Run(crew, verb, background, pictures, plan.pilot + n)
@@ -140,30 +142,10 @@ def certify(
 
 
 @dataclass(frozen=True)
-class _Crew:
-    """The processes that share the images (``accelerate launch``, ``torchrun``), and which of them this is."""
-
-    rank: int = 0
-    size: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def assemble(cls) -> _Crew:
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        needs("accelerate")
-        from accelerate import PartialState
-
-        # Shares differ in length: whoever is done first waits for the last.
-        state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=7))
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
-
-
-@dataclass(frozen=True)
 class _Run:
     """Certify the pictures once or several times, this process its share of them."""
 
-    crew: _Crew
+    crew: Crew
     verb: Callable[..., list[Any]]
     background: dict[str, Any]
     pictures: dict[str, Any]
@@ -221,35 +203,6 @@ def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str
     if not pictures:
         raise errors.SettingError("Nothing to certify: give image files or folders, or --scenes.")
     return pictures
-
-
-def _directions(model: Any, origin: str, classes: str, prompt: str) -> dict[str, Any]:
-    """Class names -> unit text embeddings, as zero-shot classification uses them."""
-    import torch
-    from transformers import AutoTokenizer
-
-    names = [name.strip() for name in classes.split(",") if name.strip()]
-    if len(set(names)) < 2:
-        raise errors.SettingError(f'--classes needs two different names or more, such as "cat, dog"; got {classes!r}.')
-    if "{}" not in prompt:
-        raise errors.SettingError(f"--prompt must say where the class goes with {{}}, got {prompt!r}.")
-    if not hasattr(model, "get_text_features"):
-        raise errors.ModelError(
-            f"--classes needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} does not. For a linear "
-            "head of your own, pass its weight to fs_plugins.certify_predictions."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(origin)
-    tokens = tokenizer(
-        [prompt.format(name) for name in names],
-        padding="max_length",  # as SigLIP was trained
-        max_length=getattr(model.config, "text_config", model.config).max_position_embeddings,
-        truncation=True,
-        return_tensors="pt",
-    )
-    with torch.no_grad():
-        found = model.get_text_features(**tokens.to(model.device))
-    features = getattr(found, "pooler_output", found)
-    return dict(zip(names, torch.nn.functional.normalize(features.float(), dim=-1), strict=True))
 
 
 def _finish(certificates: dict[str, Any], rows: Path, threshold: float, *, predictions: bool) -> None:

@@ -208,8 +208,8 @@ class _Work:
             console.print(text, highlight=False, soft_wrap=True)
 
     def train(self, folder: Any, named: dict[str, Any], *, certified: int, n: int, alpha: float) -> None:
+        from fs_plugins.files import atomically
         from fs_plugins.training import report, train_psm
-        from fs_plugins.training.folder import atomically
 
         finished = (folder.path / "config.json").exists()
         folder.held = self.shown[:16]

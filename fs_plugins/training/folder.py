@@ -13,16 +13,17 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
+from fs_plugins.files import atomically, changed
 from fs_plugins.psm import PSM
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
 
@@ -73,14 +74,9 @@ class TrainingFolder:
         if not (self.path / SETTINGS).exists():
             return None
         try:
-            found, wanted = flat(json.loads((self.path / SETTINGS).read_text())), flat(settings)
+            different = changed(json.loads((self.path / SETTINGS).read_text()), settings)
         except ValueError as error:
             raise SettingError(f"{self.path / SETTINGS} is not what a training wrote: {error}.") from None
-        different = [
-            f"{name} was {found.get(name)} and is {wanted.get(name)} now"
-            for name in {**found, **wanted}
-            if found.get(name) != wanted.get(name)
-        ]
         if different:
             raise SettingError(
                 f"{self.path} holds a training with other settings: {'; '.join(different[:4])}. Give the same ones, or "
@@ -141,28 +137,6 @@ class TrainingFolder:
             atomically(self.path / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
         shutil.rmtree(place)
         (self.path / CHECKPOINT).unlink(missing_ok=True)
-
-
-def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that, whenever the machine stops, either the old or the new one is there, whole."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    if os.name == "posix":  # elsewhere folders cannot be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings -> dotted names, as JSON would give them back."""
-    told: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(settings)).items():
-        told |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return told
 
 
 def _tensorboard() -> Any:

@@ -1,0 +1,256 @@
+"""What an evaluation found: tables of figures with their intervals, per-picture answers, certificates."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fs_plugins.attacks import METHODS
+from fs_plugins.certificates import Certificate
+from fs_plugins.evaluation.data import Sample
+from fs_plugins.evaluation.metrics import Estimate, mean, proportion
+from fs_plugins.evaluation.run import FEATURES, Evaluation
+from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.tasks import TASKS, Captioning, Choice, Verdict
+
+Unit = Literal["share", "cosine", "seconds"]
+DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""The l2 distances of the paper's Table 2, in [0, 1] pixels."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value and its 95 % interval. ``str()`` is for people: shares in per cent, cosines from 0 to 1."""
+
+    estimate: Estimate
+    unit: Unit
+
+    def __str__(self) -> str:
+        value, low, high = self.estimate.value, self.estimate.low, self.estimate.high
+        if math.isnan(value):
+            return "-"
+        if self.unit == "share":
+            return f"{100 * value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+        digits = 3 if self.unit == "cosine" else 2
+        return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+Cell = str | int | Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """One suite's table: ``columns``, and ``rows`` as wide."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+    def write_csv(self, path: Path) -> None:
+        """Figures take three columns: value, low and high (shares from 0 to 1)."""
+        wide = {place for row in self.rows for place, cell in enumerate(row) if isinstance(cell, Figure)}
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            head: list[str] = []
+            for place, column in enumerate(self.columns):
+                head += [column, f"{column} low", f"{column} high"] if place in wide else [column]
+            writer.writerow(head)
+            for row in self.rows:
+                line: list[Any] = []
+                for cell in row:
+                    if isinstance(cell, Figure):
+                        line += [cell.estimate.value, cell.estimate.low, cell.estimate.high]
+                    else:
+                        line.append(cell)
+                writer.writerow(line)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one defence said of one picture under one condition, and what that counts for."""
+
+    sample: Sample
+    reply: str
+    verdict: Verdict
+    scores: tuple[float, float] | None = None
+
+
+class Results:
+    """Reads what an evaluation wrote."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self._rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+
+    def tables(self) -> list[Table]:
+        told = []
+        for suite in self.evaluation.suites:
+            if suite.task is not None and self.evaluation.can(suite.task):
+                told.append(self._asked(suite))
+            if suite.certified:
+                told.append(self._certified(suite))
+        return told
+
+    def answers(self, defence: Defence, condition: Condition, task: str, count: int | None = None) -> Iterator[Answer]:
+        """What was said about the first ``count`` of the condition's pictures."""
+        evaluation = self.evaluation
+        among = {sample.image for sample in evaluation.samples(condition)[:count]}
+        if task == "captioning":
+            scores = evaluation.store.scores(evaluation.judge.name)
+            captioning = cast(Captioning, TASKS[task])
+            for sample, reply, own, aim in evaluation.captions(defence, condition):
+                pair = scores.get((reply, own)), scores.get((reply, aim))
+                if sample.image in among and pair[0] is not None and pair[1] is not None:
+                    verdict = captioning.verdict(pair[0], pair[1])
+                    yield Answer(sample, reply, verdict, (pair[0], pair[1]))
+            return
+        rows, choice = self.rows(defence, condition), cast(Choice, TASKS[task])
+        for sample in evaluation.samples(condition):
+            row = rows.get((sample.image, task))
+            if row is not None and sample.image in among:
+                verdict = choice.verdict(row["reply"], sample, evaluation.dataset)
+                yield Answer(sample, row["reply"], verdict)
+
+    def rows(self, defence: Defence, condition: Condition) -> dict[tuple[str, str], dict[str, Any]]:
+        key = f"{defence.name}/{condition.name}"
+        if key not in self._rows:
+            self._rows[key] = self.evaluation.store.rows(key)
+        return self._rows[key]
+
+    def certificates(self, defence: Defence) -> dict[float, dict[str, Certificate]]:
+        """sigma -> picture -> certificate, of all processes."""
+        found: dict[float, dict[str, Certificate]] = {}
+        wanted = {
+            sample.image for sample in self.evaluation.dataset.samples[: self.evaluation.settings.certified_images]
+        }
+        for path in sorted((self.evaluation.store.folder / "certificates").glob(f"{defence.name}-sigma*.jsonl")):
+            for line in path.read_text().splitlines()[1:]:
+                row = json.loads(line)
+                if row["image"] in wanted:
+                    one = Certificate.from_json(json.dumps(row["certificate"]))
+                    found.setdefault(one.sigma, {})[row["image"]] = one
+        return found
+
+    def _asked(self, suite: Suite) -> Table:
+        assert suite.task is not None
+        evaluation = self.evaluation
+        judged = ("score", "target score") if suite.task == "captioning" else ()
+        columns = ("pictures", "defence", "n", "ACC", "ASR", "FCS", "FCS pooled", *judged)
+        columns = (*columns, "s a picture") if suite.timed else columns
+        # What an adaptive attack is compared with must be of the same pictures.
+        count = min(len(evaluation.samples(condition)) for condition in suite.asked)
+        lines: list[tuple[Cell, ...]] = []
+        for condition in suite.asked:
+            for defence in suite.defences:
+                answers = list(self.answers(defence, condition, suite.task, count))
+                if not answers:
+                    continue
+                rows = self.rows(defence, condition)
+                attacked = [a.verdict.attacked for a in answers if a.verdict.attacked is not None]
+                of_features = [rows.get((answer.sample.image, FEATURES), {}) for answer in answers]
+                still = condition == CLEAN
+
+                def cosines(name: str, some: Any = of_features, still: bool = still) -> Figure | str:
+                    return "" if still else Figure(mean([row[name] for row in some if name in row]), "cosine")
+
+                line: tuple[Cell, ...] = (
+                    title_of(condition),
+                    defence.title,
+                    len(answers),
+                    Figure(proportion([answer.verdict.correct for answer in answers]), "share"),
+                    Figure(proportion(attacked), "share"),
+                    cosines("cosine"),
+                    cosines("pooled"),
+                )
+                for place in range(len(judged)):
+                    line += (Figure(mean([answer.scores[place] for answer in answers if answer.scores]), "cosine"),)
+                if suite.timed:
+                    seconds = [rows[(answer.sample.image, suite.task)]["seconds"] for answer in answers]
+                    line += (Figure(mean(seconds), "seconds"),)
+                lines.append(line)
+        return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
+
+    def _note(self, suite: Suite) -> str:
+        apart = self.unrelated(suite.defences[0])
+        said = (
+            "ACC: right answers. ASR: the attacker's answers. In per cent of n pictures, with 95 % intervals (Wilson). "
+        )
+        said += (
+            "FCS: cosine between what is served for the clean and for the attacked picture, of all that the model consumes, "
+            "and of pooled features, with Student's intervals."
+        )
+        if not math.isnan(apart.value):
+            said += f" Of a picture and its attack's target, without any attack: {apart.value:.3f}."
+        if suite.task == "captioning":
+            judge = self.evaluation.judge.name
+            said += f" Captions by the judge {judge}: right from .5 to the clean caption, the attacker's from .3 to the target's."
+        return said
+
+    def unrelated(self, defence: Defence) -> Estimate:
+        """Cosine between the features of pictures of different things."""
+        rows = self.rows(defence, CLEAN)
+        return mean([row["cosine"] for (_, task), row in rows.items() if task == FEATURES and "cosine" in row])
+
+    def _certified(self, suite: Suite) -> Table:
+        columns = ("defence", "sigma", "n", *(f"eps {eps:g}" for eps in DISTANCES), "R .5")
+        lines: list[tuple[Cell, ...]] = []
+        sigmas = suite.sigmas
+        for defence in suite.defences:
+            if defence.smoothing is None:
+                continue
+            for sigma, by_picture in sorted(self.certificates(defence).items()):
+                own = self.evaluation.settings.sigma
+                if (sigmas and sigma not in sigmas) or (own is not None and not sigmas and sigma != own):
+                    continue
+                some = list(by_picture.values())
+                values = [Figure(mean([one.fcsb(eps) or 0.0 for one in some]), "cosine") for eps in DISTANCES]
+                radius = Figure(mean([one.radius(0.5) or 0.0 for one in some]), "cosine")
+                lines.append((defence.title, f"{sigma:g}", len(some), *values, radius))
+        certificates = next(
+            (c for d in suite.defences for s in self.certificates(d).values() for c in s.values()), None
+        )
+        note = ""
+        if certificates is not None:
+            note = (
+                f"The cosine certified within an l2 distance eps in [0, 1] pixels, and the distance within which it stays .5 or "
+                f"more; averages over n pictures, each certificate wrong with probability at most {certificates.alpha:g}, from "
+                f"{certificates.n:,} draws; where nothing is promised, 0 counts."
+            )
+        return Table(
+            f"{suite.name}-certified" if suite.task else suite.name,
+            suite.title + (", certified" if suite.task else ""),
+            columns,
+            tuple(lines),
+            note,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Everything for machines: settings, tables and notes."""
+
+        def told(cell: Cell) -> Any:
+            if not isinstance(cell, Figure):
+                return cell
+            e = cell.estimate
+            return None if math.isnan(e.value) else {"value": e.value, "low": e.low, "high": e.high}
+
+        return {
+            "tables": {
+                table.name: [dict(zip(table.columns, map(told, row), strict=True)) for row in table.rows]
+                for table in self.tables()
+            },
+            "notes": self.evaluation.notes,
+        }
+
+
+def title_of(condition: Condition) -> str:
+    """A condition for people."""
+    if condition in (CLEAN, TARGET):
+        return condition.method
+    return f"{METHODS[condition.method].name} {condition.eps255:g}/255{', adaptive' if condition.adaptive else ''}"

@@ -1,0 +1,168 @@
+"""The paper's tables, and two it lacks: who is defended how, against what, on which task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Part = Literal["both", "purifier", "mapper", "none"]
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How an encoder is smoothed; what is None comes from the run's settings.
+
+    Args:
+        parts: of the PSM that take part.
+        psm: a PSM instead of the run's own.
+        n0: draws per image.
+    """
+
+    parts: Part = "both"
+    psm: str | None = None
+    n0: int | None = None
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A row of a table: an encoder, smoothed or not.
+
+    Args:
+        name: in result files; also part of folders' names.
+        title: in tables.
+        tower: ``"none"`` for the model's own encoder, else a key of the run's robust towers.
+    """
+
+    name: str
+    title: str
+    tower: str = "none"
+    smoothing: Smoothing | None = None
+
+
+NONE = Defence("none", "none")
+FS_PSM = Defence("fs_psm", "FS-PSM", smoothing=Smoothing())
+DEFENCES = (
+    NONE,
+    FS_PSM,
+    Defence("fare", "FARE", "fare"),
+    Defence("fare_fs_psm", "FARE + FS-PSM", "fare", Smoothing()),
+    Defence("tecoa", "TeCoA", "tecoa"),
+    Defence("tecoa_fs_psm", "TeCoA + FS-PSM", "tecoa", Smoothing()),
+)
+FS = Defence("fs", "FS", smoothing=Smoothing("none"))
+ABLATION = (
+    NONE,
+    FS,
+    Defence("fs_m", "FS + M", smoothing=Smoothing("mapper")),
+    Defence("fs_p", "FS + P", smoothing=Smoothing("purifier")),
+    FS_PSM,
+)
+LIGHT = "light"
+"""Stands for the run's light PSM where a Smoothing names one."""
+
+
+def _light(defence: Defence) -> Defence:
+    if defence.smoothing is None:
+        return defence
+    smoothing = replace(defence.smoothing, psm=LIGHT)
+    return replace(defence, name=f"{defence.name}_light", title=f"{defence.title} (light)", smoothing=smoothing)
+
+
+def _with_n0(n0: int) -> Defence:
+    return Defence(f"fs_psm_n{n0}", f"FS-PSM, n0 {n0}", smoothing=Smoothing(n0=n0))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What happened to the pictures before they were shown.
+
+    Args:
+        method: ``"clean"``, ``"target"`` for the pictures that attacks aim at, or an attack's name.
+        eps255: l-inf radius in 255ths.
+        adaptive: made through the defence itself rather than on its bare encoder.
+    """
+
+    method: str = "clean"
+    eps255: float = 0
+    adaptive: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.method in ("clean", "target"):
+            return self.method
+        return f"{self.method}-{self.eps255:g}{'-adaptive' if self.adaptive else ''}"
+
+    @property
+    def eps(self) -> float:
+        return self.eps255 / 255
+
+
+CLEAN, TARGET = Condition(), Condition("target")
+THREE = tuple(Condition(method, 16) for method in ("m-attack", "foa", "attackvlm"))
+FOA = Condition("foa", 16)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One table.
+
+    Args:
+        name: for ``--suite``.
+        title: above the table.
+        task: what is asked; None where only certificates are shown.
+        defences, conditions: each defence under each condition.
+        certified: whether the smoothed defences are certified as well.
+        sigmas: at which noise levels; the run's own if empty.
+        timed: whether seconds per picture are shown.
+        plain: whether clean pictures are shown first.
+    """
+
+    name: str
+    title: str
+    task: str | None
+    defences: tuple[Defence, ...]
+    conditions: tuple[Condition, ...] = ()
+    certified: bool = False
+    sigmas: tuple[float, ...] = ()
+    timed: bool = False
+    plain: bool = True
+
+    @property
+    def asked(self) -> tuple[Condition, ...]:
+        """The conditions under which the task is asked."""
+        if self.task is None:
+            return ()
+        return (*((CLEAN,) if self.plain else ()), *self.conditions)
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("table1", "Captioning under three attacks (Table 1)", "captioning", DEFENCES, THREE),
+        Suite("table2", "Certified cosine of features (Table 2)", None, (FS, FS_PSM), certified=True, sigmas=(0.25, 0.5)),
+        Suite("table3", "Classification under three attacks (Table 3)", "classification", DEFENCES, THREE),
+        Suite("table4", "Visual question answering under three attacks (Table 4)", "vqa", DEFENCES, THREE),
+        Suite(
+            "table5", "The parts of the defence (Table 5)", "classification", ABLATION, (FOA,), certified=True
+        ),
+        Suite("s6", "A light purifier (Table S.6)", "classification", tuple(map(_light, DEFENCES)), THREE),
+        Suite("s7", "Twice the radius (Table S.7)", "classification", DEFENCES, (Condition("foa", 32),), plain=False),
+        Suite(
+            "s8",
+            "Draws per picture (Table S.8)",
+            "classification",
+            tuple(map(_with_n0, (1, 2, 4, 8, 16))),
+            (FOA,),
+            timed=True,
+            plain=False,
+        ),
+        Suite(
+            "adaptive",
+            "The attack on the defence itself, through noise, purifier, mapper and average",
+            "classification",
+            (FS_PSM,),
+            tuple(replace(one, adaptive=adaptive) for one in THREE for adaptive in (False, True)),
+            plain=False,
+        ),
+    )
+}  # fmt: skip
