@@ -1,4 +1,4 @@
-"""``fs-plugins``: the demo, one question to any model, certificates, and a look at what is installed."""
+"""``fs-plugins``: the demo, one question to any model, certificates, training, evaluation, and a look at what is installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from fs_plugins.cli.ask import ask
 from fs_plugins.cli.certify import certify
 from fs_plugins.cli.demo import demo
 from fs_plugins.cli.doctor import doctor
+from fs_plugins.cli.evaluate import evaluate
 from fs_plugins.cli.registry import app as registry
 from fs_plugins.cli.train import train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (demo, ask, certify, train, doctor):
+for command in (demo, ask, certify, evaluate, train, doctor):
     app.command()(command)
 app.add_typer(registry, name="registry")
 

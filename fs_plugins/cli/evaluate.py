@@ -1,0 +1,275 @@
+"""``fs-plugins evaluate``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fs_plugins import errors
+from fs_plugins.cli.base import (
+    Crew,
+    console,
+    device,
+    duration,
+    errors_for_people,
+    load,
+    needs,
+    plain_table,
+    progress,
+    quieten,
+    source,
+)
+
+DEMO = {"demo": {"images": 220, "steps": 100, "adaptive_images": 55, "adaptive_steps": 30, "adaptive_draws": 1},
+        "quick": {"images": 22, "steps": 25, "adaptive_images": 4, "adaptive_steps": 8, "adaptive_draws": 1}}  # fmt: skip
+"""Pictures and steps on the embedded world, for two cores: of the whole run and of ``--quick``."""
+CERTIFIED = {"demo": (20, 500), "quick": (2, 100)}
+
+
+def evaluate(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="table1 to table5, s6, s7, s8, adaptive, or all; may be given several times."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='Folder or hub id of a transformers model; "demo" and "demo-clip" ship.')
+    ] = "demo",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A dataset (docs/evaluation-data.md); left out, held-out scenes of the embedded world."),
+    ] = None,
+    targets: Annotated[Path | None, typer.Option(help="Pictures that attacks aim at, where the data has none.")] = None,
+    corrupt: Annotated[str, typer.Option(help="refuse or skip pictures that cannot be read.")] = "refuse",
+    images: Annotated[int | None, typer.Option(min=2, help="How many pictures; all of the data if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the attacks; 300 in the papers.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Another l-inf radius for the suites' attacks, in [0, 1] pixels, such as 8/255.")
+    ] = None,
+    adaptive_images: Annotated[
+        int | None, typer.Option(min=1, help="Pictures, the first ones, of the adaptive attacks.")
+    ] = None,
+    adaptive_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the adaptive attacks.")] = None,
+    adaptive_draws: Annotated[int | None, typer.Option(min=1, help="Draws that each such step averages over.")] = None,
+    certified_images: Annotated[int | None, typer.Option(min=1, help="Pictures, the first ones, certified.")] = None,
+    certified_draws: Annotated[int | None, typer.Option(min=1, help="Draws of each certificate.")] = None,
+    psm: Annotated[str, typer.Option(help='"auto", "photo", "diffusion", a PSM folder or hub id.')] = "auto",
+    light: Annotated[str, typer.Option(help="The light PSM of suite s6.")] = "photo",
+    sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
+    n0: Annotated[int, typer.Option(min=1, help="Noisy draws per picture.")] = 4,
+    fare: Annotated[
+        str | None, typer.Option(help='The FARE encoder, as swap_encoder takes it; "none" leaves its rows out.')
+    ] = None,
+    tecoa: Annotated[str | None, typer.Option(help="The TeCoA encoder.")] = None,
+    class_prompt: Annotated[
+        str, typer.Option(help="What CLIP and SigLIP are told a class is called.")
+    ] = "a photo of a {}",
+    judge: Annotated[
+        str, typer.Option(help="exact, similarity, endpoint, or a plugin's: compares captions.")
+    ] = "exact",
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; changes no result.")] = 44,
+    seed: Annotated[int, typer.Option(help="Of attacks, serving noise and certificates.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few pictures and steps, to see that all works; intervals are wide.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for everything; an interrupted run goes on from it.")] = Path(
+        "runs/evaluate"
+    ),
+) -> None:
+    """The paper's tables on a model: attacks, defences, tasks, certificates. Terminal, CSV and one HTML report.
+
+    Under accelerate launch the pictures are shared among the processes.
+    """
+    with errors_for_people():
+        needs("transformers", "matplotlib", "ot")
+        quieten()
+        from fs_plugins.evaluation.data import open_dataset
+        from fs_plugins.evaluation.judges import judge as judge_by_name
+        from fs_plugins.evaluation.results import Results
+        from fs_plugins.evaluation.run import Evaluation, Settings, fixed
+        from fs_plugins.evaluation.store import Store
+
+        began = time.time()
+        suites = _suites(suite or ["table3"], eps)
+        crew = Crew.assemble()
+        plan = "quick" if quick else "demo"
+        ours = data is None
+        defaults: dict[str, Any] = dict(DEMO[plan]) if ours or quick else {}
+        count = images if images is not None else defaults.pop("images", None)
+        defaults.pop("images", None)
+        of_certificates = CERTIFIED[plan] if ours or quick else (100, 1000)
+        given = {"steps": steps, "adaptive_images": adaptive_images, "adaptive_steps": adaptive_steps,
+                 "adaptive_draws": adaptive_draws, "certified_images": certified_images, "certified_draws": certified_draws}  # fmt: skip
+        defaults |= dict(zip(("certified_images", "certified_draws"), of_certificates, strict=True))
+        settings = Settings(
+            **{**defaults, **{name: value for name, value in given.items() if value is not None}},
+            psm=psm,
+            light=light,
+            mapper_only=_mapper_only(model),
+            sigma=sigma,
+            n0=n0,
+            seed=seed,
+        )
+        told = {"model": judge_model, "url": judge_url}
+        compares = judge_by_name(judge, **{name: value for name, value in told.items() if value is not None})
+        towers = _towers(model, fare, tecoa)
+        dataset = open_dataset(
+            _scenes(out, count or DEMO[plan]["images"], crew) if data is None else data,
+            targets=targets,
+            corrupt=corrupt,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        if count is not None:
+            dataset = dataset.some(count, seed)
+        for sentence in dataset.skipped:
+            console.print(f"[yellow]Skipped[/]  {sentence}", highlight=False)
+        kept = fixed(model, towers, dataset, settings)
+        if crew.rank == 0:
+            Store(out / "results", kept)
+        crew.wait()
+        store = Store(out / "results", kept, crew.rank)
+        with progress() as track:
+            evaluation = Evaluation(
+                load=_loader(model, towers, dataset, class_prompt),
+                towers=list(towers),
+                dataset=dataset,
+                suites=suites,
+                settings=settings,
+                store=store,
+                judge=compares,
+                track=track,
+                batch_size=batch_size,
+                share=(crew.rank, crew.size),
+                wait=crew.wait,
+            )
+            evaluation.run()
+        if crew.rank == 0:
+            _show(Results(evaluation), out, began)
+
+
+def _suites(names: list[str], eps: str | None) -> list[Any]:
+    from fs_plugins.attacks import Ball
+    from fs_plugins.evaluation.suites import SUITES
+
+    wanted = list(SUITES) if "all" in names else list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in SUITES:
+            raise errors.SettingError(f"There is no suite {name!r}. The suites are: {', '.join(SUITES)}, all.")
+    chosen = [SUITES[name] for name in wanted]
+    if eps is None:
+        return chosen
+    try:
+        radius = float(Fraction(eps))
+    except (ValueError, ZeroDivisionError):
+        raise errors.SettingError(f"--eps is a number such as 16/255 or 0.05, got {eps!r}.") from None
+    Ball("linf", radius)
+    return [
+        replace(
+            one, conditions=tuple(replace(condition, eps255=round(255 * radius, 6)) for condition in one.conditions)
+        )
+        for one in chosen
+    ]
+
+
+def _mapper_only(model: str) -> str | None:
+    """The demo ships a mapper that was trained without a purifier, as the ablation wants it."""
+    from fs_plugins.demo import assets
+
+    return str(assets.PSM_NO_PURIFIER) if model == "demo" else None
+
+
+def _towers(model: str, fare: str | None, tecoa: str | None) -> dict[str, str]:
+    """Names of towers -> what ``swap_encoder`` is told; the model's own first."""
+    demo = model in ("demo", "demo-clip")
+    defaults = {"fare": "demo-fare", "tecoa": "demo-tecoa"} if demo else {"fare": "fare4-clip", "tecoa": "tecoa4-clip"}
+    given = {"fare": fare, "tecoa": tecoa}
+    found = {name: given[name] or defaults[name] for name in defaults}
+    return {"none": "", **{name: what for name, what in found.items() if what != "none"}}
+
+
+def _scenes(out: Path, count: int, crew: Crew) -> Path:
+    from fs_plugins.demo.dataset import write
+
+    folder = out / f"scenes-{count}"
+    if crew.rank == 0:
+        write(folder, count)
+    crew.wait()
+    return folder
+
+
+def _loader(model: str, towers: dict[str, str], dataset: Any, class_prompt: str) -> Callable[[str], Any]:
+    """A tower's name -> the model with it, ready to be asked."""
+
+    def loaded(tower: str) -> Any:
+        import fs_plugins
+        from fs_plugins.evaluation.subjects import Chat, ZeroShot
+        from fs_plugins.evaluation.zeroshot import directions_of
+
+        one = load(model).to(device()).requires_grad_(False)
+        talks = callable(getattr(one, "generate", None))
+        processor = None
+        if talks:
+            from transformers import AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(source(model))
+        if towers[tower]:
+            fs_plugins.swap_encoder(one, towers[tower], processor=processor)
+        if talks:
+            return Chat(one, processor)
+        return ZeroShot(one, directions_of(one, source(model), dataset.classes, class_prompt))
+
+    return loaded
+
+
+def _show(results: Any, out: Path, began: float) -> None:
+    from fs_plugins.evaluation.report import write
+
+    evaluation = results.evaluation
+    tables = results.tables()
+    for table in tables:
+        console.print(f"\n[bold]{table.title}[/]\n")
+        console.print(_drawn(table))
+        console.print(table.note, style="dim", highlight=False)
+        table.write_csv(out / f"{table.name}.csv")
+    for note in dict.fromkeys(evaluation.notes):
+        console.print(f"[yellow]Left out[/]  {note}", highlight=False, soft_wrap=True)
+    settings = evaluation.settings
+    # A run that was resumed took longer than its last part.
+    took = time.time() - began
+    (out / "summary.json").write_text(json.dumps({**results.summary(), "seconds": round(took, 1)}, indent=2) + "\n")
+    write(results, out / "report.html", purify=None)
+    console.print(
+        f"\n{len(evaluation.dataset.samples)} pictures, attacks of {settings.steps} steps; adaptive ones of "
+        f"{settings.adaptive_steps} steps and {settings.adaptive_draws} draws on the first "
+        f"{settings.adaptive_images or len(evaluation.dataset.samples)}; seed {settings.seed}. {duration(took)}.\n"
+        f"Written: {out / 'report.html'}, and a CSV of each table, summary.json and all rows beside it",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _drawn(table: Any) -> Table:
+    shown = plain_table()
+    for place, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
+    former = None
+    for row in table.rows:
+        if former not in (None, row[0]) and len({line[0] for line in table.rows}) < len(table.rows):
+            shown.add_section()
+        cells = [str(cell) for cell in row]
+        if former == row[0]:
+            cells[0] = ""
+        former = row[0]
+        shown.add_row(*cells)
+    return shown
