@@ -5,6 +5,7 @@ from fs_plugins.certificates import Certificate, PredictionCertificate
 from fs_plugins.errors import (
     FSPluginsError,
     FSPluginsWarning,
+    JudgeError,
     ModelError,
     PixelError,
     PluginError,
@@ -28,6 +29,7 @@ __all__ = [
     "FSPluginsWarning",
     "FeatureSmoother",
     "Field",
+    "JudgeError",
     "ModelError",
     "PSMError",
     "PixelError",

@@ -31,5 +31,9 @@ class PluginError(FSPluginsError, RuntimeError):
     """A plugin cannot be imported or breaks the hook specification."""
 
 
+class JudgeError(FSPluginsError, RuntimeError):
+    """A judge gives no score: its model cannot be loaded, its endpoint not be reached, or what it says is no score."""
+
+
 class FSPluginsWarning(UserWarning):
     """Something legitimate that weakens, or may weaken, the protection."""

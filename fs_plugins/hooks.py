@@ -7,7 +7,7 @@ the entry-point group ``fs_plugins`` of its distribution. The adapters that ship
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +20,7 @@ from fs_plugins.errors import PluginError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fs_plugins.evaluation.judges import Judge
     from fs_plugins.patch import SmoothingEvent
     from fs_plugins.vision import VisionCall
 
@@ -67,6 +68,21 @@ def fs_mappers() -> dict[str, type[nn.Module]]:
     pooled vectors; it returns the same shape.
 
     :returns: kind -> class.
+
+    .. versionadded:: 0.1
+    """
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def fs_judges() -> dict[str, Callable[..., Judge]]:
+    """Provide judges by name, for ``fs_plugins.evaluation.judges.judge(name, **options)``.
+
+    A factory takes its options as keywords and returns a ``Judge``: a ``name`` for result files, and ``scores(pairs)``,
+    which yields a score in [0, 1] for each (said, reference) in order, and raises ``fs_plugins.JudgeError`` at a pair
+    that gets none. The names of the judges that ship, and of another plugin's, are taken.
+
+    :returns: name -> factory.
 
     .. versionadded:: 0.1
     """

@@ -12,8 +12,9 @@ import torch
 from conftest import TinyEncoder, make_psm, tiny_call
 
 import fs_plugins
-from fs_plugins import ModelError, PluginError, hooks
+from fs_plugins import ModelError, PluginError, SettingError, hooks
 from fs_plugins.api import known_encoders
+from fs_plugins.evaluation.judges import judge
 from fs_plugins.psm import ResidualMapper, UNetPurifier
 
 
@@ -144,6 +145,59 @@ def test_fs_purifiers_and_fs_mappers_are_found_by_kind(manager, tmp_path):
     assert isinstance(fs_plugins.PSM.from_pretrained(tmp_path / "psm", **parts).purifier, MyPurifier)
     with pytest.raises(fs_plugins.PSMError, match="'mine'"):
         fs_plugins.PSM.from_pretrained(tmp_path / "psm")
+
+
+class Mine:
+    """A judge of a plugin."""
+
+    def __init__(self, value: float = 0.5):
+        self.name, self.value = f"mine({value})", value
+
+    def scores(self, pairs):
+        yield from (self.value for _ in pairs)
+
+
+def test_fs_judges_are_found_by_name(manager):
+    hooks.register(manager, plugin(fs_judges=lambda: {"mine": Mine}), "judges")
+    made = judge("mine", value=0.25)
+    assert made.name == "mine(0.25)"
+    assert list(made.scores([("a", "b"), ("c", "d")])) == [0.25, 0.25]
+    assert judge("exact").name == "exact"
+    with pytest.raises(SettingError, match=r"no judge 'mein'.* endpoint, exact, mine, similarity\."):
+        judge("mein")
+    with pytest.raises(SettingError, match=r"'mine'.*'values'.*It takes value; got values\."):
+        judge("mine", values=1)
+
+
+def test_a_judges_name_has_one_meaning(manager):
+    hooks.register(manager, plugin(fs_judges=lambda: {"mine": Mine}), "first")
+    hooks.register(manager, plugin(fs_judges=lambda: {"mine": Mine}), "second")
+    with pytest.raises(PluginError, match=r"'(first|second)' provides a judge 'mine', and so does (first|second)"):
+        judge("exact")
+    manager.unregister(name="second")
+    assert judge("mine").name == "mine(0.5)"
+    hooks.register(manager, plugin(fs_judges=lambda: {"exact": Mine}), "usurper")
+    with pytest.raises(PluginError, match="'usurper' provides a judge 'exact', and so does fs_plugins itself"):
+        judge("exact")
+
+
+def fail():
+    raise AttributeError("no such court")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda: [Mine], r"'court' must answer fs_judges with name -> factory; it answered \[<class"),
+        (lambda: {"mine": 0.5}, r"'court' must answer fs_judges with name -> factory; it answered \{'mine': 0.5\}"),
+        (lambda: {"mine": dict}, r"'mine' is a dict; it must have a name and scores\(pairs\)"),
+        (fail, "'court' failed to name its judges: AttributeError: no such court.*FS_PLUGINS_DISABLE=court"),
+    ],
+)
+def test_judges_that_are_none_are_refused(manager, answer, told):
+    hooks.register(manager, plugin(fs_judges=answer), "court")
+    with pytest.raises(PluginError, match=told):
+        judge("mine")
 
 
 def test_fs_registries_add_entries(manager, tmp_path):

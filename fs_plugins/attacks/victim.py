@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.errors import ModelError
-from fs_plugins.noise import keyed
+from fs_plugins.noise import Source, keyed
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
 
@@ -60,12 +60,12 @@ class Victim:
         self.smoother = encoder if isinstance(encoder, FeatureSmoother) else None
         self.call: VisionCall = encoder.call if isinstance(encoder, FeatureSmoother) else encoder
 
-    def see(self, images: Tensor, stream: Stream) -> Seen:
+    def see(self, images: Tensor, source: Source) -> Seen:
         """(B, C, H, W) in [0, 1], of any size -> what is served for them. Gradients follow the images."""
         images = self._resized(images)
         if self.smoother is None:
             return self._seen(self.call.look(images))
-        return self._seen(self.smoother.look(images, source=stream, frugal=images.requires_grad))
+        return self._seen(self.smoother.look(images, source=source, frugal=images.requires_grad))
 
     @torch.no_grad()
     def see_plain(self, images: Tensor) -> Seen:
