@@ -52,12 +52,12 @@ def load(name: str) -> Any:
         raise errors.ModelError(f"Cannot load {name!r} with transformers: {error}") from None
 
 
-def needs(*packages: str) -> None:
+def needs(*packages: str, extra: str = "demo") -> None:
     from importlib.util import find_spec
 
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[demo]".')
+        raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[{extra}]".')
 
 
 def quieten() -> None:

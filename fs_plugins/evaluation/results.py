@@ -18,7 +18,7 @@ from fs_plugins.evaluation.run import FEATURES, Evaluation
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS, Captioning, Choice, Verdict
 
-Unit = Literal["share", "cosine", "seconds"]
+Unit = Literal["share", "number"]
 DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """The l2 distances of the paper's Table 2, in [0, 1] pixels."""
 
@@ -36,8 +36,7 @@ class Figure:
             return "-"
         if self.unit == "share":
             return f"{100 * value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-        digits = 3 if self.unit == "cosine" else 2
-        return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
 Cell = str | int | Figure
@@ -96,6 +95,8 @@ class Results:
                 told.append(self._asked(suite))
             if suite.certified:
                 told.append(self._certified(suite))
+            if suite.masking:
+                told.append(self._masking(suite))
         return told
 
     def answers(self, defence: Defence, condition: Condition, task: str, count: int | None = None) -> Iterator[Answer]:
@@ -158,7 +159,7 @@ class Results:
                 still = condition == CLEAN
 
                 def cosines(name: str, some: Any = of_features, still: bool = still) -> Figure | str:
-                    return "" if still else Figure(mean([row[name] for row in some if name in row]), "cosine")
+                    return "" if still else Figure(mean([row[name] for row in some if name in row]), "number")
 
                 line: tuple[Cell, ...] = (
                     title_of(condition),
@@ -170,10 +171,12 @@ class Results:
                     cosines("pooled"),
                 )
                 for place in range(len(judged)):
-                    line += (Figure(mean([answer.scores[place] for answer in answers if answer.scores]), "cosine"),)
+                    line += (Figure(mean([answer.scores[place] for answer in answers if answer.scores]), "number"),)
                 if suite.timed:
                     seconds = [rows[(answer.sample.image, suite.task)]["seconds"] for answer in answers]
-                    line += (Figure(mean(seconds), "seconds"),)
+                    line += (
+                        f"{sum(seconds) / len(seconds):.3f}",
+                    )  # pictures of a batch are no independent samples of it
                 lines.append(line)
         return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
 
@@ -206,12 +209,11 @@ class Results:
             if defence.smoothing is None:
                 continue
             for sigma, by_picture in sorted(self.certificates(defence).items()):
-                own = self.evaluation.settings.sigma
-                if (sigmas and sigma not in sigmas) or (own is not None and not sigmas and sigma != own):
+                if sigma not in (sigmas or (self.evaluation.levels.get(defence.name),)):
                     continue
                 some = list(by_picture.values())
-                values = [Figure(mean([one.fcsb(eps) or 0.0 for one in some]), "cosine") for eps in DISTANCES]
-                radius = Figure(mean([one.radius(0.5) or 0.0 for one in some]), "cosine")
+                values = [Figure(mean([one.fcsb(eps) or 0.0 for one in some]), "number") for eps in DISTANCES]
+                radius = Figure(mean([one.radius(0.5) or 0.0 for one in some]), "number")
                 lines.append((defence.title, f"{sigma:g}", len(some), *values, radius))
         certificates = next(
             (c for d in suite.defences for s in self.certificates(d).values() for c in s.values()), None
@@ -230,6 +232,30 @@ class Results:
             tuple(lines),
             note,
         )
+
+    def _masking(self, suite: Suite) -> Table:
+        path = self.evaluation.store.folder / "masking.json"
+        found = json.loads(path.read_text()) if path.exists() else {"attacks": [], "problems": []}
+        lines: list[tuple[Cell, ...]] = [
+            (
+                one["name"],
+                len(one["margins"]),
+                Figure(proportion([margin > 0 for margin in one["margins"]]), "share"),
+                Figure(mean(one["margins"]), "number"),
+            )
+            for one in found["attacks"]
+        ]
+        if lines:
+            count = len(found["attacks"][0]["margins"])
+            hits = round(found["unbounded"] * count)
+            away = proportion([i < hits for i in range(count)])
+            lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
+        verdict = " ".join(found["problems"]) or "Nothing speaks for masked gradients."
+        note = (
+            f"{verdict} Margin: cosine of the served feature to the target's less that to the picture's own; above 0 the attack has "
+            "succeeded. The adaptive attack must not be weaker than the others, and without a bound it must reach every picture."
+        )
+        return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)
 
     def summary(self) -> dict[str, Any]:
         """Everything for machines: settings, tables and notes."""

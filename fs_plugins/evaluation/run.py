@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,16 @@ from torch import Tensor
 
 import fs_plugins
 from fs_plugins.attacks import attack
+from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.attacks.victim import Stream, Victim
-from fs_plugins.certificates import Certificate
 from fs_plugins.errors import FSPluginsError, PSMError, RegistryError, SettingError
 from fs_plugins.evaluation.data import Dataset, Sample
 from fs_plugins.evaluation.judges import Judge
 from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject
-from fs_plugins.evaluation.suites import CLEAN, LIGHT, NONE, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.suites import CLEAN, FS_PSM, LIGHT, NONE, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS
+from fs_plugins.files import atomically
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
@@ -46,6 +48,8 @@ class Settings:
         sigma: noise in [0, 1] pixels; the PSM's own if None.
         n0: draws per picture.
         certified_images, certified_draws: how many pictures, the first ones, are certified, from how many draws each.
+        masking_images, masking_queries: pictures, the first ones, of the search for masked gradients, and the queries that its
+            gradient-free attack has for each.
         seed: of everything random.
     """
 
@@ -60,16 +64,9 @@ class Settings:
     n0: int = 4
     certified_images: int = 100
     certified_draws: int = 1000
+    masking_images: int = 32
+    masking_queries: int = 500
     seed: int = 0
-
-
-@dataclass
-class Certified:
-    """One smoothed defence at one noise level."""
-
-    defence: Defence
-    sigma: float
-    certificates: dict[str, Certificate]
 
 
 @dataclass
@@ -88,6 +85,10 @@ class Evaluation:
         batch_size: pictures at once; changes no result.
         share: this process's number and how many there are; they divide the pictures among them.
         wait: until all processes are here.
+        notes: what was left out, and why.
+        tasks: what the model can be asked.
+        levels: sigma of the defences that were certified at their own, by their names.
+        views: of the default defence, see ``FeatureSmoother.views``.
     """
 
     load: Callable[[str], Subject]
@@ -102,8 +103,9 @@ class Evaluation:
     share: tuple[int, int] = (0, 1)
     wait: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
-    certified: list[Certified] = field(default_factory=list)
     tasks: tuple[str, ...] = ()
+    levels: dict[str, float] = field(default_factory=dict)
+    views: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def run(self) -> None:
         """Do what is still to be done. ``results`` then has something to show."""
@@ -149,7 +151,8 @@ class Evaluation:
         for condition in dict.fromkeys(condition for _, condition in cells):
             if condition.name not in ("clean", "target") and not condition.adaptive:
                 self._attack(subject.call, f"{tower}/{condition.name}", condition, f"{condition.name} on tower {tower}")
-        for defence in dict.fromkeys([defence for defence, _ in cells] + self._to_certify(tower)):
+        others = [one for suite in self.suites for one in suite.defences if one.tower == tower and suite.task is None]
+        for defence in dict.fromkeys([*(defence for defence, _ in cells), *others]):
             asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
             try:
                 with self._defended(subject, defence) as encoder:
@@ -159,6 +162,9 @@ class Evaluation:
                                 encoder, self._key(defence, condition), condition, f"{condition.name}, {defence.title}"
                             )
                     self._ask(subject, encoder, defence, asked)
+                    if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
+                        self.views = encoder.views
+                        self._search(encoder)
             except (PSMError, RegistryError) as error:
                 if defence.smoothing is None:
                     raise
@@ -338,22 +344,22 @@ class Evaluation:
         assert size is not None
         samples = self.dataset.samples[: self.settings.certified_images]
         mine = {sample.image: self.dataset.image(sample, size) for sample in self._mine(samples)}
-        for sigma in sorted(sigmas, key=lambda one: one or 0):
+        for sigma in sorted(sigmas, key=lambda one: one or 0):  # None is the PSM's own
             try:
                 options = self.options(subject, defence, sigma)
                 level = options["sigma"]
                 if level is None:
                     with fs_plugins.enable(subject.model, **options) as handle:
                         level = handle.smoothers[0].sigma
-                if any(one.defence == defence and one.sigma == level for one in self.certified):
-                    continue
+                if sigma is None or sigma == self.settings.sigma:
+                    self.levels[defence.name] = level
                 rows = (
                     self.store.folder
                     / "certificates"
                     / f"{defence.name}-sigma{level:g}.{self.share[0]}-of-{self.share[1]}.jsonl"
                 )
                 rows.parent.mkdir(exist_ok=True)
-                certificates = fs_plugins.certify(
+                fs_plugins.certify(
                     subject.model,
                     mine,
                     n=self.settings.certified_draws,
@@ -370,8 +376,32 @@ class Evaluation:
                 if not isinstance(error, PSMError | RegistryError):
                     raise
                 self.notes.append(f"{defence.title} is not certified at sigma {sigma}: {error}")
-                continue
-            self.certified.append(Certified(defence, level, dict(zip(mine, certificates, strict=True))))
+
+    def _search(self, smoother: FeatureSmoother) -> None:
+        """Compare attacks that must be ordered if the defence's gradients are honest; kept as a file."""
+        path = self.store.folder / "masking.json"
+        if self.share[0] or path.exists() or not any(suite.masking for suite in self.suites):
+            return
+        settings, size, device = self.settings, smoother.call.image_size, _device(smoother)
+        assert size is not None
+        samples = self.dataset.samples[: settings.masking_images]
+        images, targets = (
+            torch.stack([one(sample, size) for sample in samples]).to(device)
+            for one in (self.dataset.image, self.dataset.target)
+        )
+        steps, queries = settings.adaptive_steps, settings.masking_queries
+        report = check_gradients(
+            smoother,
+            images,
+            targets,
+            draws=settings.adaptive_draws,
+            seed=settings.seed,
+            batch_size=self.batch_size,
+            advance=self.track("masked gradients?", effort(len(images), steps=steps, queries=queries)),
+            steps=steps,
+            queries=queries,
+        )
+        atomically(path, lambda file: file.write(json.dumps(asdict(report)).encode()))
 
     def _judge(self) -> None:
         """Score the captions that have not been, against the clean picture's and the target's."""

@@ -114,6 +114,7 @@ class Suite:
         certified: whether the smoothed defences are certified as well.
         sigmas: at which noise levels; the run's own if empty.
         timed: whether seconds per picture are shown.
+        masking: whether the first smoothed defence is searched for masked gradients.
         plain: whether clean pictures are shown first.
     """
 
@@ -125,6 +126,7 @@ class Suite:
     certified: bool = False
     sigmas: tuple[float, ...] = ()
     timed: bool = False
+    masking: bool = False
     plain: bool = True
 
     @property
@@ -164,5 +166,6 @@ SUITES = {
             tuple(replace(one, adaptive=adaptive) for one in THREE for adaptive in (False, True)),
             plain=False,
         ),
+        Suite("masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,), masking=True),
     )
 }  # fmt: skip

@@ -1,0 +1,375 @@
+"""An evaluation as one HTML file that needs nothing else: tables, pictures, what was said of each, certificates.
+
+The same rows give the same bytes, so that two reports can be compared: it bears no date.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fs_plugins.certificates import Certificate
+from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.data import Sample
+from fs_plugins.evaluation.results import Answer, Cell, Figure, Results, Table, title_of
+from fs_plugins.evaluation.run import Evaluation
+from fs_plugins.evaluation.store import SETTINGS
+from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.tasks import TASKS, VQA, Choice, Verdict
+from fs_plugins.files import atomically, flat
+
+Purify = Callable[[Tensor], Tensor]
+
+ENLARGED = 8
+"""How much larger than it is an attack's change is shown."""
+
+_UNSET = {
+    "adaptive_images": "all",
+    "mapper_only": "the PSM's own mapper",
+    "sigma": "the PSM's own",
+}
+"""What a setting that is None means, in words."""
+
+
+def write(results: Results, path: Path, *, purify: Purify | None = None, shown: int = 6) -> None:
+    """Write the report.
+
+    Args:
+        results: of an evaluation that has run, or of as much as there is of one.
+        path: of the HTML file; it is replaced whole.
+        purify: attacked pictures (B, 3, H, W) in [0, 1] at the encoder's size -> the same with noise added and
+            purified; None leaves that column out. For equal bytes it must draw equal noise.
+        shown: how many pictures are shown, the first ones; the tables and the answers are of all.
+
+    Raises:
+        SettingError: ``shown`` is negative, or ``purify`` changes the shape.
+    """
+    if shown < 0:
+        raise SettingError(f"shown is a number of pictures, 0 or more, got {shown}.")
+    evaluation = results.evaluation
+    said = _Said(results)
+    settings = json.loads((evaluation.store.folder / SETTINGS).read_text())
+    page = _template().render(
+        model=settings.pop("model", "a model"),
+        data=evaluation.dataset.name,
+        settings=_settings(settings, evaluation),
+        notes=_notes(evaluation),
+        tables=[_grouped(table) for table in results.tables()],
+        curves=_curves(results),
+        enlarged=ENLARGED,
+        purified=purify is not None,
+        pictures=list(_pictures(said, evaluation.dataset.samples[:shown], purify)),
+        suites=[asked for suite in evaluation.suites if (asked := _asked(said, suite)) is not None],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A reply may hold half a surrogate pair, which no file can.
+    atomically(path, lambda file: file.write(page.encode(errors="replace")))
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files(__package__).joinpath("report.html").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def _settings(kept: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What the rows depend on, in words; the run's own record of it."""
+    told = {"suites": ", ".join(suite.name for suite in evaluation.suites), "judge": evaluation.judge.name}
+    told |= {name: _UNSET.get(name, "none") if value is None else str(value) for name, value in flat(kept).items()}
+    return [(name.replace("_", " "), value or "the model's own") for name, value in told.items()]
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What is missing, and why."""
+    unasked = [
+        f"{suite.title}: left out, because the data or the model is not for {suite.task}."
+        for suite in evaluation.suites
+        if suite.task is not None and not evaluation.can(suite.task)
+    ]
+    skipped = [f"Skipped: {sentence}" for sentence in evaluation.dataset.skipped]
+    return list(dict.fromkeys([*evaluation.notes, *unasked, *skipped]))
+
+
+def _grouped(table: Table) -> dict[str, Any]:
+    """A table whose rows with the same first cell stand together."""
+    groups = [
+        (head, [[_parted(cell) for cell in row[1:]] for row in rows])
+        for head, rows in groupby(table.rows, key=lambda row: row[0])
+    ]
+    return {"name": table.name, "title": table.title, "note": table.note, "columns": table.columns, "groups": groups}
+
+
+def _parted(cell: Cell) -> tuple[str, str]:
+    """A cell's value and, of a figure, its interval, which is set smaller."""
+    value, interval = str(cell), ""
+    if isinstance(cell, Figure) and (found := re.fullmatch(r"(.*?) ([(\[].*)", value)):
+        value, interval = found.groups()
+    return value, interval
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A verdict in a word, a sign and a colour's name, so that nobody depends on seeing colours."""
+
+    word: str
+    sign: str
+    style: str
+
+
+_RIGHT, _WRONG = Mark("right", "\u2713", "right"), Mark("wrong", "\u2717", "wrong")
+_ATTACKED = Mark("the attacker's", "\u26a0", "attacked")
+_BOTH = Mark("right, and the attacker's too", "\u26a0", "attacked")
+
+
+def _mark(verdict: Verdict) -> Mark:
+    if verdict.attacked:
+        return _BOTH if verdict.correct else _ATTACKED
+    return _RIGHT if verdict.correct else _WRONG
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer as it is shown; ``means`` is the class or option, where the words themselves do not say it."""
+
+    text: str
+    means: str | None
+    mark: Mark
+
+
+class _Said:
+    """What was said, by picture, and what should have been; each file is read once."""
+
+    def __init__(self, results: Results) -> None:
+        self.results, self.evaluation = results, results.evaluation
+        self.cells = self.evaluation.cells()
+        self.by_picture = cache(self._by_picture)
+        self.references = cache(self._references)
+
+    def reply(self, defence: Defence, condition: Condition, task: str, sample: Sample) -> Reply | None:
+        answer = self.by_picture(defence, condition, task).get(sample.image)
+        if answer is None:
+            return None
+        means = None
+        if task != "captioning":
+            means = cast(Choice, TASKS[task]).parse(answer.reply, sample, self.evaluation.dataset)
+        return Reply(answer.reply, None if means == answer.reply else means, _mark(answer.verdict))
+
+    def wanted(self, task: str, sample: Sample) -> tuple[str, str]:
+        """The right answer and the attacker's; empty where there is none."""
+        dataset = self.evaluation.dataset
+        if task == "captioning":
+            return self.references().get(sample.image, (sample.caption or "", ""))
+        if task == "classification":
+            return sample.label or "", dataset.target_class or ""
+        return sample.answer or "", dataset.none_option
+
+    def _by_picture(self, defence: Defence, condition: Condition, task: str) -> dict[str, Answer]:
+        return {answer.sample.image: answer for answer in self.results.answers(defence, condition, task)}
+
+    def _references(self) -> dict[str, tuple[str, str]]:
+        return {sample.image: (own, aim) for sample, _, own, aim in self.evaluation.captions(NONE, CLEAN)}
+
+
+def _pictures(said: _Said, samples: Sequence[Sample], purify: Purify | None) -> Iterator[dict[str, Any]]:
+    """Those of the samples that have been attacked: clean, and under each attack on the model's own encoder."""
+    dataset = said.evaluation.dataset
+    tasks = list(dict.fromkeys(task for tasks in said.cells.values() for task in tasks))
+    attacks = _attacks(said.evaluation)
+    found = {key: _attacked(said.evaluation, key, samples) for key in attacks}
+    purified = {key: _purified(some, purify) for key, some in found.items() if some and purify is not None}
+    for sample in samples:
+        keys = [key for key in attacks if sample.image in found[key]]
+        if not keys:
+            continue
+        height, width = found[keys[0]][sample.image].shape[-2:]
+        clean = dataset.image(sample, (height, width))
+        aim = dataset.target(sample, (height, width)) if sample.target or sample.image in dataset.aims else None
+        yield {
+            "name": sample.image,
+            "facts": _facts(said, sample, tasks),
+            "clean": _png(clean),
+            "aim": None if aim is None else _png(aim),
+            "small": width < 200,
+            "replies": _replies(said, sample, CLEAN, None),
+            "attacks": [
+                {
+                    "title": _titled(condition, maker),
+                    "attacked": _png(found[key][sample.image]),
+                    "difference": _png(0.5 + ENLARGED * (found[key][sample.image] - clean)),
+                    "purified": _png(purified[key][sample.image]) if key in purified else None,
+                    "replies": _replies(said, sample, condition, maker),
+                }
+                for key in keys
+                for condition, maker in [attacks[key]]
+            ],
+        }
+
+
+def _attacks(evaluation: Evaluation) -> dict[str, tuple[Condition, Defence | None]]:
+    """Where attacked pictures lie -> the attack, and the defence they were made through if there is one."""
+    found: dict[str, tuple[Condition, Defence | None]] = {}
+    for defence, condition in evaluation.cells():
+        if defence.tower == NONE.tower and condition not in (CLEAN, TARGET):
+            maker = defence if condition.adaptive else None
+            found[evaluation._key(defence, condition)] = condition, maker
+    return found
+
+
+def _attacked(evaluation: Evaluation, key: str, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    pictures = {sample.image: evaluation.store.attacked(key, sample.image) for sample in samples}
+    return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+@torch.no_grad()
+def _purified(attacked: Mapping[str, Tensor], purify: Purify) -> dict[str, Tensor]:
+    images = torch.stack(list(attacked.values()))
+    seen = purify(images)
+    if seen.shape != images.shape:
+        raise SettingError(
+            f"purify must return pictures of the shape it was given, {tuple(images.shape)}, and returned {tuple(seen.shape)}."
+        )
+    return dict(zip(attacked, seen, strict=True))
+
+
+def _titled(condition: Condition, maker: Defence | None) -> str:
+    return title_of(condition) + (f", made through {maker.title}" if maker is not None else "")
+
+
+def _facts(said: _Said, sample: Sample, tasks: Sequence[str]) -> list[dict[str, str | None]]:
+    """What each task asks of the picture, and the answers that count."""
+    facts = []
+    for task in tasks:
+        if TASKS[task].applies(sample):
+            right, aim = said.wanted(task, sample)
+            facts.append({"task": _name(task), "question": _question(task, sample, said), "right": right, "aim": aim})
+    return facts
+
+
+def _question(task: str, sample: Sample, said: _Said) -> str | None:
+    if task != "vqa":
+        return None
+    offered = VQA().offered(sample, said.evaluation.dataset)
+    return f"{sample.question} ({' / '.join(offered)})"
+
+
+def _name(task: str) -> str:
+    return {"captioning": "Caption", "classification": "Class", "vqa": "Question"}[task]
+
+
+def _replies(said: _Said, sample: Sample, condition: Condition, maker: Defence | None) -> dict[str, Any] | None:
+    """What each defence said under a condition. ``others``: whether another picture was attacked, on its own tower."""
+    cells = {
+        defence: tasks
+        for (defence, other), tasks in said.cells.items()
+        if other == condition and maker in (None, defence)
+    }
+    wanted = list(dict.fromkeys(task for tasks in cells.values() for task in tasks))
+    lines: list[dict[str, Any]] = []
+    for defence in cells:
+        replies = [said.reply(defence, condition, task, sample) for task in wanted]
+        if any(replies):
+            other = condition != CLEAN and defence.tower != NONE.tower
+            lines.append({"defence": defence.title, "other": other, "replies": replies})
+    kept = [place for place, _ in enumerate(wanted) if any(line["replies"][place] for line in lines)]
+    for line in lines:
+        line["replies"] = [line["replies"][place] for place in kept]
+    return {"tasks": [_name(wanted[place]) for place in kept], "lines": lines} if lines else None
+
+
+def _asked(said: _Said, suite: Suite) -> dict[str, Any] | None:
+    """A suite's answers: a row for each picture, a column for each condition and defence that has any."""
+    if suite.task is None:
+        return None
+    task = suite.task
+    cells = [
+        (condition, defence)
+        for condition in suite.asked
+        for defence in suite.defences
+        if (defence, condition) in said.cells and said.by_picture(defence, condition, task)
+    ]
+    rows = []
+    for sample in said.evaluation.dataset.samples:
+        replies = [said.reply(defence, condition, task, sample) for condition, defence in cells]
+        if any(replies):
+            right, aim = said.wanted(task, sample)
+            rows.append(
+                {
+                    "name": sample.image,
+                    "question": _question(task, sample, said),
+                    "right": right,
+                    "aim": aim,
+                    "replies": replies,
+                }
+            )
+    if not rows:
+        return None
+    heads = [(title_of(condition), [d.title for _, d in some]) for condition, some in groupby(cells, lambda c: c[0])]
+    return {"name": suite.name, "title": suite.title, "heads": heads, "rows": rows}
+
+
+def _png(image: Tensor) -> str:
+    """(3, H, W), clipped to [0, 1] -> a data: address."""
+    pixels = image.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _curves(results: Results) -> Any:
+    """The mean certified cosine against eps of every certified defence and noise level as an SVG; None without any."""
+    lines: dict[tuple[str, float], list[Certificate]] = {}
+    for suite in results.evaluation.suites:
+        for defence in suite.defences if suite.certified else ():
+            if defence.smoothing is not None:
+                for sigma, by_picture in sorted(results.certificates(defence).items()):
+                    lines[defence.title, sigma] = [by_picture[name] for name in sorted(by_picture)]
+    if not lines:
+        return None
+
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure as Canvas
+
+    everything = [one for some in lines.values() for one in some]
+    furthest = max((one.radius(0.0) or 0.0 for one in everything), default=0.0)
+    # Scores that are all 1 have an infinite estimate; without any promise there is no scale either.
+    limit = furthest if 0 < furthest < np.inf else max(one.sigma for one in everything)
+    eps = np.linspace(0, limit, 200)
+    with matplotlib.rc_context({"svg.hashsalt": "fs-plugins", "svg.fonttype": "none", "text.parse_math": False}):
+        figure = Canvas(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for place, ((title, sigma), some) in enumerate(lines.items()):
+            average = np.mean([np.nan_to_num(one.curve(eps)) for one in some], axis=0)
+            style = ("-", "--", "-.", ":")[place % 4]
+            axes.plot(
+                eps, np.where(average > 0, average, np.nan), style, label=f"{title}, sigma {sigma:g} (n = {len(some)})"
+            )
+        unrelated = [one.unrelated for one in everything if one.unrelated is not None]
+        if unrelated:
+            level = float(np.mean(unrelated))
+            axes.axhline(level, color="0.6", linewidth=0.8, zorder=0, label=f"unrelated pictures ({level:.2f})")
+        axes.set(xlabel="eps (l2, [0, 1] pixels)", ylabel="certified cosine", xlim=(0, limit), ylim=(0, 1))
+        axes.grid(color="0.9")
+        axes.legend(frameon=False, fontsize=8)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = drawn.getvalue()
+    titles = ", ".join(f"{title} at sigma {sigma:g}" for title, sigma in lines)
+    # What stands before <svg> is for files of their own. matplotlib has escaped the labels.
+    return {"svg": Markup(svg[svg.index("<svg") :]), "titles": titles}
