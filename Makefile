@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow lint test-transformers4 integration example clean
+.PHONY: demo test slow lint test-transformers4 integration lmms example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -44,6 +44,17 @@ integration: $(VENV)-all/.ready $(VENV)4/.dev $(VENV)5/.ready
 	$(VENV)-all/bin/python -m pytest tests/test_towers.py || failed=1; \
 	$(VENV)-all/bin/python integration/matrix.py docs/compatibility.md runs/integration/*.json && exit $$failed
 
+# lmms-eval is large, and wants a python-dateutil that its table writer can live with.
+lmms: $(VENV)-lmms/.ready
+	$(VENV)-lmms/bin/python -m pytest integration/test_lmms.py
+
+$(VENV)-lmms/.ready: pyproject.toml constraints.txt
+	test -d $(VENV)-lmms || $(PYTHON) -m venv $(VENV)-lmms
+	grep -v '^python-dateutil==' constraints.txt > $(VENV)-lmms/constraints.txt
+	$(VENV)-lmms/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-lmms/constraints.txt \
+	    -e ".[demo,testing]" lmms-eval==0.7.3
+	touch $@
+
 # docs/adapters.md's own commands: a stranger's plugin, installed beside the package (not from the checkout).
 example:
 	rm -rf .venv-example && $(PYTHON) -m venv .venv-example
@@ -55,6 +66,7 @@ $(VENV)4/.dev: pyproject.toml constraints.txt
 	test -d $(VENV)4 || $(PYTHON) -m venv $(VENV)4
 	sed -e 's/^transformers==.*/transformers==4.57.6/' -e 's/^tokenizers==.*/tokenizers==0.22.2/' \
 	    -e 's/^diffusers==.*/diffusers==0.39.0/' -e 's/^huggingface_hub==.*/huggingface_hub==0.36.2/' \
+	    -e '/^sentence-transformers==/d' \
 	    constraints.txt > $(VENV)4/constraints.txt
 	$(VENV)4/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)4/constraints.txt -e ".[dev]"
 	touch $@
@@ -75,4 +87,4 @@ $(VENV)-all/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-example build dist *.egg-info
+	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-example build dist *.egg-info

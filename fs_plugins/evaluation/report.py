@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fs_plugins.certificates import Certificate
+from fs_plugins.certificates.bounds import Array
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.data import Sample
 from fs_plugins.evaluation.results import Answer, Cell, Figure, Results, Table, title_of
@@ -107,11 +108,19 @@ def _notes(evaluation: Evaluation) -> list[str]:
 
 
 def _grouped(table: Table) -> dict[str, Any]:
-    """A table whose rows with the same first cell stand together."""
-    groups = [
-        (head, [[_parted(cell) for cell in row[1:]] for row in rows])
-        for head, rows in groupby(table.rows, key=lambda row: row[0])
-    ]
+    """A table with its row headers: two where words stand in the second column too, and then rows with the same first one together."""
+    nested = bool(table.rows) and all(len(row) > 1 and isinstance(row[1], str) for row in table.rows)
+    groups = []
+    for head, some in groupby(table.rows, key=lambda row: row[0] if nested else ""):
+        rows = list(some)
+        lines = []
+        for place, row in enumerate(rows):
+            heads = [(str(row[0]), "row", 1)]
+            if nested:
+                heads = [(str(head), "rowgroup", len(rows))] if place == 0 else []
+                heads.append((str(row[1]), "row", 1))
+            lines.append({"heads": heads, "cells": [_parted(cell) for cell in row[2 if nested else 1 :]]})
+        groups.append(lines)
     return {"name": table.name, "title": table.title, "note": table.note, "columns": table.columns, "groups": groups}
 
 
@@ -355,7 +364,7 @@ def _curves(results: Results) -> Any:
         figure = Canvas(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for place, ((title, sigma), some) in enumerate(lines.items()):
-            average = np.mean([np.nan_to_num(one.curve(eps)) for one in some], axis=0)
+            average = _average(some, eps)
             style = ("-", "--", "-.", ":")[place % 4]
             axes.plot(
                 eps, np.where(average > 0, average, np.nan), style, label=f"{title}, sigma {sigma:g} (n = {len(some)})"
@@ -373,3 +382,8 @@ def _curves(results: Results) -> Any:
     titles = ", ".join(f"{title} at sigma {sigma:g}" for title, sigma in lines)
     # What stands before <svg> is for files of their own. matplotlib has escaped the labels.
     return {"svg": Markup(svg[svg.index("<svg") :]), "titles": titles}
+
+
+def _average(certificates: Sequence[Certificate], eps: Array) -> Array:
+    """Where a picture has no promise, 0 counts, as in the tables."""
+    return np.asarray(np.mean([np.nan_to_num(one.curve(eps)) for one in certificates], axis=0))
