@@ -24,13 +24,13 @@ from fs_plugins.evaluation.report import write
 from fs_plugins.evaluation.results import Results, Table
 from fs_plugins.evaluation.run import Evaluation, Settings, fixed
 from fs_plugins.evaluation.store import Store
-from fs_plugins.evaluation.suites import CLEAN, FOA, FS_PSM, NONE, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.suites import CLEAN, FOA, FS, FS_PSM, NONE, TARGET, Condition, Defence, Suite
 
 FARE = Defence("fare", "FARE", "fare")
 ADAPTIVE = Condition("foa", 16, adaptive=True)
 SUITES = (
     Suite("asked", "Classes & attacks", "classification", (NONE, FS_PSM, FARE), (FOA,)),
-    Suite("adaptive", "Through the defence", "classification", (FS_PSM,), (ADAPTIVE,), plain=False),
+    Suite("adaptive", "Through the defence", "classification", (FS_PSM, FS), (ADAPTIVE,), plain=False),
     Suite("said", "Captions", "captioning", (NONE,), (FOA,)),
     Suite("sure", "Certified", None, (FS_PSM,), certified=True, sigmas=(0.25,)),
     Suite("vqa", "Questions", "vqa", (NONE,), (FOA,)),
@@ -45,6 +45,7 @@ REPLIES = {
     (FARE, CLEAN): ["0", "1", "0"],
     (FARE, FOA): ["0", "0", "0"],
     (FS_PSM, ADAPTIVE): ["2", "0"],
+    (FS, ADAPTIVE): ["0", "1"],
 }
 CAPTIONS = {CLEAN: ["a cat", "a dog", "a cat"], FOA: ["a shark", "a dog", "a fish"], TARGET: ["a shark"] * 3}
 NAMES = [f"images/{i}.png" for i in range(3)]
@@ -295,13 +296,17 @@ def test_pictures_are_the_ones_that_were_shown(page):
 def test_replies_stand_under_the_pictures_and_say_whose_they_are(page):
     first, second, _ = page.one("section", id="pictures").all("article")
     clean, oblivious, adaptive = (grid(table) for table in first.all("table"))
-    assert clean[0] == ["none", "0 = cat ✓ right", "a cat ✓ right"]
+    assert clean == [
+        ["none", "0 = cat ✓ right", "a cat ✓ right"],
+        ["FS-PSM", "0 = cat ✓ right", ""],
+        ["FARE", "0 = cat ✓ right", ""],
+    ]
     assert oblivious == [
         ["none", "2 = shark ⚠ the attacker's", "a shark ⚠ the attacker's"],
         ["FS-PSM", "0 = cat ✓ right", ""],
         ["FARE *", "0 = cat ✓ right", ""],
     ]
-    assert adaptive == [["FS-PSM", "2 = shark ⚠ the attacker's"]]
+    assert adaptive == [["FS-PSM", "2 = shark ⚠ the attacker's"]]  # FS was shown another picture
     assert grid(second.all("table")[1])[1] == ["FS-PSM", "nothing ✗ wrong", ""]
     facts = [item.text for item in first.one("ul", class_="facts").all("li")]
     assert facts == ["Class: right is cat, the attacker wants shark.", "Caption: right is a cat, the attacker wants a shark."]  # fmt: skip

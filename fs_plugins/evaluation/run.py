@@ -200,12 +200,14 @@ class Evaluation:
         psm: str | PSM | None = settings.light if smoothing.psm == LIGHT else smoothing.psm or settings.psm
         if smoothing.parts == "mapper" and settings.mapper_only is not None:
             psm = settings.mapper_only
+        elif smoothing.parts == "none" and sigma is not None:
+            psm = None
         elif smoothing.parts != "both":
             with fs_plugins.enable(subject.model, psm=psm, sigma=sigma) as handle:
                 whole = handle.smoothers[0].psm
             assert whole is not None
             if smoothing.parts == "none":
-                psm, sigma = None, sigma or whole.config.sigma
+                psm, sigma = None, whole.config.sigma
             else:
                 psm = whole.only(mapper=False) if smoothing.parts == "purifier" else whole.only(purifier=False)
         return {
