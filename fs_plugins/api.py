@@ -26,7 +26,7 @@ from fs_plugins.identity import digest, fingerprint, has_adapters, is_readable, 
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, recompile
 from fs_plugins.psm import PSM
-from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother, check_sigma
 from fs_plugins.vision import PixelSpace, VisionCall
 
 PSMChoice = str | os.PathLike[str] | PSM | None
@@ -195,6 +195,8 @@ def _choose(
     """The claiming adapter, and for each vision encoder, or ``only`` that one, its call, its PSM and sigma."""
     if model.training:
         raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
+    if sigma is not None:
+        check_sigma(sigma)
     name, calls = claim(model, adapter)
     if only is not None:
         if not 0 <= only < len(calls):

@@ -97,14 +97,7 @@ class FeatureSmoother(Pickled):
         seed: int | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not math.isfinite(sigma) or sigma < 0:
-            raise SettingError(
-                f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}."
-            )
-        if sigma > 4:
-            raise SettingError(
-                f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?"
-            )
+        check_sigma(sigma)
         _whole("n0", n0, "draws per image")
         _whole("chunk_size", chunk_size, "rows per forward")
         if noise not in get_args(Noise):
@@ -339,6 +332,16 @@ def _over_draws(value: Tensor, draws: int) -> Tensor:
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def check_sigma(sigma: Any) -> None:
+    """Refuse what is no noise level in [0, 1] pixel units."""
+    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not math.isfinite(sigma) or sigma < 0:
+        raise SettingError(f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}.")
+    if sigma > 4:
+        raise SettingError(
+            f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?"
+        )
 
 
 def _whole(name: str, value: Any, what: str) -> None:

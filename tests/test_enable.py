@@ -318,6 +318,7 @@ def hook_count(model) -> int:
     [
         ({"psm": None}, SettingError, "needs a sigma"),
         ({"psm": None, "sigma": -1}, SettingError, "sigma"),
+        ({"sigma": "loud"}, SettingError, "finite"),
         ({"psm": None, "sigma": float("nan")}, SettingError, "finite"),
         ({"psm": None, "sigma": 64}, SettingError, "did you mean 0.251"),
         ({"psm": None, "sigma": 0.25, "n0": 0}, SettingError, "n0"),

@@ -72,6 +72,7 @@ def make(folder: Path, **changes) -> Results:
     for i, label in enumerate(("cat", "dog", "cat")):
         Image.fromarray(pixels(i)).save(data / NAMES[i])
         samples.append({"image": NAMES[i], "target": NAMES[i - 1], "label": label, "caption": f"a {label}"})
+    samples[2] |= {"question": "How?", "options": ["so", "none of the above"], "answer": "none of the above"}
     samples[0] |= {"question": "Is it <b>wet</b>?", "options": ["yes", "no"], "answer": "no"}
     (data / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     (data / "dataset.json").write_text(
@@ -230,7 +231,7 @@ def shown(article: Element) -> dict[str, dict[str, np.ndarray]]:
     """Heading -> caption -> picture."""
     found: dict[str, dict[str, np.ndarray]] = {}
     heading = ""
-    for part in [child for block in article.all("div") for child in block.children if isinstance(child, Element)]:
+    for part in [child for child in article.children if isinstance(child, Element)]:
         if part.tag == "h4":
             heading = part.text
         for figure in part.all("figure") if part.attributes.get("class") == "shown" else ():
@@ -245,7 +246,7 @@ def test_header_says_what_was_evaluated_how_and_what_is_missing(page):
     assert told["seed"] == "17"
     assert told["adaptive images"] == "2"
     assert told["sigma"] == "the PSM's own"
-    assert told["towers.fare"] == "robust"
+    assert told["tower fare"] == "robust"
     assert told["judge"] == "exact"
     assert told["data"].startswith("3 samples, ")
     left_out = [item.text for item in page.one("section", id="notes").all("li")]
@@ -283,6 +284,7 @@ def test_pictures_are_the_ones_that_were_shown(page):
         assert np.array_equal(pictures["clean"]["clean"], clean)
         assert np.array_equal(pictures["clean"]["what attacks aim at"], pixels((i - 1) % 3))
         oblivious = pictures["FOA-Attack 16/255"]
+        assert np.array_equal(oblivious["clean"], clean)
         assert np.array_equal(oblivious["attacked"], shifted(clean, 2))
         assert np.array_equal(oblivious["attacked, purified"], 255 - shifted(clean, 2))
         # Grey, 127.5, and 8 times the change.
@@ -391,7 +393,7 @@ def test_without_purifier_pictures_certificates_or_suites(tmp_path):
     results = make(tmp_path, suites=SUITES[:1], notes=[])
     page = page_of(results, tmp_path / "a.html", shown=1)
     [article] = page.all("article")
-    assert set(shown(article)["FOA-Attack 16/255"]) == {"attacked", "difference, 8 times"}
+    assert set(shown(article)["FOA-Attack 16/255"]) == {"clean", "attacked", "difference, 8 times"}
     assert not page.all("svg")
     assert not page.all("section", id="notes")
     assert not page_of(results, tmp_path / "b.html", shown=0).all("img")
@@ -426,13 +428,16 @@ def test_an_unfinished_run_and_half_a_character_can_be_reported(tmp_path):
 def test_questions_are_shown_with_their_options(tmp_path):
     results = make(tmp_path, suites=SUITES[-1:], tasks=("vqa",))
     for condition, reply in ((CLEAN, "B"), (FOA, "C")):
-        row = {"image": NAMES[0], "task": "vqa", "reply": reply, "seconds": 0.5}
-        results.evaluation.store.add(f"none/{condition.name}", [row])
+        rows = [{"image": name, "task": "vqa", "reply": reply, "seconds": 0.5} for name in (NAMES[0], NAMES[2])]
+        results.evaluation.store.add(f"none/{condition.name}", rows)
     page = page_of(results, tmp_path / "report.html")
     question = "Is it <b>wet</b>? (yes / no / None of the above)"
     facts = [[item.text for item in article.one("ul").all("li")] for article in page.all("article")]
-    assert facts == [[f"Question {question}: right is no, the attacker wants None of the above."], [], []]
-    [row] = grid(page.one("details", id="answers-vqa"))
+    assert facts[:2] == [[f"Question {question}: right is no, the attacker wants None of the above."], []]
+    row, truth_is_none = grid(page.one("details", id="answers-vqa"))
     assert row == [
         f"{NAMES[0]}{question}", "no", "None of the above", "B = no ✓ right", "C = None of the above ⚠ the attacker's"
     ]  # fmt: skip
+    # What is true is no success of an attack, so no answer of the attacker's is told.
+    assert facts[2] == ["Question How? (so / none of the above): right is none of the above."]
+    assert truth_is_none[1:] == ["none of the above", "", "B = none of the above ✓ right", "C ✗ wrong"]

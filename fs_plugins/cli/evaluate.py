@@ -177,6 +177,9 @@ def evaluate(
             )
             evaluation.run()
         if crew.rank == 0:
+            for one in suites:
+                if one.task is not None and not evaluation.can(one.task):
+                    evaluation.notes.append(f"{one.name}: this data or this model is not for {one.task}.")
             _show(Results(evaluation), out, began)
 
 

@@ -24,7 +24,7 @@ from fs_plugins.attacks import attack
 from fs_plugins.certificates.run import Plan
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation import Estimate, mean, proportion
-from fs_plugins.evaluation.answers import encode, generate
+from fs_plugins.evaluation.subjects import Chat
 from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.vision import VisionCall
@@ -281,9 +281,6 @@ def _answers(
     model: Any, processor: Any, call: VisionCall, images: Tensor, questions: list[str]
 ) -> tuple[list[str], Tensor]:
     """Greedy answers, and the features that the language side consumed, embedded: (B, E)."""
-    blank = world.scene("heldout", 0).draw()
-    inputs = encode(processor, [blank] * len(images), questions)
-    inputs["pixel_values"] = call.pixels.from_unit(images, model.dtype)
     consumed: list[Tensor] = []
 
     def keep(module: Any, arguments: Any, output: Any) -> None:
@@ -291,7 +288,7 @@ def _answers(
 
     listener = call.module.register_forward_hook(keep)
     try:
-        said = generate(model, processor, inputs, max_new_tokens=12)
+        said = Chat(model, processor).say(images, questions, max_new_tokens=12)
     finally:
         listener.remove()
     return said, consumed[-1]

@@ -25,7 +25,7 @@ DEFAULT_NEW_TOKENS = 1024  # lmms-eval's own models', where a task does not say
 
 def manifest() -> Any:
     """The payload of our entry point in the group ``lmms_eval.models``."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore
+    from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id=MODEL_ID, chat_class_path="fs_plugins.evaluation.lmms_model.SmoothedModel")
 

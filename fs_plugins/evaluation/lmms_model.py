@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.model import lmms  # type: ignore
-from lmms_eval.protocol import ChatMessages  # type: ignore
-from lmms_eval.utils import eval_logger  # type: ignore
-from tqdm import tqdm  # type: ignore
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import eval_logger
+from tqdm import tqdm
 
 import fs_plugins
 from fs_plugins.errors import ModelError, SettingError

@@ -93,7 +93,10 @@ def _settings(kept: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str
     """What the rows depend on, in words; the run's own record of it."""
     told = {"suites": ", ".join(suite.name for suite in evaluation.suites), "judge": evaluation.judge.name}
     told |= {name: _UNSET.get(name, "none") if value is None else str(value) for name, value in flat(kept).items()}
-    return [(name.replace("_", " "), value or "the model's own") for name, value in told.items()]
+    return [
+        (name.replace("_", " ").replace("towers.", "tower "), value or "the model's own")
+        for name, value in told.items()
+    ]
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
@@ -180,13 +183,16 @@ class _Said:
         return Reply(answer.reply, None if means == answer.reply else means, _mark(answer.verdict))
 
     def wanted(self, task: str, sample: Sample) -> tuple[str, str]:
-        """The right answer and the attacker's; empty where there is none."""
+        """The right answer and the attacker's; empty where there is none, or where it is the truth and does not count."""
         dataset = self.evaluation.dataset
         if task == "captioning":
             return self.references().get(sample.image, (sample.caption or "", ""))
-        if task == "classification":
-            return sample.label or "", dataset.target_class or ""
-        return sample.answer or "", dataset.none_option
+        right, aim = sample.label, dataset.target_class
+        if task == "vqa":
+            right, aim = sample.answer, dataset.none_option
+        if right is None or aim is None or right.casefold() == aim.casefold():
+            return right or "", ""
+        return right, aim
 
     def _by_picture(self, defence: Defence, condition: Condition, task: str) -> dict[str, Answer]:
         return {answer.sample.image: answer for answer in self.results.answers(defence, condition, task)}
