@@ -480,6 +480,25 @@ def test_the_command_writes_tables_csv_summary_and_report(tmp_path):
     assert "seed was 0 and is 1 now" in " ".join(again.output.split())
 
 
+def test_a_corrupt_picture_is_refused_by_name_or_skipped(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(folder / f"{i}.png")
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    command = ["evaluate", "--suite", "table1", "--quick", "--images", "2", "--steps", "1", "--fare", "none", "--tecoa", "none",
+               "--data", str(folder), "--out", str(tmp_path / "out")]  # fmt: skip
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "1.png" in refused.output
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+    skipped = CliRunner().invoke(app, [*command, "--corrupt", "skip"])
+    assert skipped.exit_code == 0, skipped.output
+    assert "Skipped" in skipped.output
+    assert "1.png" in skipped.output
+
+
 def test_zero_shot_clip_is_evaluated_by_class_names(tmp_path):
     command = ["evaluate", "--suite", "table3", "--model", "demo-clip", "--quick", "--images", "4", "--steps", "1", "--fare", "none",
                "--tecoa", "none", "--class-prompt", "a large red {} in the middle", "--out", str(tmp_path / "out")]  # fmt: skip

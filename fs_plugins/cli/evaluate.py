@@ -273,7 +273,7 @@ def _show(results: Any, out: Path, began: float) -> None:
     # A run that was resumed took longer than its last part.
     took = time.time() - began
     (out / "summary.json").write_text(json.dumps({**results.summary(), "seconds": round(took, 1)}, indent=2) + "\n")
-    write(results, out / "report.html", purify=_purify(evaluation))
+    write(results, out / "report.html", purify=evaluation.purify)
     console.print(
         f"\n{len(evaluation.dataset.samples)} pictures, attacks of {settings.steps} steps; adaptive ones of "
         f"{settings.adaptive_steps} steps and {settings.adaptive_draws} draws on the first "
@@ -281,18 +281,6 @@ def _show(results: Any, out: Path, began: float) -> None:
         f"Written: {out / 'report.html'}, and a CSV of each table, summary.json and all rows beside it",
         highlight=False,
         soft_wrap=True,
-    )
-
-
-def _purify(evaluation: Any) -> Any:
-    """Pictures (B, 3, H, W) in [0, 1] -> one noisy view of each, purified."""
-    if evaluation.views is None:
-        return None
-    import torch
-
-    generator = torch.Generator().manual_seed(evaluation.settings.seed)
-    return torch.no_grad()(
-        lambda images: evaluation.views(images, torch.randn(images.shape, generator=generator)).clamp(0, 1)
     )
 
 

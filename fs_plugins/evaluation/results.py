@@ -14,7 +14,7 @@ from fs_plugins.attacks import METHODS
 from fs_plugins.certificates import Certificate
 from fs_plugins.evaluation.data import Sample
 from fs_plugins.evaluation.metrics import Estimate, mean, proportion
-from fs_plugins.evaluation.run import FEATURES, Evaluation
+from fs_plugins.evaluation.run import FEATURES, MASKING, Evaluation
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS, Captioning, Choice, Verdict
 
@@ -95,7 +95,7 @@ class Results:
                 told.append(self._asked(suite))
             if suite.certified:
                 told.append(self._certified(suite))
-            if suite.masking:
+            if suite.masking and (self.evaluation.store.folder / MASKING).exists():
                 told.append(self._masking(suite))
         return told
 
@@ -234,8 +234,7 @@ class Results:
         )
 
     def _masking(self, suite: Suite) -> Table:
-        path = self.evaluation.store.folder / "masking.json"
-        found = json.loads(path.read_text()) if path.exists() else {"attacks": [], "problems": []}
+        found = json.loads((self.evaluation.store.folder / MASKING).read_text())
         lines: list[tuple[Cell, ...]] = [
             (
                 one["name"],
@@ -245,11 +244,10 @@ class Results:
             )
             for one in found["attacks"]
         ]
-        if lines:
-            count = len(found["attacks"][0]["margins"])
-            hits = round(found["unbounded"] * count)
-            away = proportion([i < hits for i in range(count)])
-            lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
+        count = len(found["attacks"][0]["margins"])
+        hits = round(found["unbounded"] * count)
+        away = proportion([i < hits for i in range(count)])
+        lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
         verdict = " ".join(found["problems"]) or "Nothing speaks for masked gradients."
         note = (
             f"{verdict} Margin: cosine of the served feature to the target's less that to the picture's own; above 0 the attack has "

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, LIGHT, NONE, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS
 from fs_plugins.files import atomically
+from fs_plugins.noise import keyed
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
@@ -33,6 +36,7 @@ Track = Callable[[str, int], Callable[[int], None]]
 
 FEATURES = "features"
 """Beside the tasks: the row of a picture's feature."""
+MASKING = "masking.json"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Evaluation:
         notes: what was left out, and why.
         tasks: what the model can be asked.
         levels: sigma of the defences that were certified at their own, by their names.
-        views: of the default defence, see ``FeatureSmoother.views``.
+        purify: pictures (B, 3, H, W) in [0, 1] -> one noisy view of each as the default defence shows it to the encoder.
     """
 
     load: Callable[[str], Subject]
@@ -105,7 +109,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     tasks: tuple[str, ...] = ()
     levels: dict[str, float] = field(default_factory=dict)
-    views: Callable[[Tensor, Tensor], Tensor] | None = None
+    purify: Callable[[Tensor], Tensor] | None = None
 
     def run(self) -> None:
         """Do what is still to be done. ``results`` then has something to show."""
@@ -147,6 +151,7 @@ class Evaluation:
         return [tower for tower in self.towers if tower in needed or tower == "none"]
 
     def _tower(self, tower: str, subject: Subject) -> None:
+        settings = self.settings
         cells = {key: tasks for key, tasks in self.cells().items() if key[0].tower == tower}
         for condition in dict.fromkeys(condition for _, condition in cells):
             if condition.name not in ("clean", "target") and not condition.adaptive:
@@ -163,7 +168,7 @@ class Evaluation:
                             )
                     self._ask(subject, encoder, defence, asked)
                     if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
-                        self.views = encoder.views
+                        self.purify = partial(_purified, encoder, settings.seed)
                         self._search(encoder)
             except (PSMError, RegistryError) as error:
                 if defence.smoothing is None:
@@ -381,7 +386,7 @@ class Evaluation:
 
     def _search(self, smoother: FeatureSmoother) -> None:
         """Compare attacks that must be ordered if the defence's gradients are honest; kept as a file."""
-        path = self.store.folder / "masking.json"
+        path = self.store.folder / MASKING
         if self.share[0] or path.exists() or not any(suite.masking for suite in self.suites):
             return
         settings, size, device = self.settings, smoother.call.image_size, _device(smoother)
@@ -449,6 +454,13 @@ def _cosines(encoder: VisionCall | FeatureSmoother, images: Tensor, others: Tens
     )
 
 
+@torch.no_grad()
+def _purified(smoother: FeatureSmoother, seed: int, images: Tensor) -> Tensor:
+    device = _device(smoother)
+    noise = torch.randn(images.shape, generator=keyed(seed, "shown"))
+    return smoother.views(images.to(device), noise.to(device)).clamp(0, 1).cpu()
+
+
 def _call(encoder: VisionCall | FeatureSmoother) -> VisionCall:
     return encoder.call if isinstance(encoder, FeatureSmoother) else encoder
 
@@ -458,5 +470,8 @@ def _device(encoder: VisionCall | FeatureSmoother) -> torch.device:
 
 
 def fixed(model: str, towers: dict[str, str], dataset: Dataset, settings: Settings) -> dict[str, Any]:
-    """What ``Store`` holds a run to."""
-    return {"model": model, "towers": towers, "data": dataset.digest, **asdict(settings)}
+    """What ``Store`` holds a run to, the same wherever the package lies."""
+    told = asdict(settings)
+    if settings.mapper_only is not None:
+        told["mapper_only"] = Path(settings.mapper_only).name
+    return {"model": model, "towers": towers, "data": dataset.digest, **told}
