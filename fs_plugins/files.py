@@ -23,6 +23,12 @@ def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.close(folder)
 
 
+def whole_lines(path: Path) -> list[str]:
+    """A file's lines; what follows the last line break was never finished."""
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between two runs' settings, in words."""
     before, now = flat(found), flat(wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fs_plugins
-from fs_plugins import JudgeError, ModelError, SettingError
+from fs_plugins import JudgeError, ModelError, PSMError, SettingError
 from fs_plugins.cli import app
 from fs_plugins.evaluation.data import open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
@@ -134,7 +135,7 @@ def test_attacked_pictures_are_made_once_for_a_tower_and_shown_as_they_are(start
     assert folders == ["none/attackvlm-16"]
     for sample in data.samples:
         attacked = evaluation.store.attacked("none/attackvlm-16", sample.image)
-        assert 0 < (attacked - data.image(sample, (16, 16))).abs().max() <= 2 / 255 + 1e-6, "two steps of 1/255"
+        assert 0 < (attacked - data.image(sample, (16, 16))).abs().max() <= 16 / 255 + 1e-6
 
 
 def test_the_same_command_again_asks_nothing_and_another_suite_shares_the_attacks(start):
@@ -292,7 +293,7 @@ def test_adaptive_attacks_go_through_the_defence_on_the_first_pictures(start):
         for path in (evaluation.store.folder / "attacked").glob("*/*")
     }
     assert attacked["fs_psm/foa-16-adaptive"] == 2
-    assert attacked["none/foa-16"] == 5
+    assert attacked["none/foa-16"] == 2
     [table] = Results(evaluation).tables()
     assert {row[2] for row in table.rows} == {2}, "the oblivious attack is counted on the same pictures"
     assert [row[0] for row in table.rows][:2] == ["M-Attack 16/255", "M-Attack 16/255, adaptive"]
@@ -306,7 +307,7 @@ def test_certificates_and_ablation_parts(start):
     assert [row[:3] for row in two.rows] == [("FS", "0.25", 2), ("FS", "0.5", 2), ("FS-PSM", "0.25", 2)]
     assert [row[0] for row in five.rows] == ["FS", "FS + M", "FS + P", "FS-PSM"]
     certificates = Results(evaluation).certificates(FS_PSM)[0.25]
-    assert set(certificates) == {"0.png", "1.png"}
+    assert set(certificates) == {sample.image for sample in evaluation.samples(2)}
     value = five.rows[-1][-1].estimate.value
     assert value == pytest.approx(sum(c.radius(0.5) or 0 for c in certificates.values()) / 2)
 
@@ -328,13 +329,57 @@ def test_masked_gradients_are_searched_for_once(start):
 
 
 def test_a_tower_or_psm_that_is_not_there_is_said(start):
-    evaluation = start(replace(SUITE, defences=(NONE, *DEFENCES[2:4])), psm="/nowhere")
+    evaluation = start(replace(SUITE, defences=(NONE, *DEFENCES[2:4])))
     evaluation.run()
     assert evaluation.notes == ["There is no fare tower for this model, so its rows are left out."]
-    evaluation = start(SUITE, folder="other", psm="/nowhere")
+    evaluation = start(
+        replace(SUITES["s6"], defences=(NONE, SUITES["s6"].defences[1])), folder="light", light="/nowhere"
+    )
     evaluation.run()
-    assert any(note.startswith("FS-PSM is left out: ") for note in evaluation.notes)
-    assert len(Results(evaluation).tables()[0].rows) == 2, "the undefended rows are there"
+    assert evaluation.notes[0].startswith("FS-PSM (light) is left out: No PSM folder at '/nowhere'")
+    assert {row[1] for row in Results(evaluation).tables()[0].rows} == {"none"}, "the undefended rows are there"
+    evaluation = start(SUITE, folder="asked", psm="/nowhere")
+    with pytest.raises(PSMError, match="nowhere"):
+        evaluation.run()
+    assert not (evaluation.store.folder / "attacked").exists(), "it is told before anything that takes long"
+
+
+def test_a_tower_that_does_not_load_leaves_its_rows_out(start):
+    evaluation = start(replace(SUITE, defences=(NONE, DEFENCES[2])), towers=("none", "fare"))
+    load = evaluation.load
+
+    def frail(tower):
+        if tower == "fare":
+            raise ModelError("Its layers are of another size.")
+        return load(tower)
+
+    evaluation.load = frail
+    evaluation.run()
+    assert evaluation.notes == ["The rows of the fare tower are left out: Its layers are of another size."]
+    assert {row[1] for row in Results(evaluation).tables()[0].rows} == {"none"}
+
+
+def test_another_psm_in_the_same_place_is_refused(start, psm, tmp_path):
+    start().run()
+    make_psm(fs_plugins.vision_call(make_llava()), name="other").save_pretrained(tmp_path / "fresh")
+    shutil.rmtree(psm)
+    (tmp_path / "fresh").rename(psm)
+    with pytest.raises(SettingError, match=r"psm was .*random.* and is .*other.* now"):
+        start().run()
+
+
+def test_subsets_are_of_all_labels_and_nested(start):
+    evaluation = start()
+    assert len({sample.label for sample in evaluation.samples(2)}) == 2
+    assert set(evaluation.samples(2)) < set(evaluation.samples(4)) < set(evaluation.samples())
+
+
+def test_rows_of_one_radius_are_not_those_of_another(start):
+    store = start().store
+    store.add("none/foa-12", [{"image": "a", "task": "vqa", "reply": "A"}])
+    store.add("none/foa-12.75", [{"image": "a", "task": "vqa", "reply": "B"}])
+    assert store.rows("none/foa-12")[("a", "vqa")]["reply"] == "A"
+    assert store.rows("none/foa-12.75")[("a", "vqa")]["reply"] == "B"
 
 
 def test_light_and_n0_reach_enable(start, psm):
@@ -395,7 +440,7 @@ def test_a_model_is_shown_exactly_the_pixels_that_were_attacked(demo):
 
 def test_models_that_cut_pictures_up_are_refused(demo):
     class Tiles:
-        chat_template = None
+        chat_template, image_token, tokenizer = None, "<image>", demo.processor.tokenizer
 
         def __call__(self, **kwargs):
             from transformers import BatchFeature
@@ -510,7 +555,7 @@ def test_zero_shot_clip_is_evaluated_by_class_names(tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
-    command = ["evaluate", "--suite", "table3", "--images", "55", "--steps", "60", "--out", str(tmp_path)]
+    command = ["evaluate", "--suite", "table3", "--images", "66", "--steps", "100", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "summary.json").read_text())["tables"]["table3"]
@@ -521,5 +566,5 @@ def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
         assert asr["FS-PSM"] <= 0.05, attack
         assert acc["FS-PSM"] >= 0.8, attack
         for tower in ("FARE", "TeCoA"):
-            assert acc[f"{tower} + FS-PSM"] >= acc[tower] - 0.02, attack
-            assert asr[f"{tower} + FS-PSM"] <= asr[tower] + 0.02, attack
+            assert acc[f"{tower} + FS-PSM"] > acc[tower], attack
+            assert asr[f"{tower} + FS-PSM"] <= asr[tower], attack

@@ -145,7 +145,7 @@ def test_a_batch_has_each_requests_own_tokens_on_the_right(processor):
     prompts = [lmms.prompt(processor, [turn("user", None, question)]) for question in questions]
     batch = lmms.encode(processor, prompts, [[scene] for scene in scenes])
     for i in range(2):
-        alone = encode(processor, scenes[i : i + 1], questions[i : i + 1])
+        alone = encode(processor, [dialogue(processor, questions[i])], [[scenes[i]]])
         length = alone["input_ids"].shape[1]
         assert torch.equal(batch["input_ids"][i, -length:], alone["input_ids"][0])
         assert batch["attention_mask"][i].sum() == length

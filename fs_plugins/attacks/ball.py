@@ -43,9 +43,11 @@ class Ball:
         if self.norm == "linf":
             return images.clamp((centres - self.eps).clamp(0, 1), (centres + self.eps).clamp(0, 1))
         change = images - centres
-        length = change.flatten(1).norm(dim=1).view(-1, *[1] * (images.ndim - 1))
+        length = change.flatten(1).double().norm(dim=1).view(-1, *[1] * (images.ndim - 1))
+        inside = self.eps * (1 - 1e-6)  # single precision rounds each of many pixels
+        shorter = change * (inside / length.clamp(min=inside)).to(change.dtype)
         # Clipping to [0, 1] only shortens a change, for the centres are in [0, 1].
-        return (centres + change * (self.eps / length.clamp(min=self.eps))).clamp(0, 1)
+        return (centres + shorter).clamp(0, 1)
 
     def steepest(self, slope: Tensor) -> Tensor:
         """The gradient (B, C, H, W) of an objective -> the direction of length 1 in this norm that climbs it fastest."""

@@ -33,14 +33,17 @@ class Method:
         similarity: of two pictures as one encoder sees them, (B,).
         crop: the law of the crops of both pictures, drawn afresh at every step; None looks at whole pictures.
         dynamic: whether an ensemble's members are weighed by how slowly they gave way at the last step.
+        top: the largest value that the similarity can have.
     """
 
     name: str
     similarity: Callable[[Seen, Seen], Tensor]
     crop: Crop | None = None
     dynamic: bool = False
+    top: float = 1.0
 
 
+# Zhao et al. take CLIP's pooled feature, as a surrogate; here the victim's own consumed features are at hand.
 def whole(one: Seen, other: Seen) -> Tensor:
     """Cosine of all that the model consumes."""
     return torch.cosine_similarity(one.embedding, other.embedding, dim=-1)
@@ -68,7 +71,7 @@ def pooled_and_parts(one: Seen, other: Seen) -> Tensor:
 METHODS = {
     "attackvlm": Method("AttackVLM", whole),
     "m-attack": Method("M-Attack", pooled, Crop()),
-    "foa": Method("FOA-Attack", pooled_and_parts, Crop(), dynamic=True),
+    "foa": Method("FOA-Attack", pooled_and_parts, Crop(), dynamic=True, top=1.2),
 }
 
 
@@ -125,10 +128,11 @@ def attack(
     if images.ndim != 4 or (targets is not None and targets.shape != images.shape):
         other = "" if targets is None else f" and targets {tuple(targets.shape)}"
         raise SettingError(f"images and targets must both be (B, C, H, W), got {tuple(images.shape)}{other}.")
-    if len(images) and not (images.min() >= 0 and images.max() <= 1):
-        raise SettingError(
-            f"images must be in [0, 1], got {images.min():.3g} to {images.max():.3g}. Undo the model's normalisation first."
-        )
+    for what, given in (("images", images), ("targets", targets)):
+        if given is not None and len(given) and not (given.min() >= 0 and given.max() <= 1):
+            raise SettingError(
+                f"{what} must be in [0, 1], got {given.min():.3g} to {given.max():.3g}. Undo the model's normalisation first."
+            )
     keys = tuple(range(len(images))) if names is None else tuple(names)
     if len(keys) != len(images):
         raise SettingError(f"names must have a key for each of {len(images)} images, got {len(keys)}.")
@@ -163,6 +167,8 @@ def climbed(method: Method, several: Sequence[Victim], aims: Tensor, stream: Str
     """What an attack climbs: the images' similarity to ``aims`` (sign 1), or the opposite (sign -1)."""
     fixed = [victim.see_plain(aims) for victim in several] if method.crop is None else None
     former: dict[int, Tensor] = {}
+    # Scales that steps do not see keep the gradients of a half-precision encoder from vanishing.
+    scale = 2.0**12 if any(victim.call.dtype == torch.float16 for victim in several) else 1.0
 
     def objective(images: Tensor, step: int, draw: int) -> Tensor:
         now = stream.at(step, draw)
@@ -177,10 +183,11 @@ def climbed(method: Method, several: Sequence[Victim], aims: Tensor, stream: Str
             [method.similarity(victim.see(shown, now.at("noise", i)), aim) for i, (victim, aim) in enumerate(pairs)]
         )
         weights = torch.ones_like(scores)
-        if method.dynamic and draw in former:
-            weights = len(scores) * torch.softmax(scores.detach() / former[draw], dim=0)
-        former[draw] = scores.detach()
-        return sign * (weights * scores).mean(0)
+        if method.dynamic and len(several) > 1:
+            left = (method.top - sign * scores.detach()).clamp(min=1e-6)
+            weights = len(scores) * torch.softmax(left / former.get(draw, left), dim=0)
+            former[draw] = left
+        return scale * sign * (weights * scores).mean(0)
 
     return objective
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.attacks.ball import Ball, check_distance
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import ModelError, SettingError
 
 Objective = Callable[[Tensor, int, int], Tensor]
 """(B, C, H, W) images in [0, 1], step from 1 and draw from 0 -> (B,) scores; each depends on its own image only."""
@@ -32,8 +32,8 @@ def ascend(
         objective: what to climb.
         images: (B, C, H, W) in [0, 1].
         ball: where the attack may go.
-        step_size: length of a step in the ball's norm, [0, 1] pixel units; by default 1/255 for l-inf, and for l2
-            2.5 eps / steps.
+        step_size: length of a step in the ball's norm, [0, 1] pixel units; by default 2.5 eps / steps,
+            and for l-inf 1/255 at least.
         steps: how many.
         draws: the objective's gradient is summed over so many draws at every step (expectation over transformation).
         start: (B, C, H, W) where to begin, pulled into the ball; by default the images themselves.
@@ -44,12 +44,14 @@ def ascend(
 
     Raises:
         SettingError: a value out of range.
+        ModelError: the objective has no gradient.
     """
     for name, value in (("steps", steps), ("draws", draws)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingError(f"{name} must be a whole number >= 1, got {value!r}.")
     if step_size is None:
-        step_size = 1 / 255 if ball.norm == "linf" else 2.5 * ball.eps / steps
+        step_size = max(1 / 255 if ball.norm == "linf" else 0.0, 2.5 * ball.eps / steps)
+        step_size = min(step_size, 1.0) if ball.norm == "linf" else step_size
     elif ball.norm == "linf":
         check_distance("step_size", step_size)
     elif not step_size > 0:
@@ -60,7 +62,14 @@ def ascend(
         slope = torch.zeros_like(attacked)
         for draw in range(draws):
             with torch.enable_grad():
-                slope += torch.autograd.grad(objective(attacked, step, draw).sum(), attacked)[0]
+                score = objective(attacked, step, draw).sum()
+                grads = torch.autograd.grad(score, attacked, allow_unused=True) if score.requires_grad else (None,)
+                if grads[0] is None:
+                    raise ModelError(
+                        "No gradient reaches the pixels: something on the way detaches it. A defence that cannot be "
+                        "differentiated is not robust for that; try the gradient-free attack (fs_plugins.attacks.square)."
+                    )
+                slope += grads[0]
         attacked = ball.project(attacked.detach() + step_size * ball.steepest(slope), images)
         if report is not None:
             report(step)

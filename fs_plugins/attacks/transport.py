@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from fs_plugins.errors import SettingError
+
 
 def centres(tokens: Tensor, k: int = 10, iterations: int = 100) -> Tensor:
     """k-means of each image's tokens, by Lloyd's iterations from tokens at equal distances.
@@ -54,9 +56,14 @@ def transported(source: Tensor, target: Tensor, *, reg: float = 0.1, iterations:
 
     Returns:
         (B,) the sum of plan times cosine.
-    """
-    from ot.batch import solve_batch
 
+    Raises:
+        SettingError: POT is not installed.
+    """
+    try:
+        from ot.batch import solve_batch
+    except ImportError:
+        raise SettingError('FOA-Attack needs POT: pip install "fs-plugins[evaluate]".') from None
     similar = normalize(source, dim=-1) @ normalize(target, dim=-1).transpose(1, 2)
     # tol 0: the number of iterations must not depend on which other images are in the batch.
     plan = solve_batch(

@@ -38,8 +38,8 @@ class Seen:
 
     Args:
         embedding: (B, E) the certified embedding: all that the model consumes.
-        pooled: (B, P) one vector for the picture as a whole: the class token beside the consumed tokens, their mean
-            where there is none, or the embedding where the model consumes a pooled vector.
+        pooled: (B, P) one vector for the picture as a whole: the mean of the tokens that the model consumes, or the embedding
+            where it consumes a pooled vector.
         tokens: (B, L, D) what stands for parts of the picture; None where the encoder shows none.
     """
 
@@ -85,11 +85,9 @@ class Victim:
         of_tokens = [readout for readout in self.call.readouts if readout.tokens != 0]
         if not of_tokens:
             return Seen(embedding, embedding, _hidden(output))
-        whole = [replace(readout, skip=0).get(output) for readout in of_tokens]
-        pooled = [
-            value[:, 0] if readout.skip else value.mean(1) for readout, value in zip(of_tokens, whole, strict=True)
-        ]
-        return Seen(embedding, torch.cat(pooled, dim=1).to(embedding.dtype), wide[of_tokens[0].name])
+        # Not the class token, which CLIP pools: a model that consumes the others never reads it, and no mapper refines it.
+        pooled = torch.cat([wide[readout.name].mean(1) for readout in of_tokens], dim=1)
+        return Seen(embedding, pooled, wide[of_tokens[0].name])
 
 
 def _hidden(output: Any) -> Tensor | None:

@@ -30,7 +30,8 @@ from fs_plugins.cli.base import (
 
 DEMO: dict[str, Any] = {
     "images": 220,
-    "steps": 60,
+    "steps": 100,
+    "aside_images": 55,
     "adaptive_images": 44,
     "adaptive_steps": 60,
     "adaptive_draws": 1,
@@ -43,13 +44,14 @@ DEMO: dict[str, Any] = {
 QUICK: dict[str, Any] = {
     "images": 22,
     "steps": 20,
+    "aside_images": 11,
     "adaptive_images": 4,
-    "adaptive_steps": 6,
+    "adaptive_steps": 8,
     "adaptive_draws": 1,
     "certified_images": 3,
     "certified_draws": 100,
     "masking_images": 4,
-    "masking_queries": 12,
+    "masking_queries": 10,
 }
 """The same for ``--quick``."""
 
@@ -73,13 +75,16 @@ def evaluate(
     eps: Annotated[
         str | None, typer.Option(help="Another l-inf radius for the suites' attacks, in [0, 1] pixels, such as 8/255.")
     ] = None,
-    adaptive_images: Annotated[
-        int | None, typer.Option(min=1, help="Pictures, the first ones, of the adaptive attacks.")
-    ] = None,
+    aside_images: Annotated[int | None, typer.Option(min=1, help="Pictures of the suites s6, s7 and s8.")] = None,
+    adaptive_images: Annotated[int | None, typer.Option(min=1, help="Pictures of the adaptive attacks.")] = None,
     adaptive_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the adaptive attacks.")] = None,
     adaptive_draws: Annotated[int | None, typer.Option(min=1, help="Draws that each such step averages over.")] = None,
-    certified_images: Annotated[int | None, typer.Option(min=1, help="Pictures, the first ones, certified.")] = None,
+    certified_images: Annotated[int | None, typer.Option(min=1, help="Pictures that are certified.")] = None,
     certified_draws: Annotated[int | None, typer.Option(min=1, help="Draws of each certificate.")] = None,
+    masking_images: Annotated[int | None, typer.Option(min=2, help="Pictures of the suite masking.")] = None,
+    masking_queries: Annotated[
+        int | None, typer.Option(min=1, help="Queries of its gradient-free attack, a picture.")
+    ] = None,
     psm: Annotated[str, typer.Option(help='"auto", "photo", "diffusion", a PSM folder or hub id.')] = "auto",
     light: Annotated[str, typer.Option(help="The light PSM of suite s6.")] = "photo",
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
@@ -98,14 +103,22 @@ def evaluate(
     judge_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; changes no result.")] = 44,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at once, 8 by default; bounds memory, changes no result.")
+    ] = None,
+    chunk_size: Annotated[
+        int, typer.Option(min=1, help="Noisy copies that a smoothed encoder takes at once; the same.")
+    ] = 32,
     seed: Annotated[int, typer.Option(help="Of attacks, serving noise and certificates.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few pictures and steps, to see that all works; intervals are wide.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for everything; an interrupted run goes on from it.")] = Path(
-        "runs/evaluate"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for everything; an interrupted run goes on from it. runs/evaluate, with --quick runs/evaluate-quick."
+        ),
+    ] = None,
 ) -> None:
     """The paper's tables on a model: attacks, defences, tasks, certificates. Terminal, CSV and one HTML report.
 
@@ -119,15 +132,22 @@ def evaluate(
         from fs_plugins.evaluation.results import Results
         from fs_plugins.evaluation.run import Evaluation, Settings, fixed
         from fs_plugins.evaluation.store import Store
+        from fs_plugins.smoothing import check_sigma
 
         began = time.time()
+        out = out or Path("runs/evaluate-quick" if quick else "runs/evaluate")
         suites = _suites(suite or ["table3"], eps)
+        if sigma is not None:
+            check_sigma(sigma)
         crew = Crew.assemble()
         defaults = dict(QUICK if quick else DEMO if data is None else {})
         count = images or defaults.pop("images", None)
         defaults.pop("images", None)
         given = {
             "steps": steps,
+            "aside_images": aside_images,
+            "masking_images": masking_images,
+            "masking_queries": masking_queries,
             "adaptive_images": adaptive_images,
             "adaptive_steps": adaptive_steps,
             "adaptive_draws": adaptive_draws,
@@ -152,11 +172,11 @@ def evaluate(
             corrupt=corrupt,  # type: ignore[arg-type]
             seed=seed,
         )
-        if count is not None:
-            dataset = dataset.some(count, seed)
+        if images is not None or quick:
+            dataset = dataset.some(count if images is not None else min(count, len(dataset.samples)), seed)
         for sentence in dataset.skipped:
             console.print(f"[yellow]Skipped[/]  {sentence}", highlight=False)
-        kept = fixed(model, towers, dataset, settings)
+        kept = {**fixed(model, towers, dataset, settings), "class_prompt": class_prompt}
         if crew.rank == 0:
             Store(out / "results", kept)
         crew.wait()
@@ -171,16 +191,23 @@ def evaluate(
                 store=store,
                 judge=compares,
                 track=track,
-                batch_size=batch_size,
+                batch_size=batch_size or (44 if data is None else 8),
+                chunk_size=chunk_size,
                 share=(crew.rank, crew.size),
                 wait=crew.wait,
             )
-            evaluation.run()
+            failed = None
+            try:
+                evaluation.run()
+            except errors.JudgeError as error:  # everything else is there
+                failed = error
         if crew.rank == 0:
             for one in suites:
                 if one.task is not None and not evaluation.can(one.task):
                     evaluation.notes.append(f"{one.name}: this data or this model is not for {one.task}.")
             _show(Results(evaluation), out, began)
+        if failed is not None:
+            raise failed
 
 
 def _suites(names: list[str], eps: str | None) -> list[Any]:
@@ -196,12 +223,16 @@ def _suites(names: list[str], eps: str | None) -> list[Any]:
         return chosen
     try:
         radius = float(Fraction(eps))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise errors.SettingError(f"--eps is a number such as 16/255 or 0.05, got {eps!r}.") from None
     Ball("linf", radius)
+    scale = 255 * radius / 16  # the suites' own is 16, and 32 for s7
     return [
         replace(
-            one, conditions=tuple(replace(condition, eps255=round(255 * radius, 6)) for condition in one.conditions)
+            one,
+            conditions=tuple(
+                replace(each, eps255=min(255.0, round(scale * each.eps255, 6))) for each in one.conditions
+            ),
         )
         for one in chosen
     ]
@@ -228,7 +259,10 @@ def _scenes(out: Path, count: int, crew: Crew) -> Path:
 
     folder = out / f"scenes-{count}"
     if crew.rank == 0:
-        write(folder, count)
+        try:
+            write(folder, count)
+        except OSError as error:
+            raise errors.SettingError(f"Nothing can be written to {out}: {error}.") from None
     crew.wait()
     return folder
 
@@ -247,7 +281,10 @@ def _loader(model: str, towers: dict[str, str], dataset: Any, class_prompt: str)
         if talks:
             from transformers import AutoProcessor
 
-            processor = AutoProcessor.from_pretrained(source(model))
+            try:
+                processor = AutoProcessor.from_pretrained(source(model))
+            except (OSError, ValueError) as error:
+                raise errors.ModelError(f"Cannot load a processor for {model!r}: {error}") from None
         if towers[tower]:
             fs_plugins.swap_encoder(one, towers[tower], processor=processor)
         if talks:
@@ -286,13 +323,16 @@ def _show(results: Any, out: Path, began: float) -> None:
 
 def _drawn(table: Any) -> Table:
     shown = plain_table()
-    for place, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
+    kept = [
+        place for place, column in enumerate(table.columns) if "pooled" not in column
+    ]  # those are in CSV and report
+    for place in kept:
+        shown.add_column(table.columns[place], justify="left" if place < 2 else "right", overflow="fold")
     former = None
     for row in table.rows:
         if former not in (None, row[0]) and len({line[0] for line in table.rows}) < len(table.rows):
             shown.add_section()
-        cells = [str(cell) for cell in row]
+        cells = [str(row[place]) for place in kept]
         if former == row[0]:
             cells[0] = ""
         former = row[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,48 @@ from fs_plugins.errors import SettingError
 
 
 def dialogue(processor: Any, question: str) -> str:
-    """The prompt for one image and one question, by the processor's chat template, else LLaVA-1.5's."""
+    """The prompt for one image and one question."""
+    return prompt(processor, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
+
+
+def prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the model reads, by the processor's chat template, else as LLaVA-1.5 was trained.
+
+    Args:
+        messages: Hugging Face's: ``{"role": ..., "content": [{"type": "image"} or {"type": "text", "text": ...}]}``.
+
+    Raises:
+        SettingError: no chat template, and images are not written as LLaVA-1.5 writes them.
+    """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: <image>\n{question} ASSISTANT:"
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if getattr(processor, "image_token", None) != "<image>":
+        raise SettingError(
+            f"{type(processor).__name__} has no chat template, so nobody knows how this model wants to be asked. "
+            "Save one beside the checkpoint (chat_template.jinja)."
+        )
+    turns = []
+    for message in messages:
+        images = sum(part["type"] == "image" for part in message["content"])
+        text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+        turns.append(f"{message['role'].upper()}: " + "<image>\n" * images + text)
+    return " ".join([*turns, "ASSISTANT:"])
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+    """Prompts and the images of each -> what the model is given, padded on the left.
+
+    ``images`` has one list for each prompt, either none of them empty or all.
+    """
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+    more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
+    if any(images):
+        more["images"] = [list(own) for own in images]
+    return processor(text=list(prompts), padding=True, return_tensors="pt", **more)
 
 
 @torch.no_grad()
@@ -36,15 +73,9 @@ def ask(
     """
     if len(images) != len(questions):
         raise SettingError(f"One question for each image: got {len(images)} images and {len(questions)} questions.")
-    inputs = encode(processor, images, questions).to(model.device)
-    return generate(model, processor, inputs, max_new_tokens=max_new_tokens)
-
-
-def encode(processor: Any, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-    """What the model is given: token ids, mask and pixels."""
     prompts = [dialogue(processor, question) for question in questions]
-    padding = {"padding": True} if len(prompts) > 1 else {}
-    return processor(images=list(images), text=prompts, return_tensors="pt", **padding)
+    inputs = encode(processor, prompts, [[image] for image in images]).to(model.device)
+    return generate(model, processor, inputs, max_new_tokens=max_new_tokens)
 
 
 @torch.no_grad()

@@ -16,8 +16,11 @@ from torch import nn
 
 import fs_plugins
 from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.answers import encode, prompt
 from fs_plugins.identity import digest
 from fs_plugins.noise import Noise, NoiseScope
+
+__all__ = ["arguments", "batches", "encode", "generation", "manifest", "prompt", "smooth", "until"]
 
 MODEL_ID = "fs_plugins"
 DEFAULT_NEW_TOKENS = 1024  # lmms-eval's own models', where a task does not say
@@ -119,46 +122,6 @@ def _pin(handle: fs_plugins.SmoothingHandle, draws: Mapping[str, Any]) -> str:
     ]
     content = json.dumps([fs_plugins.__version__, parts, draws], sort_keys=True).encode()
     return f"fs-{hashlib.sha256(content).hexdigest()[:12]}"
-
-
-def prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """What the model reads, by the processor's chat template, else as LLaVA-1.5 was trained.
-
-    Args:
-        messages: Hugging Face's: ``{"role": ..., "content": [{"type": "image"} or {"type": "text", "text": ...}]}``.
-
-    Raises:
-        SettingError: no chat template, and images are not written as LLaVA-1.5 writes them.
-    """
-    if getattr(processor, "chat_template", None):
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if getattr(processor, "image_token", None) != "<image>":
-        raise SettingError(
-            f"{type(processor).__name__} has no chat template, so nobody knows how this model wants to be asked. "
-            "Save one beside the checkpoint (chat_template.jinja)."
-        )
-    turns = []
-    for message in messages:
-        images = sum(part["type"] == "image" for part in message["content"])
-        text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
-        turns.append(f"{message['role'].upper()}: " + "<image>\n" * images + text)
-    return " ".join([*turns, "ASSISTANT:"])
-
-
-def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
-    """Prompts and the images of each -> what the model is given, padded on the left.
-
-    ``images`` has one list for each prompt, either none of them empty or all.
-    """
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
-    more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
-    if any(images):
-        more["images"] = [list(own) for own in images]
-    return processor(text=list(prompts), padding=True, return_tensors="pt", **more)
 
 
 def generation(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class _Said:
 def _pictures(said: _Said, samples: Sequence[Sample], purify: Purify | None) -> Iterator[dict[str, Any]]:
     """Those of the samples that have been attacked: clean, and under each attack on the model's own encoder."""
     dataset = said.evaluation.dataset
-    tasks = list(dict.fromkeys(task for tasks in said.cells.values() for task in tasks))
+    tasks = list(dict.fromkeys(task for tasks in said.cells.values() for task in tasks if task in TASKS))
     attacks = _attacks(said.evaluation)
     found = {key: _attacked(said.evaluation, key, samples) for key in attacks}
     purified = {key: _purified(some, purify) for key, some in found.items() if some and purify is not None}
@@ -242,7 +242,7 @@ def _attacks(evaluation: Evaluation) -> dict[str, tuple[Condition, Defence | Non
     for defence, condition in evaluation.cells():
         if defence.tower == NONE.tower and condition not in (CLEAN, TARGET):
             maker = defence if condition.adaptive else None
-            found[evaluation._key(defence, condition)] = condition, maker
+            found[evaluation.key(defence, condition)] = condition, maker
     return found
 
 
@@ -294,7 +294,7 @@ def _replies(said: _Said, sample: Sample, condition: Condition, maker: Defence |
         for (defence, other), tasks in said.cells.items()
         if other == condition and maker in (None, defence)
     }
-    wanted = list(dict.fromkeys(task for tasks in cells.values() for task in tasks))
+    wanted = list(dict.fromkeys(task for tasks in cells.values() for task in tasks if task in TASKS))
     lines: list[dict[str, Any]] = []
     for defence in cells:
         replies = [said.reply(defence, condition, task, sample) for task in wanted]

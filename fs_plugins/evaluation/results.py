@@ -14,11 +14,13 @@ from fs_plugins.attacks import METHODS
 from fs_plugins.certificates import Certificate
 from fs_plugins.evaluation.data import Sample
 from fs_plugins.evaluation.metrics import Estimate, mean, proportion
-from fs_plugins.evaluation.run import FEATURES, MASKING, Evaluation
+from fs_plugins.evaluation.run import FEATURES, Evaluation, masking_file
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS, Captioning, Choice, Verdict
+from fs_plugins.files import whole_lines
 
 Unit = Literal["share", "number"]
+COSINES = ("FCS", "unrelated", "FCS pooled", "unrelated pooled")
 DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """The l2 distances of the paper's Table 2, in [0, 1] pixels."""
 
@@ -90,32 +92,32 @@ class Results:
 
     def tables(self) -> list[Table]:
         told = []
-        for suite in self.evaluation.suites:
+        evaluation = self.evaluation
+        for suite in evaluation.suites:
             if suite.task is not None and self.evaluation.can(suite.task):
                 told.append(self._asked(suite))
             if suite.certified:
                 told.append(self._certified(suite))
-            if suite.masking and (self.evaluation.store.folder / MASKING).exists():
+            if suite.masking and masking_file(evaluation.store, suite.conditions[0].eps).exists():
                 told.append(self._masking(suite))
         return told
 
     def answers(self, defence: Defence, condition: Condition, task: str, count: int | None = None) -> Iterator[Answer]:
-        """What was said about the first ``count`` of the condition's pictures."""
+        """What was said about ``count`` pictures, or about all."""
         evaluation = self.evaluation
-        among = {sample.image for sample in evaluation.samples(condition)[:count]}
         if task == "captioning":
             scores = evaluation.store.scores(evaluation.judge.name)
             captioning = cast(Captioning, TASKS[task])
-            for sample, reply, own, aim in evaluation.captions(defence, condition):
+            for sample, reply, own, aim in evaluation.captions(defence, condition, count):
                 pair = scores.get((reply, own)), scores.get((reply, aim))
-                if sample.image in among and pair[0] is not None and pair[1] is not None:
+                if pair[0] is not None and pair[1] is not None:
                     verdict = captioning.verdict(pair[0], pair[1])
                     yield Answer(sample, reply, verdict, (pair[0], pair[1]))
             return
         rows, choice = self.rows(defence, condition), cast(Choice, TASKS[task])
-        for sample in evaluation.samples(condition):
+        for sample in evaluation.samples(count):
             row = rows.get((sample.image, task))
-            if row is not None and sample.image in among:
+            if row is not None:
                 verdict = choice.verdict(row["reply"], sample, evaluation.dataset)
                 yield Answer(sample, row["reply"], verdict)
 
@@ -128,11 +130,9 @@ class Results:
     def certificates(self, defence: Defence) -> dict[float, dict[str, Certificate]]:
         """sigma -> picture -> certificate, of all processes."""
         found: dict[float, dict[str, Certificate]] = {}
-        wanted = {
-            sample.image for sample in self.evaluation.dataset.samples[: self.evaluation.settings.certified_images]
-        }
+        wanted = {one.image for one in self.evaluation.samples(self.evaluation.settings.certified_images)}
         for path in sorted((self.evaluation.store.folder / "certificates").glob(f"{defence.name}-sigma*.jsonl")):
-            for line in path.read_text().splitlines()[1:]:
+            for line in whole_lines(path)[1:]:
                 row = json.loads(line)
                 if row["image"] in wanted:
                     one = Certificate.from_json(json.dumps(row["certificate"]))
@@ -143,10 +143,9 @@ class Results:
         assert suite.task is not None
         evaluation = self.evaluation
         judged = ("score", "target score") if suite.task == "captioning" else ()
-        columns = ("pictures", "defence", "n", "ACC", "ASR", "FCS", "FCS pooled", *judged)
+        columns = ("pictures", "defence", "n", "ACC", "ASR", *COSINES, *judged)
         columns = (*columns, "s a picture") if suite.timed else columns
-        # What an adaptive attack is compared with must be of the same pictures.
-        count = min(len(evaluation.samples(condition)) for condition in suite.asked)
+        count = evaluation.count(suite)
         lines: list[tuple[Cell, ...]] = []
         for condition in suite.asked:
             for defence in suite.defences:
@@ -155,11 +154,11 @@ class Results:
                     continue
                 rows = self.rows(defence, condition)
                 attacked = [a.verdict.attacked for a in answers if a.verdict.attacked is not None]
-                of_features = [rows.get((answer.sample.image, FEATURES), {}) for answer in answers]
-                still = condition == CLEAN
+                apart = self.rows(defence, CLEAN)
 
-                def cosines(name: str, some: Any = of_features, still: bool = still) -> Figure | str:
-                    return "" if still else Figure(mean([row[name] for row in some if name in row]), "number")
+                def cosines(found: Any, name: str, some: Any = answers) -> Figure:
+                    kept = [found.get((one.sample.image, FEATURES)) for one in some]
+                    return Figure(mean([row[name] for row in kept if row is not None]), "number")
 
                 line: tuple[Cell, ...] = (
                     title_of(condition),
@@ -167,8 +166,10 @@ class Results:
                     len(answers),
                     Figure(proportion([answer.verdict.correct for answer in answers]), "share"),
                     Figure(proportion(attacked), "share"),
-                    cosines("cosine"),
-                    cosines("pooled"),
+                    "" if condition == CLEAN else cosines(rows, "cosine"),
+                    cosines(apart, "cosine"),
+                    "" if condition == CLEAN else cosines(rows, "pooled"),
+                    cosines(apart, "pooled"),
                 )
                 for place in range(len(judged)):
                     line += (Figure(mean([answer.scores[place] for answer in answers if answer.scores]), "number"),)
@@ -181,25 +182,20 @@ class Results:
         return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
 
     def _note(self, suite: Suite) -> str:
-        apart = self.unrelated(suite.defences[0])
         said = (
             "ACC: right answers. ASR: the attacker's answers. In per cent of n pictures, with 95 % intervals (Wilson). "
         )
         said += (
             "FCS: cosine between what is served for the clean and for the attacked picture, of all that the model consumes, "
-            "and of pooled features, with Student's intervals."
+            "and (in CSV and report) of pooled features, with Student's intervals; unrelated: of a clean picture and its attack's "
+            "target, by the same defence. A cosine that is no higher than that says nothing."
         )
-        if not math.isnan(apart.value):
-            said += f" Of a picture and its attack's target, without any attack: {apart.value:.3f}."
+        if suite.timed:
+            said += " Seconds are of pictures in batches."
         if suite.task == "captioning":
             judge = self.evaluation.judge.name
             said += f" Captions by the judge {judge}: right from .5 to the clean caption, the attacker's from .3 to the target's."
         return said
-
-    def unrelated(self, defence: Defence) -> Estimate:
-        """Cosine between the features of pictures of different things."""
-        rows = self.rows(defence, CLEAN)
-        return mean([row["cosine"] for (_, task), row in rows.items() if task == FEATURES and "cosine" in row])
 
     def _certified(self, suite: Suite) -> Table:
         columns = ("defence", "sigma", "n", *(f"eps {eps:g}" for eps in DISTANCES), "R .5")
@@ -234,7 +230,7 @@ class Results:
         )
 
     def _masking(self, suite: Suite) -> Table:
-        found = json.loads((self.evaluation.store.folder / MASKING).read_text())
+        found = json.loads(masking_file(self.evaluation.store, suite.conditions[0].eps).read_text())
         lines: list[tuple[Cell, ...]] = [
             (
                 one["name"],
@@ -250,7 +246,7 @@ class Results:
         lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
         verdict = " ".join(found["problems"]) or "Nothing speaks for masked gradients."
         note = (
-            f"{verdict} Margin: cosine of the served feature to the target's less that to the picture's own; above 0 the attack has "
+            f"{verdict} l-inf {suite.conditions[0].eps255:g}/255. Margin: cosine of the served feature to the target's less that to the picture's own; above 0 the attack has "
             "succeeded. The adaptive attack must not be weaker than the others, and without a bound it must reach every picture."
         )
         return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,9 +26,10 @@ from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, LIGHT, NONE, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tasks import TASKS
 from fs_plugins.files import atomically
+from fs_plugins.identity import digest
 from fs_plugins.noise import keyed
 from fs_plugins.psm import PSM
-from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import VisionCall
 
 Track = Callable[[str, int], Callable[[int], None]]
@@ -36,7 +37,6 @@ Track = Callable[[str, int], Callable[[int], None]]
 
 FEATURES = "features"
 """Beside the tasks: the row of a picture's feature."""
-MASKING = "masking.json"
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class Settings:
     Args:
         steps: of the attacks on bare encoders (the papers: 300).
         adaptive_steps, adaptive_draws: of those on defences, and draws that each step's gradient is averaged over (EOT).
-        adaptive_images: how many pictures, the first ones, defences are attacked on; all if None.
+        adaptive_images: how many pictures defences are attacked on; all if None.
+        aside_images: how many pictures the supplement's tables get; all if None.
         psm, light: the PSM of the smoothed defences, and of their light form, as ``enable`` takes them.
         mapper_only: a PSM for the ablation's mapper without a purifier; the PSM's own mapper if None.
         sigma: noise in [0, 1] pixels; the PSM's own if None.
         n0: draws per picture.
-        certified_images, certified_draws: how many pictures, the first ones, are certified, from how many draws each.
-        masking_images, masking_queries: pictures, the first ones, of the search for masked gradients, and the queries that its
+        certified_images, certified_draws: how many pictures are certified, from how many draws each.
+        masking_images, masking_queries: pictures of the search for masked gradients, and the queries that its
             gradient-free attack has for each.
         seed: of everything random.
     """
@@ -61,6 +62,7 @@ class Settings:
     adaptive_steps: int = 100
     adaptive_draws: int = 2
     adaptive_images: int | None = None
+    aside_images: int | None = None
     psm: str = "auto"
     light: str = "photo"
     mapper_only: str | None = None
@@ -86,7 +88,8 @@ class Evaluation:
         store: where everything is kept, and taken from.
         judge: compares captions.
         track: makes progress bars.
-        batch_size: pictures at once; changes no result.
+        batch_size, chunk_size: pictures at once, and rows (draws times pictures) of a smoothed encoder at once; they bound memory
+            and change no result.
         share: this process's number and how many there are; they divide the pictures among them.
         wait: until all processes are here.
         notes: what was left out, and why.
@@ -104,6 +107,7 @@ class Evaluation:
     judge: Judge
     track: Track
     batch_size: int = 32
+    chunk_size: int = DEFAULT_CHUNK_SIZE
     share: tuple[int, int] = (0, 1)
     wait: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
@@ -112,9 +116,15 @@ class Evaluation:
     purify: Callable[[Tensor], Tensor] | None = None
 
     def run(self) -> None:
-        """Do what is still to be done. ``results`` then has something to show."""
+        """Do what is still to be done. ``Results`` then has something to show, also where a judge failed."""
         for tower in self._needed_towers():
-            subject = self.load(tower)
+            try:
+                subject = self.load(tower)
+            except FSPluginsError as error:
+                if tower == "none":
+                    raise
+                self.notes.append(f"The rows of the {tower} tower are left out: {error}")
+                continue
             self.tasks = subject.tasks
             self._tower(tower, subject)
             del subject  # before the next one is loaded
@@ -122,27 +132,48 @@ class Evaluation:
         if self.share[0] == 0:
             self._judge()
 
-    def cells(self) -> dict[tuple[Defence, Condition], tuple[str, ...]]:
-        """Every defence under every condition that a suite asks about, and the tasks."""
-        found: dict[tuple[Defence, Condition], dict[str, None]] = {}
+    def cells(self) -> dict[tuple[Defence, Condition], dict[str, int]]:
+        """Every defence under every condition that a suite asks about: each task, and of how many pictures."""
+        found: dict[tuple[Defence, Condition], dict[str, int]] = {}
+
+        def ask(defence: Defence, condition: Condition, task: str, count: int) -> None:
+            tasks = found.setdefault((defence, condition), {})
+            tasks[task] = max(count, tasks.get(task, 0))
+
         for suite in self.suites:
             if suite.task is None or not self.can(suite.task):
                 continue
+            count = self.count(suite)
             for defence in suite.defences:
+                ask(defence, CLEAN, FEATURES, count)  # what little a cosine means
                 for condition in suite.asked:
-                    found.setdefault((defence, condition), {})[suite.task] = None
+                    ask(defence, condition, FEATURES, count)
+                    ask(defence, condition, suite.task, count)
             if suite.task == "captioning":  # what captions are compared with
                 for condition in (CLEAN, TARGET):
-                    found.setdefault((NONE, condition), {})[suite.task] = None
-        return {cell: tuple(tasks) for cell, tasks in found.items() if cell[0].tower in self.towers}
+                    ask(NONE, condition, suite.task, count)
+        return {cell: tasks for cell, tasks in found.items() if cell[0].tower in self.towers}
 
     def can(self, task: str) -> bool:
         return task in self.dataset.tasks and (not self.tasks or task in self.tasks)
 
-    def samples(self, condition: Condition) -> tuple[Sample, ...]:
-        """The samples that this condition is for."""
-        count = self.settings.adaptive_images if condition.adaptive else None
-        return self.dataset.samples[:count]
+    def count(self, suite: Suite) -> int:
+        """How many pictures a suite is for; what an adaptive attack is compared with must be of the same ones."""
+        count = len(self.dataset.samples)
+        if suite.aside and self.settings.aside_images is not None:
+            count = min(count, self.settings.aside_images)
+        if any(condition.adaptive for condition in suite.conditions) and self.settings.adaptive_images is not None:
+            count = min(count, self.settings.adaptive_images)
+        return count
+
+    def samples(self, count: int | None = None) -> tuple[Sample, ...]:
+        """So many of the samples, of all labels alike, or all; more contain fewer."""
+        every = self.dataset.samples
+        return every if count is None or count >= len(every) else self.dataset.some(count, self.settings.seed).samples
+
+    def key(self, defence: Defence, condition: Condition) -> str:
+        """Where a cell's attacked pictures lie: by tower, as the paper shares them, unless they were made for the defence."""
+        return f"{defence.name if condition.adaptive else defence.tower}/{condition.name}"
 
     def _needed_towers(self) -> list[str]:
         needed = {defence.tower for suite in self.suites for defence in suite.defences}
@@ -151,35 +182,52 @@ class Evaluation:
         return [tower for tower in self.towers if tower in needed or tower == "none"]
 
     def _tower(self, tower: str, subject: Subject) -> None:
-        settings = self.settings
-        cells = {key: tasks for key, tasks in self.cells().items() if key[0].tower == tower}
-        for condition in dict.fromkeys(condition for _, condition in cells):
-            if condition.name not in ("clean", "target") and not condition.adaptive:
-                self._attack(subject.call, f"{tower}/{condition.name}", condition, f"{condition.name} on tower {tower}")
+        cells = {cell: tasks for cell, tasks in self.cells().items() if cell[0].tower == tower}
         others = [one for suite in self.suites for one in suite.defences if one.tower == tower and suite.task is None]
-        for defence in dict.fromkeys([*(defence for defence, _ in cells), *others]):
+        ready = self._ready(subject, dict.fromkeys([*(defence for defence, _ in cells), *others]))
+        wanted: dict[Condition, int] = {}
+        for (defence, condition), tasks in cells.items():
+            if defence in ready and condition.method not in ("clean", "target") and not condition.adaptive:
+                wanted[condition] = max([wanted.get(condition, 0), *tasks.values()])
+        for condition, count in wanted.items():
+            what = f"{condition.name} on tower {tower}"
+            self._attack(subject.call, f"{tower}/{condition.name}", condition, count, what)
+        for defence, options in ready.items():
             asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
+            with self._defended(subject, options) as encoder:
+                for condition, tasks in asked.items():
+                    if condition.adaptive:
+                        what = f"{condition.name}, {defence.title}"
+                        self._attack(encoder, self.key(defence, condition), condition, max(tasks.values()), what)
+                self._ask(subject, encoder, defence, asked)
+                if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
+                    self.purify = partial(_purified, encoder, self.settings.seed)
+                    self._search(encoder)
+            self._certify(subject, defence)
+
+    def _ready(self, subject: Subject, defences: Iterable[Defence]) -> dict[Defence, dict[str, Any] | None]:
+        """Those defences that can be had, and how; asked before anything that takes long.
+
+        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for is an error.
+        """
+        ready: dict[Defence, dict[str, Any] | None] = {}
+        for defence in defences:
+            if defence.smoothing is None:
+                ready[defence] = None
+                continue
             try:
-                with self._defended(subject, defence) as encoder:
-                    for condition in asked:
-                        if condition.adaptive:
-                            self._attack(
-                                encoder, self._key(defence, condition), condition, f"{condition.name}, {defence.title}"
-                            )
-                    self._ask(subject, encoder, defence, asked)
-                    if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
-                        self.purify = partial(_purified, encoder, settings.seed)
-                        self._search(encoder)
+                options = self.options(subject, defence)
+                with fs_plugins.enable(subject.model, **options) as handle:
+                    psm, sigma = handle.smoothers[0].psm, handle.smoothers[0].sigma
             except (PSMError, RegistryError) as error:
-                if defence.smoothing is None:
+                if self.settings.psm != "auto" and defence.smoothing.psm is None and defence.tower == "none":
                     raise
                 self.notes.append(f"{defence.title} is left out: {error}")
                 continue
-            self._certify(subject, defence)
-
-    def _key(self, defence: Defence, condition: Condition) -> str:
-        """Where a cell's attacked pictures lie: by tower, as the paper shares them, unless they were made for the defence."""
-        return f"{defence.name if condition.adaptive else defence.tower}/{condition.name}"
+            made_of = [psm.config.name, digest(psm), psm.config.structure] if psm else None
+            self.store.hold(defence.name, {"psm": made_of, "sigma": sigma, "n0": options["n0"]})
+            ready[defence] = options
+        return ready
 
     def _mine(self, samples: Sequence[Sample]) -> list[Sample]:
         rank, size = self.share
@@ -190,18 +238,18 @@ class Evaluation:
             yield list(samples[first : first + self.batch_size])
 
     @contextmanager
-    def _defended(self, subject: Subject, defence: Defence) -> Iterator[VisionCall | FeatureSmoother]:
-        if defence.smoothing is None:
+    def _defended(self, subject: Subject, options: dict[str, Any] | None) -> Iterator[VisionCall | FeatureSmoother]:
+        if options is None:
             yield subject.call
             return
-        with fs_plugins.enable(subject.model, **self.options(subject, defence)) as handle:
+        with fs_plugins.enable(subject.model, **options) as handle:
             yield handle.smoothers[0]
 
     def options(self, subject: Subject, defence: Defence, sigma: float | None = None) -> dict[str, Any]:
         """How ``enable`` is told to defend. An image's draws follow from its content, so that a resumed run serves the same."""
         smoothing, settings = defence.smoothing, self.settings
         assert smoothing is not None
-        sigma = sigma or settings.sigma
+        sigma = settings.sigma if sigma is None else sigma
         psm: str | PSM | None = settings.light if smoothing.psm == LIGHT else smoothing.psm or settings.psm
         if smoothing.parts == "mapper" and settings.mapper_only is not None:
             psm = settings.mapper_only
@@ -221,17 +269,19 @@ class Evaluation:
             "n0": smoothing.n0 or settings.n0,
             "seed": settings.seed,
             "noise_scope": "image",
+            "chunk_size": self.chunk_size,
         }
 
-    def _attack(self, encoder: VisionCall | FeatureSmoother, key: str, condition: Condition, what: str) -> None:
+    def _attack(
+        self, encoder: VisionCall | FeatureSmoother, key: str, condition: Condition, count: int, what: str
+    ) -> None:
         """Make the attacked pictures that are missing."""
         settings, size = self.settings, _call(encoder).image_size
         assert size is not None
         steps, draws = settings.steps, 1
         if condition.adaptive:
             steps, draws = settings.adaptive_steps, settings.adaptive_draws
-        samples = self._mine(self.samples(condition))
-        missing = [sample for sample in samples if self.store.attacked(key, sample.image) is None]
+        missing = [s for s in self._mine(self.samples(count)) if self.store.attacked(key, s.image) is None]
         if not missing:
             return
         advance = self.track(what, steps * len(missing))
@@ -261,18 +311,18 @@ class Evaluation:
         subject: Subject,
         encoder: VisionCall | FeatureSmoother,
         defence: Defence,
-        asked: dict[Condition, tuple[str, ...]],
+        asked: dict[Condition, dict[str, int]],
     ) -> None:
         for condition, tasks in asked.items():
             key = f"{defence.name}/{condition.name}"
             done = self.store.rows(key)
-            samples = self._mine(self.samples(condition))
-
-            def open_tasks(sample: Sample, tasks: tuple[str, ...] = tasks, done: Any = done) -> list[str]:
-                wanted = [*(name for name in tasks if TASKS[name].applies(sample)), FEATURES]
-                return [name for name in wanted if (sample.image, name) not in done]
-
-            left = [sample for sample in samples if open_tasks(sample)]
+            open_tasks: dict[str, list[str]] = {}
+            for task, count in tasks.items():
+                for sample in self.samples(count):
+                    applies = task == FEATURES or TASKS[task].applies(sample)
+                    if applies and (sample.image, task) not in done:
+                        open_tasks.setdefault(sample.image, []).append(task)
+            left = [sample for sample in self._mine(self.dataset.samples) if sample.image in open_tasks]
             if not left:
                 continue
             advance = self.track(f"{condition.name} pictures, {defence.title}", len(left))
@@ -287,7 +337,7 @@ class Evaluation:
         defence: Defence,
         condition: Condition,
         some: list[Sample],
-        open_tasks: Callable[[Sample], list[str]],
+        open_tasks: dict[str, list[str]],
     ) -> list[dict[str, Any]]:
         size, device = _call(encoder).image_size, _device(encoder)
         assert size is not None
@@ -295,7 +345,7 @@ class Evaluation:
         def shown(sample: Sample) -> Tensor:
             if condition in (CLEAN, TARGET):
                 return (self.dataset.image if condition == CLEAN else self.dataset.target)(sample, size)
-            found = self.store.attacked(self._key(defence, condition), sample.image)
+            found = self.store.attacked(self.key(defence, condition), sample.image)
             if found is None:
                 raise SettingError(
                     f"The attacked picture of {sample.image} is missing in {self.store.folder}. Run the same command again."
@@ -305,7 +355,7 @@ class Evaluation:
         images = torch.stack([shown(sample) for sample in some]).to(device)
         rows: list[dict[str, Any]] = []
         for name, task in TASKS.items():
-            places = [i for i, sample in enumerate(some) if name in open_tasks(sample)]
+            places = [i for i, sample in enumerate(some) if name in open_tasks[sample.image]]
             if not places:
                 continue
             began = time.perf_counter()
@@ -315,8 +365,8 @@ class Evaluation:
                 {"image": some[i].image, "task": name, "reply": reply, "seconds": round(seconds, 5)}
                 for i, reply in zip(places, replies, strict=True)
             ]
-        places = [i for i, sample in enumerate(some) if FEATURES in open_tasks(sample)]
-        if places and condition != TARGET:
+        places = [i for i, sample in enumerate(some) if FEATURES in open_tasks[sample.image]]
+        if places:
             # Beside an attacked picture the clean one; beside a clean one the attack's target, a picture of something else.
             other = self.dataset.target if condition == CLEAN else self.dataset.image
             beside = torch.stack([other(some[i], size) for i in places]).to(device)
@@ -325,8 +375,6 @@ class Evaluation:
                 {"image": some[i].image, "task": FEATURES, "cosine": a, "pooled": b}
                 for i, a, b in zip(places, near, pooled, strict=True)
             ]
-        elif places:
-            rows += [{"image": some[i].image, "task": FEATURES} for i in places]
         return rows
 
     def _to_certify(self, tower: str) -> list[Defence]:
@@ -349,8 +397,10 @@ class Evaluation:
         }
         size = subject.call.image_size
         assert size is not None
-        samples = self.dataset.samples[: self.settings.certified_images]
-        mine = {sample.image: self.dataset.image(sample, size) for sample in self._mine(samples)}
+        mine = {
+            sample.image: self.dataset.image(sample, size)
+            for sample in self._mine(self.samples(self.settings.certified_images))
+        }
         for sigma in sorted(sigmas, key=lambda one: one or 0):  # None is the PSM's own
             try:
                 options = self.options(subject, defence, sigma)
@@ -374,7 +424,7 @@ class Evaluation:
                     sigma=level,
                     seed=self.settings.seed,
                     out=rows,
-                    chunk_size=4 * self.batch_size,
+                    chunk_size=self.chunk_size,
                     advance=self.track(
                         f"certifying, {defence.title}, sigma {level:g}", len(mine) * self.settings.certified_draws
                     ),
@@ -386,12 +436,12 @@ class Evaluation:
 
     def _search(self, smoother: FeatureSmoother) -> None:
         """Compare attacks that must be ordered if the defence's gradients are honest; kept as a file."""
-        path = self.store.folder / MASKING
-        if self.share[0] or path.exists() or not any(suite.masking for suite in self.suites):
+        eps = next((suite.conditions[0].eps for suite in self.suites if suite.masking), None)
+        if self.share[0] or eps is None or masking_file(self.store, eps).exists():
             return
         settings, size, device = self.settings, smoother.call.image_size, _device(smoother)
         assert size is not None
-        samples = self.dataset.samples[: settings.masking_images]
+        samples = self.samples(settings.masking_images)
         images, targets = (
             torch.stack([one(sample, size) for sample in samples]).to(device)
             for one in (self.dataset.image, self.dataset.target)
@@ -401,6 +451,7 @@ class Evaluation:
             smoother,
             images,
             targets,
+            eps=eps,
             draws=settings.adaptive_draws,
             seed=settings.seed,
             batch_size=self.batch_size,
@@ -408,7 +459,7 @@ class Evaluation:
             steps=steps,
             queries=queries,
         )
-        atomically(path, lambda file: file.write(json.dumps(asdict(report)).encode()))
+        atomically(masking_file(self.store, eps), lambda file: file.write(json.dumps(asdict(report)).encode()))
 
     def _judge(self) -> None:
         """Score the captions that have not been, against the clean picture's and the target's."""
@@ -416,7 +467,7 @@ class Evaluation:
             (said, reference)
             for (defence, condition), tasks in self.cells().items()
             if "captioning" in tasks and condition != TARGET
-            for _, said, own, aim in self.captions(defence, condition)
+            for _, said, own, aim in self.captions(defence, condition, tasks["captioning"])
             for reference in (own, aim)
         )
         known = self.store.scores(self.judge.name)
@@ -428,14 +479,16 @@ class Evaluation:
             self.store.score(self.judge.name, said, reference, score)
             advance(1)
 
-    def captions(self, defence: Defence, condition: Condition) -> Iterator[tuple[Sample, str, str, str]]:
+    def captions(
+        self, defence: Defence, condition: Condition, count: int | None = None
+    ) -> Iterator[tuple[Sample, str, str, str]]:
         """Sample, what was said of it, what should be, and what the undefended model says of the attack's target.
 
         What should be said is the dataset's caption where it has one, else what the undefended model says of the clean picture.
         """
         said = self.store.rows(f"{defence.name}/{condition.name}")
         clean, targets = (self.store.rows(f"{NONE.name}/{one.name}") for one in (CLEAN, TARGET))
-        for sample in self.samples(condition):
+        for sample in self.samples(count):
             rows = [found.get((sample.image, "captioning")) for found in (said, clean, targets)]
             if all(rows):
                 reply, own, aim = (row["reply"] for row in rows if row is not None)
@@ -469,9 +522,14 @@ def _device(encoder: VisionCall | FeatureSmoother) -> torch.device:
     return next(_call(encoder).module.parameters()).device
 
 
+def masking_file(store: Store, eps: float) -> Path:
+    """Where the search for masked gradients at this l-inf eps is kept."""
+    return store.folder / f"masking-{255 * eps:g}.json"
+
+
 def fixed(model: str, towers: dict[str, str], dataset: Dataset, settings: Settings) -> dict[str, Any]:
     """What ``Store`` holds a run to, the same wherever the package lies."""
     told = asdict(settings)
     if settings.mapper_only is not None:
         told["mapper_only"] = Path(settings.mapper_only).name
-    return {"model": model, "towers": towers, "data": dataset.digest, **told}
+    return {"version": fs_plugins.__version__, "model": model, "towers": towers, "data": dataset.digest, **told}

@@ -4,6 +4,7 @@ settings.json                       what every row depends on; a run with others
 attacked/TOWER/CONDITION/*.safetensors      one picture each, exactly as it was shown
 answers/DEFENCE/CONDITION.N.jsonl   replies and features, a row a picture and task, by the N-th process
 judged.jsonl                        a judge's scores of captions
+defences/                           the PSM that each defence had
 certificates/                       rows of fs_plugins.certify
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
-from fs_plugins.files import atomically, changed
+from fs_plugins.files import atomically, changed, whole_lines
 
-SETTINGS = "settings.json"
+SETTINGS, JUDGED, DEFENCES = "settings.json", "judged.jsonl", "defences"
 
 
 class Store:
@@ -40,23 +42,36 @@ class Store:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], process: int = 0) -> None:
         self.folder, self.process = folder, process
-        path = folder / SETTINGS
         others = [item.name for item in folder.glob("[!.]*")] if folder.is_dir() else []
-        if folder.is_file() or (others and not path.exists()):
+        if folder.is_file() or (others and SETTINGS not in others):
             raise SettingError(f"{folder} exists and holds no evaluation; choose another folder or empty it.")
-        if path.exists():
+        self._hold(folder / SETTINGS, settings)
+
+    def hold(self, defence: str, made_of: Mapping[str, Any]) -> None:
+        """Tie the folder to what a defence is made of.
+
+        Raises:
+            SettingError: it was made of something else in an earlier run.
+        """
+        self._hold(self.folder / DEFENCES / f"{defence}.json", made_of)
+
+    def _hold(self, path: Path, settings: Mapping[str, Any]) -> None:
+        if not path.exists():
             try:
-                different = changed(json.loads(path.read_text()), settings)
-            except ValueError as error:
-                raise SettingError(f"{path} is not what an evaluation wrote: {error}.") from None
-            if different:
-                raise SettingError(
-                    f"{folder} holds an evaluation with other settings: {'; '.join(different[:4])}. Give the same ones, or "
-                    "another folder."
-                )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            atomically(path, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomically(path, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
+            except OSError as error:
+                raise SettingError(f"Nothing can be written to {path.parent}: {error}.") from None
+            return
+        try:
+            different = changed(json.loads(path.read_text()), settings)
+        except ValueError as error:
+            raise SettingError(f"{path} is not what an evaluation wrote: {error}.") from None
+        if different:
+            raise SettingError(
+                f"{self.folder} holds an evaluation with other settings: {'; '.join(different[:4])}. Give the same ones, or "
+                "another folder."
+            )
 
     def attacked(self, key: str, name: str) -> Tensor | None:
         """The picture (C, H, W) in [0, 1], or None if it is not there, whole."""
@@ -78,7 +93,11 @@ class Store:
 
     def rows(self, key: str) -> dict[tuple[str, str], dict[str, Any]]:
         """(picture, task) -> its row, of all processes."""
-        return {(row["image"], row["task"]): row for row in self._read(f"answers/{key}.*.jsonl")}
+        place = self.folder / "answers" / key
+        parts = [
+            p for p in place.parent.glob("*.jsonl") if re.fullmatch(rf"{re.escape(place.name)}\.\d+\.jsonl", p.name)
+        ]
+        return {(row["image"], row["task"]): row for row in self._read(parts)}
 
     def add(self, key: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows with ``image`` and ``task``, on disk when this returns."""
@@ -87,19 +106,17 @@ class Store:
     def scores(self, judge: str) -> dict[tuple[str, str], float]:
         """(said, reference) -> a judge's score."""
         return {
-            (row["said"], row["reference"]): row["score"] for row in self._read("judged.jsonl") if row["judge"] == judge
+            (row["said"], row["reference"]): row["score"]
+            for row in self._read([self.folder / JUDGED])
+            if row["judge"] == judge
         }
 
     def score(self, judge: str, said: str, reference: str, score: float) -> None:
         row = {"judge": judge, "said": said, "reference": reference, "score": score}
-        self._append(self.folder / "judged.jsonl", [row])
+        self._append(self.folder / JUDGED, [row])
 
-    def _read(self, pattern: str) -> list[dict[str, Any]]:
-        found = []
-        for path in sorted(self.folder.glob(pattern)):
-            text = path.read_text()
-            found += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        return found
+    def _read(self, paths: Iterable[Path]) -> list[dict[str, Any]]:
+        return [json.loads(line) for path in sorted(paths) if path.exists() for line in whole_lines(path)]
 
     def _append(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fs_plugins
 from fs_plugins.errors import ModelError
-from fs_plugins.evaluation.answers import encode, generate
+from fs_plugins.evaluation.answers import dialogue, encode, generate
 from fs_plugins.evaluation.data import Dataset, Sample
 from fs_plugins.evaluation.tasks import Task
 from fs_plugins.vision import VisionCall
@@ -50,7 +50,9 @@ class Chat:
             ModelError: the processor makes something else of a picture than one image of the encoder's size.
         """
         height, width = self.size
-        inputs = encode(self.processor, [Image.new("RGB", (width, height))] * len(images), prompts)
+        blank = Image.new("RGB", (width, height))
+        told = [dialogue(self.processor, prompt) for prompt in prompts]
+        inputs = encode(self.processor, told, [[blank]] * len(images))
         device = next(self.model.parameters()).device
         pixels = self.call.pixels.from_unit(images.to(device), torch.float32)
         given = inputs.get("pixel_values")

@@ -116,6 +116,7 @@ class Suite:
         timed: whether seconds per picture are shown.
         masking: whether the first smoothed defence is searched for masked gradients.
         plain: whether clean pictures are shown first.
+        aside: whether a part of the pictures is enough.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Suite:
     timed: bool = False
     masking: bool = False
     plain: bool = True
+    aside: bool = False
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -147,8 +149,8 @@ SUITES = {
         Suite(
             "table5", "The parts of the defence (Table 5)", "classification", ABLATION, (FOA,), certified=True
         ),
-        Suite("s6", "A light purifier (Table S.6)", "classification", tuple(map(_light, DEFENCES)), THREE),
-        Suite("s7", "Twice the radius (Table S.7)", "classification", DEFENCES, (Condition("foa", 32),), plain=False),
+        Suite("s6", "A light purifier (Table S.6)", "classification", tuple(map(_light, DEFENCES)), THREE, aside=True),
+        Suite("s7", "Twice the radius (Table S.7)", "classification", DEFENCES, (Condition("foa", 32),), plain=False, aside=True),
         Suite(
             "s8",
             "Draws per picture (Table S.8)",
@@ -157,6 +159,7 @@ SUITES = {
             (FOA,),
             timed=True,
             plain=False,
+            aside=True,
         ),
         Suite(
             "adaptive",
@@ -166,6 +169,6 @@ SUITES = {
             tuple(replace(one, adaptive=adaptive) for one in THREE for adaptive in (False, True)),
             plain=False,
         ),
-        Suite("masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,), masking=True),
+        Suite("masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,), (Condition("attackvlm", 16),), masking=True),
     )
 }  # fmt: skip

@@ -37,7 +37,11 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
             f"Zero-shot classification needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} does not. For a "
             "linear head of your own, pass its weight to fs_plugins.certify_predictions."
         )
-    tokens = AutoTokenizer.from_pretrained(origin)(
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(origin)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load a tokenizer from {origin!r}: {error}") from None
+    tokens = tokenizer(
         [prompt.format(name) for name in classes],
         padding="max_length",  # as SigLIP was trained
         max_length=getattr(model.config, "text_config", model.config).max_position_embeddings,

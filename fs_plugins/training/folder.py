@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
-from fs_plugins.files import atomically, changed
+from fs_plugins.files import atomically, changed, whole_lines
 from fs_plugins.psm import PSM
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
 
@@ -106,9 +106,8 @@ class TrainingFolder:
             atomically(self.path / SETTINGS, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
         self._before = dict(zip([*stages, DONE], accumulate(stages.values(), initial=0), strict=True))
         now = self._before[stage] + step
-        text = (self.path / LOG).read_text() if (self.path / LOG).exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # what follows the last line break was never finished
-        rows = [r for r in csv.DictReader(whole.splitlines()) if self._before[r["stage"]] + int(r["step"]) <= now]
+        lines = whole_lines(self.path / LOG) if (self.path / LOG).exists() else []
+        rows = [r for r in csv.DictReader(lines) if self._before[r["stage"]] + int(r["step"]) <= now]
         atomically(self.path / LOG, lambda file: file.write(_lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])))
         if self._writer is not None:
             self._board = self._writer(self.path / "tensorboard", purge_step=now + 1)
