@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -568,3 +571,41 @@ def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
         for tower in ("FARE", "TeCoA"):
             assert acc[f"{tower} + FS-PSM"] > acc[tower], attack
             assert asr[f"{tower} + FS-PSM"] <= asr[tower], attack
+
+
+@pytest.mark.slow
+def test_accelerate_shares_the_pictures_among_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    command = [
+        "fs_plugins.cli",
+        "evaluate",
+        "--suite",
+        "table1",
+        "--suite",
+        "table2",
+        "--quick",
+        "--images",
+        "5",
+        "--steps",
+        "2",
+    ]
+    command += ["--fare", "none", "--tecoa", "none"]
+    told = []
+    for name, start in (("one", [sys.executable, "-m"]), ("two", launch)):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*start, *command, "--out", str(tmp_path / name)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads((tmp_path / name / "summary.json").read_text())["tables"])
+    parts = {path.name for path in (tmp_path / "two" / "results" / "answers" / "none").iterdir()}
+    assert {"clean.0.jsonl", "clean.1.jsonl"} <= parts
+    for table, rows in told[0].items():
+        for one, two in zip(rows, told[1][table], strict=True):
+            for column, value in one.items():
+                if isinstance(value, dict):
+                    assert two[column]["value"] == pytest.approx(value["value"], abs=2e-3), (table, column)
+                else:
+                    assert two[column] == value
