@@ -20,7 +20,7 @@ from fs_plugins.errors import PluginError
 if TYPE_CHECKING:
     from torch import nn
 
-    from fs_plugins.evaluation.judges import Judge
+    from fs_plugins.evaluation.protocols import Judge
     from fs_plugins.patch import SmoothingEvent
     from fs_plugins.vision import VisionCall
 

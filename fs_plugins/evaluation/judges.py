@@ -22,12 +22,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
 from fs_plugins.errors import JudgeError, PluginError, SettingError
+from fs_plugins.evaluation.protocols import Judge
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.sources import offline
 
@@ -36,24 +37,6 @@ if TYPE_CHECKING:
 
 KEY = "OPENAI_API_KEY"
 """Environment variable: the key that ``Endpoint`` sends if it is given none."""
-
-
-@runtime_checkable
-class Judge(Protocol):
-    """Says how alike two texts are."""
-
-    @property
-    def name(self) -> str:
-        """For result files: all that can change a score, and no secret. Scores of different names do not compare."""
-
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> Iterator[float]:
-        """One score in [0, 1] for each (said, reference), in order, each as soon as it is known.
-
-        A caller that writes each down loses nothing finished when a later one fails.
-
-        Raises:
-            JudgeError: a pair got no score. All before it have been yielded.
-        """
 
 
 def judge(name: str, **options: Any) -> Judge:
