@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,14 +15,17 @@ import pytest
 import torch
 from conftest import make_llava, make_psm
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fs_plugins
 from fs_plugins import JudgeError, ModelError, PSMError, SettingError
 from fs_plugins.cli import app
+from fs_plugins.cli.evaluate import _drawn
 from fs_plugins.evaluation.data import open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
-from fs_plugins.evaluation.results import Results, title_of
+from fs_plugins.evaluation.metrics import mean, proportion
+from fs_plugins.evaluation.results import Figure, Results, Table, title_of
 from fs_plugins.evaluation.run import Evaluation, Settings, fixed
 from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Chat, ZeroShot
@@ -526,6 +530,36 @@ def test_the_command_writes_tables_csv_summary_and_report(tmp_path):
     again = CliRunner().invoke(app, [*command[:-1], str(out), "--seed", "1"])
     assert again.exit_code == 2
     assert "seed was 0 and is 1 now" in " ".join(again.output.split())
+
+
+def test_a_table_fits_a_terminal_and_breaks_no_figure():
+    share, number = Figure(proportion([True] * 195 + [False] * 5), "share"), Figure(mean([0.5, 0.6, 0.7]), "number")
+    rows = tuple(
+        (title, defence.title, 200, share, share, "" if title == "clean" else number, number, number, number, number)
+        for title in ("clean", "FOA-Attack 16/255")
+        for defence in DEFENCES
+    )
+    columns = (
+        "pictures",
+        "defence",
+        "n",
+        "ACC",
+        "ASR",
+        "FCS",
+        "unrelated",
+        "FCS pooled",
+        "unrelated pooled",
+        "target score",
+    )
+    drawn = io.StringIO()
+    Console(file=drawn, width=80).print(_drawn(Table("x", "X", columns, rows)))
+    lines = [line.rstrip() for line in drawn.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["defence", "n", "ACC", "%", "ASR", "%", "FCS", "unrelated"]
+    assert "FOA-Attack 16/255" in lines
+    # t(0.975, 2) = 4.302653, times .1 / sqrt(3)
+    wanted = ["200", "97.5", "(94-99)", "97.5", "(94-99)", "0.600", "\u00b1.248", "0.600", "\u00b1.248"]
+    assert sum(line.split()[-len(wanted) :] == wanted for line in lines) == len(DEFENCES)
 
 
 def test_a_corrupt_picture_is_refused_by_name_or_skipped(tmp_path):

@@ -22,7 +22,14 @@ def test_mean_is_students_interval():
     # t(0.975, 2) = 4.302653, standard error 1 / sqrt(3)
     assert got.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
     assert got.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
-    assert mean([0.5]) == mean([0.5, 0.5])
+    assert mean([0.5, 0.5]).low == 0.5
+
+
+def test_one_value_has_a_mean_and_no_interval():
+    got = mean([0.5])
+    assert got.value == 0.5
+    assert math.isnan(got.low)
+    assert math.isnan(got.high)
 
 
 def test_nothing_measured_is_nan_not_zero():

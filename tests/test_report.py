@@ -258,14 +258,14 @@ def test_every_figure_of_every_table_is_there_with_its_interval(page, tmp_path):
     drawn = page.one("section", id="tables")
     assert [h.text for h in drawn.all("h3")] == [table.title for table in tables]
     for table, element in zip(tables, drawn.all("table"), strict=True):
-        assert [head.text for head in element.one("thead").all("th", scope="col")] == list(table.columns)
+        assert [head.text for head in element.one("thead").all("th", scope="col")] == list(table.headings)
         assert grid(element) == [[" ".join(str(cell).split()) for cell in row] for row in table.rows]
     assert [table.note for table in tables] == [
         note.text for note in drawn.all("p", class_="note")
     ]  # each table has one
     rows = grid(drawn.all("table")[0])
     # Of three pictures two are right; Wilson's interval of 2/3 is .208 to .939.
-    assert rows[0][:4] == ["clean", "none", "3", "66.7 % (21-94)"]
+    assert rows[0][:4] == ["clean", "none", "3", "66.7 (21-94)"]
     assert drawn.all("table")[0].all("th", scope="rowgroup")[1].attributes["rowspan"] == "3"
 
 

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fs_plugins import errors
 from fs_plugins.cli.base import (
@@ -299,10 +301,13 @@ def _show(results: Any, out: Path, began: float) -> None:
 
     evaluation = results.evaluation
     tables = results.tables()
+    said = set()
     for table in tables:
         console.print(f"\n[bold]{table.title}[/]\n")
         console.print(_drawn(table))
-        console.print(table.note, style="dim", highlight=False)
+        if table.note not in said:
+            console.print(table.note, style="dim", highlight=False)
+        said.add(table.note)
         table.write_csv(out / f"{table.name}.csv")
     for note in dict.fromkeys(evaluation.notes):
         console.print(f"[yellow]Left out[/]  {note}", highlight=False, soft_wrap=True)
@@ -312,9 +317,9 @@ def _show(results: Any, out: Path, began: float) -> None:
     (out / "summary.json").write_text(json.dumps({**results.summary(), "seconds": round(took, 1)}, indent=2) + "\n")
     write(results, out / "report.html", purify=evaluation.purify)
     console.print(
-        f"\n{len(evaluation.dataset.samples)} pictures, attacks of {settings.steps} steps; adaptive ones of "
-        f"{settings.adaptive_steps} steps and {settings.adaptive_draws} draws on the first "
-        f"{settings.adaptive_images or len(evaluation.dataset.samples)}; seed {settings.seed}. {duration(took)}.\n"
+        f"\n{len(evaluation.dataset.samples)} pictures, attacks of {settings.steps} steps; on "
+        f"{settings.adaptive_images or 'all'} of them adaptive ones, {settings.adaptive_steps} steps of "
+        f"{settings.adaptive_draws} x n0 draws; seed {settings.seed}. {duration(took)}.\n"
         f"Written: {out / 'report.html'}, and a CSV of each table, summary.json and all rows beside it",
         highlight=False,
         soft_wrap=True,
@@ -322,19 +327,29 @@ def _show(results: Any, out: Path, began: float) -> None:
 
 
 def _drawn(table: Any) -> Table:
+    """For 80 columns: rows with the same first cell are a section under it; pooled cosines and scores are left to CSV and report."""
+    kept = [place for place, column in enumerate(table.columns) if not {"pooled", "score"} & set(column.split())]
+    groups = [(head, list(rows)) for head, rows in groupby(table.rows, key=lambda row: row[0])]
+    sections = "defence" in table.columns[1:] and len(groups) < len(table.rows)
+    kept = kept[1:] if sections else kept
+    words = {place for place in kept if all(isinstance(row[place], str) for row in table.rows)}
     shown = plain_table()
-    kept = [
-        place for place, column in enumerate(table.columns) if "pooled" not in column
-    ]  # those are in CSV and report
+    shown.padding = (0, 1, 0, 0)
     for place in kept:
-        shown.add_column(table.columns[place], justify="left" if place < 2 else "right", overflow="fold")
-    former = None
-    for row in table.rows:
-        if former not in (None, row[0]) and len({line[0] for line in table.rows}) < len(table.rows):
+        # Words are broken rather than figures, as long as figures are few.
+        whole = place not in words and len(kept) <= 6
+        shown.add_column(
+            table.headings[place], justify="left" if place in words else "right", overflow="fold", no_wrap=whole
+        )
+    for head, rows in groups:
+        if sections:
             shown.add_section()
-        cells = [str(row[place]) for place in kept]
-        if former == row[0]:
-            cells[0] = ""
-        former = row[0]
-        shown.add_row(*cells)
+            shown.add_row(Text(str(head), style="bold"))
+        for row in rows:
+            shown.add_row(*(_cell(row[place]) for place in kept))
     return shown
+
+
+def _cell(cell: Any) -> Text:
+    parts = getattr(cell, "parts", None)
+    return Text(str(cell)) if parts is None else Text.assemble(parts[0], " ", (parts[1], "dim"))

@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % confidence interval; NaN throughout where there was nothing to measure."""
+    """A value with its 95 % confidence interval; NaN where there was nothing to measure."""
 
     value: float
     low: float
@@ -27,11 +27,13 @@ def proportion(hits: Sequence[bool]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean, with Student's interval."""
+    """The mean, with Student's interval; one value has none (NaN)."""
     if not values:
         return Estimate(math.nan, math.nan, math.nan)
     centre = sum(values) / len(values)
-    if len(values) == 1 or max(values) == min(values):
+    if len(values) == 1:
+        return Estimate(centre, math.nan, math.nan)
+    if max(values) == min(values):
         return Estimate(centre, centre, centre)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=centre, scale=stats.sem(values))
     return Estimate(centre, float(low), float(high))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -124,15 +123,12 @@ def _grouped(table: Table) -> dict[str, Any]:
                 heads.append((str(row[1]), "row", 1))
             lines.append({"heads": heads, "cells": [_parted(cell) for cell in row[2 if nested else 1 :]]})
         groups.append(lines)
-    return {"name": table.name, "title": table.title, "note": table.note, "columns": table.columns, "groups": groups}
+    return {"name": table.name, "title": table.title, "note": table.note, "columns": table.headings, "groups": groups}
 
 
 def _parted(cell: Cell) -> tuple[str, str]:
     """A cell's value and, of a figure, its interval, which is set smaller."""
-    value, interval = str(cell), ""
-    if isinstance(cell, Figure) and (found := re.fullmatch(r"(.*?) ([(\[].*)", value)):
-        value, interval = found.groups()
-    return value, interval
+    return cell.parts if isinstance(cell, Figure) else (str(cell), "")
 
 
 @dataclass(frozen=True)

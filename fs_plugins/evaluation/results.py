@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,18 +27,27 @@ DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value and its 95 % interval. ``str()`` is for people: shares in per cent, cosines from 0 to 1."""
+    """A measured value and its 95 % interval. For people, shares are in per cent and cosines from 0 to 1."""
 
     estimate: Estimate
     unit: Unit
 
     def __str__(self) -> str:
+        return " ".join(filter(None, self.parts))
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The value and its interval, which is empty where there is none."""
         value, low, high = self.estimate.value, self.estimate.low, self.estimate.high
         if math.isnan(value):
-            return "-"
-        if self.unit == "share":
-            return f"{100 * value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+            return "-", ""
+        share = self.unit == "share"
+        said = f"{100 * value:.1f}" if share else f"{value:.3f}"
+        if math.isnan(low):
+            return said, ""
+        return said, f"({100 * low:.0f}-{100 * high:.0f})" if share else f"\u00b1{(high - low) / 2:.3f}".replace(
+            "0.", ".", 1
+        )
 
 
 Cell = str | int | Figure
@@ -53,6 +62,14 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The columns' names for people: those of shares say that they are in per cent."""
+        shares = {
+            i for row in self.rows for i, cell in enumerate(row) if isinstance(cell, Figure) and cell.unit == "share"
+        }
+        return tuple(f"{column} %" if place in shares else column for place, column in enumerate(self.columns))
 
     def write_csv(self, path: Path) -> None:
         """Figures take three columns: value, low and high (shares from 0 to 1)."""
@@ -182,9 +199,7 @@ class Results:
         return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
 
     def _note(self, suite: Suite) -> str:
-        said = (
-            "ACC: right answers. ASR: the attacker's answers. In per cent of n pictures, with 95 % intervals (Wilson). "
-        )
+        said = "ACC: right answers. ASR: the attacker's answers. Of n pictures, with 95 % intervals (Wilson). "
         said += (
             "FCS: cosine between what is served for the clean and for the attacked picture, of all that the model consumes, "
             "and (in CSV and report) of pooled features, with Student's intervals; unrelated: of a clean picture and its attack's "
@@ -252,13 +267,13 @@ class Results:
         return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)
 
     def summary(self) -> dict[str, Any]:
-        """Everything for machines: settings, tables and notes."""
+        """The tables and notes for machines."""
 
         def told(cell: Cell) -> Any:
             if not isinstance(cell, Figure):
                 return cell
             e = cell.estimate
-            return None if math.isnan(e.value) else {"value": e.value, "low": e.low, "high": e.high}
+            return {name: None if math.isnan(value) else value for name, value in asdict(e).items()}
 
         return {
             "tables": {

@@ -401,6 +401,7 @@ class Evaluation:
             sample.image: self.dataset.image(sample, size)
             for sample in self._mine(self.samples(self.settings.certified_images))
         }
+        done: set[float] = set()
         for sigma in sorted(sigmas, key=lambda one: one or 0):  # None is the PSM's own
             try:
                 options = self.options(subject, defence, sigma)
@@ -410,6 +411,9 @@ class Evaluation:
                         level = handle.smoothers[0].sigma
                 if sigma is None or sigma == self.settings.sigma:
                     self.levels[defence.name] = level
+                if level in done:
+                    continue
+                done.add(level)
                 rows = (
                     self.store.folder
                     / "certificates"
