@@ -5,9 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
 from fs_plugins.cli import app
+from fs_plugins.cli.base import errors_for_people
 from fs_plugins.demo import world
 
 runner = CliRunner()
@@ -26,6 +29,17 @@ def test_ask_answers_without_and_with_side_by_side(picture):
     assert re.search(r"without\s+a large green square", result.output)
     assert re.search(r"with fs_plugins\s+a ", result.output)
     assert "1 smoothed calls" in result.output
+
+
+def test_out_of_memory_says_what_to_do_and_other_errors_are_not_hidden(capsys):
+    with pytest.raises(typer.Exit) as left, errors_for_people():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert left.value.exit_code == 2
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Tried to allocate 2.00 GiB" in told
+    assert "--batch-size" in told
+    with pytest.raises(RuntimeError, match="something else"), errors_for_people():
+        raise RuntimeError("something else")
 
 
 def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):

@@ -485,14 +485,23 @@ def test_zero_shot_takes_the_nearest_class_and_is_smoothed(clip, data):
         (["--eps", "16"], "did you mean 16/255"),
         (["--eps", "many"], "--eps is a number such as 16/255"),
         (["--data", "{empty}"], "no"),
+        (
+            ["--suite", "table4", "--data", "{pictures}"],
+            "can be asked for captioning, and table4 asks for something else",
+        ),
         (["--judge", "oracle"], "oracle"),
+        (["--judge", "endpoint"], "--judge endpoint needs --judge-url"),
+        (["--sigma", "3"], "at sigma 3"),
         (["--corrupt", "perhaps"], "perhaps"),
         (["--model", "nowhere"], "Cannot load 'nowhere'"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence_and_exit_with_2(tmp_path, arguments, message):
-    (tmp_path / "empty").mkdir()
-    filled = [a.format(empty=tmp_path / "empty") for a in arguments]
+    for name in ("empty", "pictures"):
+        (tmp_path / name).mkdir()
+    for i in range(2):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
+    filled = [a.format(empty=tmp_path / "empty", pictures=tmp_path / "pictures") for a in arguments]
     result = CliRunner().invoke(app, ["evaluate", "--quick", "--images", "2", "--out", str(tmp_path / "out"), *filled])
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())

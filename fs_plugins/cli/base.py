@@ -116,6 +116,17 @@ def errors_for_people() -> Iterator[None]:
         console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported it
+            raise
+        console.print("[bold red]Out of memory[/]  ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            "Less at once needs less of it: a smaller --batch-size or --chunk-size, where this command has them.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(2) from None
 
 
 @dataclass(frozen=True)

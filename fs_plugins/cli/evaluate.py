@@ -165,6 +165,10 @@ def evaluate(
             n0=n0,
             seed=seed,
         )
+        if judge == "endpoint" and not (judge_url and judge_model):
+            raise errors.SettingError(
+                "--judge endpoint needs --judge-url, such as http://localhost:8000/v1, and --judge-model."
+            )
         told = {"model": judge_model, "url": judge_url}
         compares = judge_by_name(judge, **{name: value for name, value in told.items() if value is not None})
         towers = _towers(model, fare, tecoa)
@@ -176,6 +180,11 @@ def evaluate(
         )
         if images is not None or quick:
             dataset = dataset.some(count if images is not None else min(count, len(dataset.samples)), seed)
+        if not any(one.task is None or one.task in dataset.tasks for one in suites):
+            raise errors.SettingError(
+                f"{dataset.name} can be asked for {', '.join(dataset.tasks)}, and {', '.join(one.name for one in suites)} asks "
+                "for something else (docs/evaluation-data.md says what each task needs)."
+            )
         for sentence in dataset.skipped:
             console.print(f"[yellow]Skipped[/]  {sentence}", highlight=False)
         kept = {**fixed(model, towers, dataset, settings), "class_prompt": class_prompt}

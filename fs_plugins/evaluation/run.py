@@ -208,7 +208,8 @@ class Evaluation:
     def _ready(self, subject: Subject, defences: Iterable[Defence]) -> dict[Defence, dict[str, Any] | None]:
         """Those defences that can be had, and how; asked before anything that takes long.
 
-        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for is an error.
+        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for, by name or by its noise
+        level, is an error.
         """
         ready: dict[Defence, dict[str, Any] | None] = {}
         for defence in defences:
@@ -220,7 +221,8 @@ class Evaluation:
                 with fs_plugins.enable(subject.model, **options) as handle:
                     psm, sigma = handle.smoothers[0].psm, handle.smoothers[0].sigma
             except (PSMError, RegistryError) as error:
-                if self.settings.psm != "auto" and defence.smoothing.psm is None and defence.tower == "none":
+                asked_for = self.settings.psm != "auto" or self.settings.sigma is not None
+                if asked_for and defence.smoothing.psm is None and defence.tower == "none":
                     raise
                 self.notes.append(f"{defence.title} is left out: {error}")
                 continue
