@@ -15,7 +15,7 @@ import fs_plugins
 from fs_plugins import SettingError
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation import lmms
-from fs_plugins.evaluation.answers import dialogue, encode
+from fs_plugins.evaluation.answers import dialogue, encode, prompt
 
 
 @pytest.fixture(scope="module")
@@ -125,25 +125,25 @@ def test_wrong_arguments_are_told_and_leave_the_model_alone(model, wrong, says):
 @pytest.mark.parametrize("templated", [True, False])
 def test_one_image_and_one_question_are_asked_as_everywhere_else(processor, templated):
     asked = processor if templated else SimpleNamespace(image_token="<image>")
-    assert lmms.prompt(asked, [turn("user", None, "Which shape?")]) == dialogue(asked, "Which shape?")
+    assert prompt(asked, [turn("user", None, "Which shape?")]) == dialogue(asked, "Which shape?")
 
 
 def test_without_a_chat_template_every_turn_and_image_is_in_the_prompt():
     plain = SimpleNamespace(chat_template=None, image_token="<image>")
-    said = lmms.prompt(plain, [turn("user", None, None, "Same?"), turn("assistant", "No."), turn("user", "Sure?")])
+    said = prompt(plain, [turn("user", None, None, "Same?"), turn("assistant", "No."), turn("user", "Sure?")])
     assert said == "USER: <image>\n<image>\nSame? ASSISTANT: No. USER: Sure? ASSISTANT:"
 
 
 def test_a_processor_that_nobody_knows_how_to_ask_is_refused():
     with pytest.raises(SettingError, match="SimpleNamespace has no chat template"):
-        lmms.prompt(SimpleNamespace(image_token="<img>"), [turn("user", None, "Which shape?")])
+        prompt(SimpleNamespace(image_token="<img>"), [turn("user", None, "Which shape?")])
 
 
 def test_a_batch_has_each_requests_own_tokens_on_the_right(processor):
     scenes = [world.scene("heldout", i).draw() for i in range(2)]
     questions = ["Which shape is in this image?", "Which shape?"]
-    prompts = [lmms.prompt(processor, [turn("user", None, question)]) for question in questions]
-    batch = lmms.encode(processor, prompts, [[scene] for scene in scenes])
+    prompts = [prompt(processor, [turn("user", None, question)]) for question in questions]
+    batch = encode(processor, prompts, [[scene] for scene in scenes])
     for i in range(2):
         alone = encode(processor, [dialogue(processor, questions[i])], [[scenes[i]]])
         length = alone["input_ids"].shape[1]
@@ -156,7 +156,7 @@ def test_a_batch_has_each_requests_own_tokens_on_the_right(processor):
 def test_a_prompt_that_begins_with_the_beginning_gets_no_second_one(processor):
     begin = processor.tokenizer.bos_token_id
     for text in ("USER: Which shape? ASSISTANT:", "<s>USER: Which shape? ASSISTANT:"):
-        inputs = lmms.encode(processor, [text], [[]])
+        inputs = encode(processor, [text], [[]])
         assert (inputs["input_ids"] == begin).sum() == 1
         assert "pixel_values" not in inputs
 

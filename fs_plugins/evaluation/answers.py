@@ -74,14 +74,15 @@ def ask(
     if len(images) != len(questions):
         raise SettingError(f"One question for each image: got {len(images)} images and {len(questions)} questions.")
     prompts = [dialogue(processor, question) for question in questions]
-    inputs = encode(processor, prompts, [[image] for image in images]).to(model.device)
-    return generate(model, processor, inputs, max_new_tokens=max_new_tokens)
+    inputs = encode(processor, prompts, [[image] for image in images])
+    return [text.strip() for text in generate(model, processor, inputs, max_new_tokens=max_new_tokens)]
 
 
 @torch.no_grad()
-def generate(model: Any, processor: Any, inputs: Any, *, max_new_tokens: int) -> list[str]:
-    """Greedy decoding; the new text only."""
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+def generate(model: Any, processor: Any, inputs: Any, **settings: Any) -> list[str]:
+    """The new text for what ``encode`` gave; ``settings`` are those of the model's ``generate``, greedy if they say nothing."""
+    inputs = inputs.to(model.device, model.dtype)
+    pad = processor.tokenizer.pad_token_id
+    tokens = model.generate(**inputs, pad_token_id=pad, **{"do_sample": False, **settings})
     new = tokens[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return list(processor.batch_decode(new, skip_special_tokens=True))

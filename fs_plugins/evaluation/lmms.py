@@ -16,11 +16,8 @@ from torch import nn
 
 import fs_plugins
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation.answers import encode, prompt
 from fs_plugins.identity import digest
 from fs_plugins.noise import Noise, NoiseScope
-
-__all__ = ["arguments", "batches", "encode", "generation", "manifest", "prompt", "smooth", "until"]
 
 MODEL_ID = "fs_plugins"
 DEFAULT_NEW_TOKENS = 1024  # lmms-eval's own models', where a task does not say

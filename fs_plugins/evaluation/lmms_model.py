@@ -15,6 +15,7 @@ from tqdm import tqdm
 import fs_plugins
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation import lmms as ours
+from fs_plugins.evaluation.answers import encode, generate, prompt
 from fs_plugins.noise import Noise, NoiseScope
 
 
@@ -136,15 +137,11 @@ class SmoothedModel(lmms):
             raise SettingError(f"Task {task} shows {' and '.join(others)}; {ours.MODEL_ID} takes images and text only.")
         return messages, [load_image(part["image"]) for part in parts if part["type"] == "image"]
 
-    @torch.no_grad()
     def _answer(self, asked: Sequence[tuple[list[dict[str, Any]], list[Any]]], settings: Any) -> list[str]:
-        prompts = [ours.prompt(self._processor, messages) for messages, _ in asked]
-        inputs = ours.encode(self._processor, prompts, [images for _, images in asked])
-        inputs = inputs.to(self.device, self._model.dtype)
-        pad = self._processor.tokenizer.pad_token_id
-        tokens = self._model.generate(**inputs, pad_token_id=pad, **ours.generation(settings))
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [ours.until(text, settings) for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+        prompts = [prompt(self._processor, messages) for messages, _ in asked]
+        inputs = encode(self._processor, prompts, [images for _, images in asked])
+        said = generate(self._model, self._processor, inputs, **ours.generation(settings))
+        return [ours.until(text, settings) for text in said]
 
 
 def _load(name: str, dtype: str, device: torch.device, device_map: str | None) -> tuple[Any, Any]:

@@ -64,7 +64,8 @@ class Chat:
                 "LLaVA-1.5 does, can be evaluated; for others use fs_plugins.attacks and fs_plugins.evaluation's parts."
             )
         inputs["pixel_values"] = pixels
-        return generate(self.model, self.processor, inputs.to(device), max_new_tokens=max_new_tokens)
+        said = generate(self.model, self.processor, inputs, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in said]
 
 
 class ZeroShot:
