@@ -219,6 +219,7 @@ def test_foa_needs_tokens_and_finds_those_beside_a_pooled_vector(clip):
 
 def test_the_adaptive_attack_differentiates_noise_purifier_encoder_mapper_and_average():
     call = tiny_call(TinyEncoder())
+    torch.manual_seed(4)  # of the PSM's weights: some are curved so much that single precision sees no slope
     through = smoother(call, n0=3)
     aims, stream = rand(1, 3, 8, 8, seed=1), Stream((0,), ("a",))
     objective = climbed(METHODS["attackvlm"], [Victim(through)], aims, stream, 1)
@@ -228,7 +229,7 @@ def test_the_adaptive_attack_differentiates_noise_purifier_encoder_mapper_and_av
         step = 0.01 * direction / direction.norm()
         with torch.no_grad():
             rise = (objective(image + step, 1, 0) - objective(image - step, 1, 0)) / 2
-        assert (slope * step).sum().item() == pytest.approx(rise.item(), rel=0.1, abs=2e-5)
+        assert (slope * step).sum().item() == pytest.approx(rise.item(), rel=0.01, abs=1e-6)
     values = [objective(image, step, draw).item() for step, draw in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert values[0] == values[1], "the same draw repeats itself"
     assert len(set(values)) == 3, "every step and every draw has noise of its own"
