@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FS_PLUGINS_REGISTRY"] = os.devnull  # a developer's own file is no part of the tests
@@ -20,6 +22,15 @@ from fs_plugins.vision import Field
 # A busy machine is no failure.
 settings.register_profile("fs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fs")
+
+
+def command_line(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run fs-plugins in a process of its own, or in several that ``accelerate launch`` starts."""
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    command = [sys.executable, "-m", *(launch if processes > 1 else ()), "fs_plugins.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 IMAGE_TOKEN = 30

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TinyEncoder, make_llava, make_psm, tiny_call
+from conftest import TinyEncoder, command_line, make_llava, make_psm, tiny_call
 
 import fs_plugins
 from fs_plugins import Certificate, FeatureSmoother, ModelError, SettingError
@@ -298,34 +298,26 @@ def test_a_model_in_training_mode_is_refused(images):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_certificates_as_one(tmp_path):
-    import os
-    import subprocess
-    import sys
-
     from fs_plugins.demo import world
 
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         world.scene("heldout", i).draw().save(tmp_path / "pictures" / f"{i}.png")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
-    command = ["fs_plugins.cli", "certify", str(tmp_path / "pictures"), "--draws", "50"]
 
-    def run(start, *options):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([*start, *command, *options], capture_output=True, text=True, env=environment)
+    def run(processes, *options):
+        return command_line(processes, "certify", tmp_path / "pictures", "--draws", 50, *options)
 
-    one = run([sys.executable, "-m"], "--seed", "0", "--out", str(tmp_path / "one"))
+    one = run(1, "--seed", "0", "--out", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
-    two = run(launch, "--seed", "0", "--out", str(tmp_path / "two"))
+    two = run(2, "--seed", "0", "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     rows = [(tmp_path / out / "certificates.jsonl").read_text() for out in ("one", "two")]
     assert rows[0] == rows[1]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["certificates.jsonl", "certificates.png"]
-    again = run(launch, "--seed", "0", "--out", str(tmp_path / "two"))
+    again = run(2, "--seed", "0", "--out", str(tmp_path / "two"))
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "two" / "certificates.jsonl").read_text() == rows[1], "a finished run is read again"
-    unseeded = run(launch, "--out", str(tmp_path / "three"))
+    unseeded = run(2, "--out", str(tmp_path / "three"))
     assert unseeded.returncode != 0, "there were not two processes"
     assert "Several processes need --seed" in " ".join((unseeded.stdout + unseeded.stderr).split())
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_llava, make_psm
+from conftest import command_line, make_llava, make_psm
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -24,7 +21,7 @@ from fs_plugins.cli import app
 from fs_plugins.cli.evaluate import _drawn
 from fs_plugins.evaluation.data import open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
-from fs_plugins.evaluation.metrics import mean, proportion
+from fs_plugins.evaluation.metrics import Estimate, mean, proportion
 from fs_plugins.evaluation.results import Figure, Results, Table, title_of
 from fs_plugins.evaluation.run import Evaluation, Settings, fixed
 from fs_plugins.evaluation.store import Store
@@ -571,6 +568,14 @@ def test_a_table_fits_a_terminal_and_breaks_no_figure():
     assert sum(line.split()[-len(wanted) :] == wanted for line in lines) == len(DEFENCES)
 
 
+def test_figures_say_their_intervals_whatever_their_size():
+    assert Figure(Estimate(0.5, 0.25, 0.75), "number").parts == ("0.500", "\u00b1.250")
+    assert Figure(Estimate(-0.5, -10.75, 9.75), "number").parts == ("-0.500", "\u00b110.250")
+    assert Figure(mean([0.5]), "number").parts == ("0.500", "")
+    assert Figure(Estimate(0.5, 0.094, 0.906), "share").parts == ("50.0", "(9-91)")
+    assert str(Figure(mean([]), "number")) == "-"
+
+
 def test_a_corrupt_picture_is_refused_by_name_or_skipped(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -619,28 +624,11 @@ def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
 @pytest.mark.slow
 def test_accelerate_shares_the_pictures_among_processes(tmp_path):
     pytest.importorskip("accelerate")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
-    command = [
-        "fs_plugins.cli",
-        "evaluate",
-        "--suite",
-        "table1",
-        "--suite",
-        "table2",
-        "--quick",
-        "--images",
-        "5",
-        "--steps",
-        "2",
-    ]
+    command = ["evaluate", "--suite", "table1", "--suite", "table2", "--quick", "--images", 5, "--steps", 2]
     command += ["--fare", "none", "--tecoa", "none"]
     told = []
-    for name, start in (("one", [sys.executable, "-m"]), ("two", launch)):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*start, *command, "--out", str(tmp_path / name)], capture_output=True, text=True, env=environment
-        )
+    for name, processes in (("one", 1), ("two", 2)):
+        done = command_line(processes, *command, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
         told.append(json.loads((tmp_path / name / "summary.json").read_text())["tables"])
     parts = {path.name for path in (tmp_path / "two" / "results" / "answers" / "none").iterdir()}

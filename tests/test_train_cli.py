@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import command_line
 from test_diffusion import GuidedDiffusion, shaken
 from typer.testing import CliRunner
 
@@ -306,8 +305,6 @@ def test_a_diffusion_purifier_is_fine_tuned_whole(photos, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_with_the_double_batch(photos, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     settings = [
         "--scenes",
         "40",
@@ -324,14 +321,13 @@ def test_two_processes_train_what_one_trains_with_the_double_batch(photos, tmp_p
     ]
     settings += ["--warmup", "1", "--log-every", "1", "--accumulate", "2", "--sigma-range", "0.2", "0.3"]
 
-    def run(start, *options):
-        command = [*start, "fs_plugins.cli", "train", *settings, *map(str, options)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def run(processes, *options):
+        done = command_line(processes, "train", *settings, *options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run([sys.executable, "-m"], "--batch-size", "4", "--out", tmp_path / "one")
-    told = run(launch, "--batch-size", "2", "--out", tmp_path / "two")
+    run(1, "--batch-size", "4", "--out", tmp_path / "one")
+    told = run(2, "--batch-size", "2", "--out", tmp_path / "two")
     assert told.count("pictures to train on") == 1
     logs = [list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
     assert len(logs[0]) == 11
@@ -345,4 +341,4 @@ def test_two_processes_train_what_one_trains_with_the_double_batch(photos, tmp_p
     assert max(apart.values()) < 1e-5, apart
     card = (tmp_path / "two" / "README.md").read_text()
     assert "accelerate launch --num_processes 2 -m fs_plugins.cli train --scenes 40" in card
-    assert "Finished already" in run(launch, "--batch-size", "2", "--out", tmp_path / "two")
+    assert "Finished already" in run(2, "--batch-size", "2", "--out", tmp_path / "two")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.box import HORIZONTALS
@@ -113,20 +113,17 @@ def errors_for_people() -> Iterator[None]:
     try:
         yield
     except errors.FSPluginsError as error:
-        console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        _leave(error, "")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported it
             raise
-        console.print("[bold red]Out of memory[/]  ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        console.print(
-            "Less at once needs less of it: a smaller --batch-size or --chunk-size, where this command has them.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(2) from None
+        _leave(error, " Less at once needs less: a smaller --batch-size or --chunk-size, where this command has them.")
+
+
+def _leave(error: Exception, advice: str) -> NoReturn:
+    console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
+    console.print(f"{error}{advice}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2) from None
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,8 @@ def evaluate(
             check_sigma(sigma)
         crew = Crew.assemble()
         defaults = dict(QUICK if quick else DEMO if data is None else {})
-        count = images or defaults.pop("images", None)
-        defaults.pop("images", None)
+        few = defaults.pop("images", None)
+        count = images or few
         given = {
             "steps": steps,
             "aside_images": aside_images,
@@ -179,7 +179,7 @@ def evaluate(
             seed=seed,
         )
         if images is not None or quick:
-            dataset = dataset.some(count if images is not None else min(count, len(dataset.samples)), seed)
+            dataset = dataset.some(images or min(few, len(dataset.samples)), seed)
         if not any(one.task is None or one.task in dataset.tasks for one in suites):
             raise errors.SettingError(
                 f"{dataset.name} can be asked for {', '.join(dataset.tasks)}, and {', '.join(one.name for one in suites)} asks "
@@ -213,9 +213,6 @@ def evaluate(
             except errors.JudgeError as error:  # everything else is there
                 failed = error
         if crew.rank == 0:
-            for one in suites:
-                if one.task is not None and not evaluation.can(one.task):
-                    evaluation.notes.append(f"{one.name}: this data or this model is not for {one.task}.")
             _show(Results(evaluation), out, began)
         if failed is not None:
             raise failed
@@ -318,7 +315,7 @@ def _show(results: Any, out: Path, began: float) -> None:
             console.print(table.note, style="dim", highlight=False)
         said.add(table.note)
         table.write_csv(out / f"{table.name}.csv")
-    for note in dict.fromkeys(evaluation.notes):
+    for note in results.notes():
         console.print(f"[yellow]Left out[/]  {note}", highlight=False, soft_wrap=True)
     settings = evaluation.settings
     # A run that was resumed took longer than its last part.
@@ -337,6 +334,8 @@ def _show(results: Any, out: Path, began: float) -> None:
 
 def _drawn(table: Any) -> Table:
     """For 80 columns: rows with the same first cell are a section under it; pooled cosines and scores are left to CSV and report."""
+    from fs_plugins.evaluation.results import parted
+
     kept = [place for place, column in enumerate(table.columns) if not {"pooled", "score"} & set(column.split())]
     groups = [(head, list(rows)) for head, rows in groupby(table.rows, key=lambda row: row[0])]
     sections = "defence" in table.columns[1:] and len(groups) < len(table.rows)
@@ -355,10 +354,6 @@ def _drawn(table: Any) -> Table:
             shown.add_section()
             shown.add_row(Text(str(head), style="bold"))
         for row in rows:
-            shown.add_row(*(_cell(row[place]) for place in kept))
+            cells = (parted(row[place]) for place in kept)
+            shown.add_row(*(Text.assemble(said, " " * bool(interval), (interval, "dim")) for said, interval in cells))
     return shown
-
-
-def _cell(cell: Any) -> Text:
-    parts = getattr(cell, "parts", None)
-    return Text(str(cell)) if parts is None else Text.assemble(parts[0], " ", (parts[1], "dim"))

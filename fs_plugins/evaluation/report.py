@@ -25,7 +25,7 @@ from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.bounds import Array
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.data import Sample
-from fs_plugins.evaluation.results import Answer, Cell, Figure, Results, Table, title_of
+from fs_plugins.evaluation.results import Answer, Results, Table, parted, title_of
 from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.store import SETTINGS
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
@@ -67,7 +67,7 @@ def write(results: Results, path: Path, *, purify: Purify | None = None, shown: 
         model=settings.pop("model", "a model"),
         data=evaluation.dataset.name,
         settings=_settings(settings, evaluation),
-        notes=_notes(evaluation),
+        notes=[*results.notes(), *(f"Skipped: {sentence}" for sentence in evaluation.dataset.skipped)],
         tables=[_grouped(table) for table in results.tables()],
         curves=_curves(results),
         enlarged=ENLARGED,
@@ -98,17 +98,6 @@ def _settings(kept: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str
     ]
 
 
-def _notes(evaluation: Evaluation) -> list[str]:
-    """What is missing, and why."""
-    unasked = [
-        f"{suite.title}: left out, because the data or the model is not for {suite.task}."
-        for suite in evaluation.suites
-        if suite.task is not None and not evaluation.can(suite.task)
-    ]
-    skipped = [f"Skipped: {sentence}" for sentence in evaluation.dataset.skipped]
-    return list(dict.fromkeys([*evaluation.notes, *unasked, *skipped]))
-
-
 def _grouped(table: Table) -> dict[str, Any]:
     """A table with its row headers: two where words stand in the second column too, and then rows with the same first one together."""
     nested = bool(table.rows) and all(len(row) > 1 and isinstance(row[1], str) for row in table.rows)
@@ -121,14 +110,9 @@ def _grouped(table: Table) -> dict[str, Any]:
             if nested:
                 heads = [(str(head), "rowgroup", len(rows))] if place == 0 else []
                 heads.append((str(row[1]), "row", 1))
-            lines.append({"heads": heads, "cells": [_parted(cell) for cell in row[2 if nested else 1 :]]})
+            lines.append({"heads": heads, "cells": [parted(cell) for cell in row[2 if nested else 1 :]]})
         groups.append(lines)
     return {"name": table.name, "title": table.title, "note": table.note, "columns": table.headings, "groups": groups}
-
-
-def _parted(cell: Cell) -> tuple[str, str]:
-    """A cell's value and, of a figure, its interval, which is set smaller."""
-    return cell.parts if isinstance(cell, Figure) else (str(cell), "")
 
 
 @dataclass(frozen=True)

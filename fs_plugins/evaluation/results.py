@@ -41,16 +41,20 @@ class Figure:
         value, low, high = self.estimate.value, self.estimate.low, self.estimate.high
         if math.isnan(value):
             return "-", ""
-        share = self.unit == "share"
-        said = f"{100 * value:.1f}" if share else f"{value:.3f}"
-        if math.isnan(low):
-            return said, ""
-        return said, f"({100 * low:.0f}-{100 * high:.0f})" if share else f"\u00b1{(high - low) / 2:.3f}".replace(
-            "0.", ".", 1
-        )
+        if self.unit == "share":
+            said, interval = f"{100 * value:.1f}", f"({100 * low:.0f}-{100 * high:.0f})"
+        else:
+            half = f"{(high - low) / 2:.3f}"
+            said, interval = f"{value:.3f}", "\u00b1" + half.removeprefix("0")
+        return said, "" if math.isnan(low) else interval
 
 
 Cell = str | int | Figure
+
+
+def parted(cell: Cell) -> tuple[str, str]:
+    """What a cell says, and a figure's interval, which is set apart."""
+    return cell.parts if isinstance(cell, Figure) else (str(cell), "")
 
 
 @dataclass(frozen=True)
@@ -111,13 +115,23 @@ class Results:
         told = []
         evaluation = self.evaluation
         for suite in evaluation.suites:
-            if suite.task is not None and self.evaluation.can(suite.task):
+            if suite.task is not None and evaluation.can(suite.task):
                 told.append(self._asked(suite))
             if suite.certified:
                 told.append(self._certified(suite))
             if suite.masking and masking_file(evaluation.store, suite.conditions[0].eps).exists():
                 told.append(self._masking(suite))
         return told
+
+    def notes(self) -> list[str]:
+        """What was left out, and why."""
+        evaluation = self.evaluation
+        unasked = [
+            f"{suite.title}: left out, because the data or the model is not for {suite.task}."
+            for suite in evaluation.suites
+            if suite.task is not None and not evaluation.can(suite.task)
+        ]
+        return list(dict.fromkeys([*evaluation.notes, *unasked]))
 
     def answers(self, defence: Defence, condition: Condition, task: str, count: int | None = None) -> Iterator[Answer]:
         """What was said about ``count`` pictures, or about all."""
@@ -280,7 +294,7 @@ class Results:
                 table.name: [dict(zip(table.columns, map(told, row), strict=True)) for row in table.rows]
                 for table in self.tables()
             },
-            "notes": self.evaluation.notes,
+            "notes": self.notes(),
         }
 
 
