@@ -424,12 +424,12 @@ def test_square_stays_in_the_ball_and_only_ever_climbs(eps, seed):
         values.append((x * slope).flatten(1).sum(1))
         return values[-1]
 
-    slope = randn(3, 6, 6)
+    slope = randn(3, 6, 6).double()  # a sum near zero has no digits to lose
     found = square(objective, images, eps=eps, queries=30, stream=Stream((seed,), (0, 1)))
     assert (found - images).abs().max() <= eps + 1e-6
     assert found.min() >= 0
     assert found.max() <= 1
-    assert torch.allclose((found * slope).flatten(1).sum(1), torch.stack(values).amax(0), atol=1e-5)
+    assert torch.allclose((found * slope).flatten(1).sum(1), torch.stack(values).amax(0))
 
 
 def test_square_nears_the_optimum_of_a_linear_objective_and_repeats_itself():
@@ -455,14 +455,11 @@ class Rounder(nn.Module):
 
 def report_of(purifier, **changes):
     call = tiny_call(TinyEncoder())
-    psm = make_psm(call, mapper=False, sigma=0.05)
+    psm = None
     if purifier is not None:
+        psm = make_psm(call, mapper=False, sigma=0.05)
         psm.purifier = purifier
-    through = (
-        FeatureSmoother(call, psm=psm, sigma=0.05, n0=2, seed=0)
-        if purifier
-        else FeatureSmoother(call, psm=None, sigma=0.05, n0=2, seed=0)
-    )
+    through = FeatureSmoother(call, psm=psm, sigma=0.05, n0=2, seed=0)
     images, targets = rand(6, 3, 8, 8), rand(6, 3, 8, 8, seed=1)
     return check_gradients(through, images, targets, **{"eps": 0.2, "steps": 24, "draws": 1, "queries": 60, **changes})
 

@@ -139,7 +139,8 @@ def test_attacked_pictures_are_made_once_for_a_tower_and_shown_as_they_are(start
     assert folders == ["none/attackvlm-16"]
     for sample in data.samples:
         attacked = evaluation.store.attacked("none/attackvlm-16", sample.image)
-        assert 0 < (attacked - data.image(sample, (16, 16))).abs().max() <= 16 / 255 + 1e-6
+        far = (attacked - data.image(sample, (16, 16))).abs().max().item()
+        assert far == pytest.approx(16 / 255, abs=1e-6), "two steps are long enough to reach the ball's edge"
 
 
 def test_the_same_command_again_asks_nothing_and_another_suite_shares_the_attacks(start):
@@ -289,7 +290,7 @@ def test_a_judge_that_fails_loses_nothing_that_was_scored(start):
     assert Frail.asked == 5, "of four pairs two were scored, one failed and was scored later"
 
 
-def test_adaptive_attacks_go_through_the_defence_on_the_first_pictures(start):
+def test_adaptive_attacks_go_through_the_defence_on_a_part_of_the_pictures(start):
     evaluation = start(SUITES["adaptive"])
     evaluation.run()
     attacked = {

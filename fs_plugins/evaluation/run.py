@@ -187,7 +187,7 @@ class Evaluation:
         ready = self._ready(subject, dict.fromkeys([*(defence for defence, _ in cells), *others]))
         wanted: dict[Condition, int] = {}
         for (defence, condition), tasks in cells.items():
-            if defence in ready and condition.method not in ("clean", "target") and not condition.adaptive:
+            if defence in ready and condition not in (CLEAN, TARGET) and not condition.adaptive:
                 wanted[condition] = max([wanted.get(condition, 0), *tasks.values()])
         for condition, count in wanted.items():
             what = f"{condition.name} on tower {tower}"
