@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
+from fs_plugins.adapters.hf_layouts import PatchBatch
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.layouts import Layout, PatchBatch
+from fs_plugins.layouts import Layout
 from fs_plugins.vision import Field, FlattenedTokens, LinearEmbedding, Readout, VisionCall, unwrapped
 
 

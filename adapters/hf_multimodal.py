@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
+from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.layouts import Layout, Packed, PatchRows, Tiles
+from fs_plugins.layouts import Layout
 from fs_plugins.vision import Field, Readout, VisionCall, unwrapped
 
 Consumed = Callable[[Any, Any], tuple[Readout, ...]]

@@ -25,7 +25,7 @@ from rich.table import Table
 from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.training.data import ImageFolder
-from fs_plugins.training.photo import HELD_OUT
+from tools.photo import HELD_OUT
 
 SIGMAS = (0.1, 0.25, 0.5)
 SIDE = 288

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from torch import nn
 
-from fs_plugins.api import claims, known_encoders
 from fs_plugins.errors import FSPluginsError
 from fs_plugins.hooks import DISABLE, GROUP, disabled, new_manager, plugin_manager, register
+from fs_plugins.plugins import claims, known_encoders
 from fs_plugins.vision import VisionCall
 
 FRAMEWORKS = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class FSPluginsError(Exception):
     """Base of all user errors. The message says what was wrong, what was expected and what to do."""
@@ -37,3 +40,12 @@ class JudgeError(FSPluginsError, RuntimeError):
 
 class FSPluginsWarning(UserWarning):
     """Something legitimate that weakens, or may weaken, the protection."""
+
+
+def warn(message: str) -> None:
+    """Warn whoever called into fs_plugins, however deep inside this is."""
+    package, level = __name__.partition(".")[0] + ".", 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FSPluginsWarning, stacklevel=level)

@@ -47,10 +47,11 @@ def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, coun
 
 def keyed(*marks: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream follows from these marks alone."""
-    return _seeded("/".join(map(str, marks)).encode(), device)
+    return seeded("/".join(map(str, marks)).encode(), device)
 
 
-def _seeded(mark: bytes, device: torch.device | str) -> torch.Generator:
+def seeded(mark: bytes, device: torch.device | str) -> torch.Generator:
+    """A generator whose stream follows from these bytes alone."""
     digest = hashlib.sha256(mark).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -84,7 +85,7 @@ class NoiseSource(Pickled):
                 call = self._calls
                 self._calls += 1
             marks = [f"call {call} image {i}".encode() for i in range(len(images))]
-        return [_seeded(self._key + mark, image.device) for mark, image in zip(marks, images, strict=True)]
+        return [seeded(self._key + mark, image.device) for mark, image in zip(marks, images, strict=True)]
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of an unseeded source gets a key of its own: two models never share their noise."""

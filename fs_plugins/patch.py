@@ -6,23 +6,44 @@ pickles of an enabled model are enabled too, each with its own encoder.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fs_plugins.errors import FSPluginsWarning, PixelError
+from fs_plugins.errors import PixelError, warn
 from fs_plugins.pickled import Pickled
 from fs_plugins.smoothing import FeatureSmoother, Pass, Tally
 from fs_plugins.vision import direct, is_direct
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keep torch.compile out of a function, as ``torch.compiler.disable`` does, without importing the compiler before anyone else has."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return _disabled(function)(*args, **kwargs)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+@functools.cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ class SmoothingHook(_Hook):
             # always_call: an exception inside the encoder must not leave this thread's call pending.
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
-    @torch.compiler.disable
+    @_eager
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._pending.call = None
         call = self.smoother.call
@@ -109,7 +130,7 @@ class SmoothingHook(_Hook):
         self._pending.call = (passes, (names, given, len(args)), (units, pixels), tally, began)
         return self._arguments(step, names, given, len(args))
 
-    @torch.compiler.disable
+    @_eager
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         pending = getattr(self._pending, "call", None)
         if is_direct() or pending is None:
@@ -161,7 +182,7 @@ class SmoothingHook(_Hook):
             if kind in self.warned:
                 return
             self.warned.add(kind)
-        warnings.warn(message, FSPluginsWarning, stacklevel=4)
+        warn(message)
 
 
 class Witness(_Hook):
@@ -177,7 +198,7 @@ class Witness(_Hook):
     def attach(self, model: nn.Module) -> None:
         model.register_forward_hook(self.after, with_kwargs=True)
 
-    @torch.compiler.disable
+    @_eager
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         _, given = named_arguments(module, None, args, kwargs)
         if any(given.get(name) is not None for name in self.arguments) and not is_direct():
@@ -201,7 +222,7 @@ class GradScope(_Hook):
     def __init__(self) -> None:
         self._entered = threading.local()
 
-    @torch.compiler.disable
+    @_eager
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_direct():  # a further pass inside the scope
             return
@@ -216,7 +237,7 @@ class GradScope(_Hook):
             torch.set_grad_enabled(True)
             self._entered.undo = lambda: torch.set_grad_enabled(False)
 
-    @torch.compiler.disable
+    @_eager
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         undo = getattr(self._entered, "undo", None)
         if undo is not None and not is_direct():
@@ -323,9 +344,7 @@ _COMPANIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def recompile() -> None:
-    """Make torch.compile look again: compiled code that has already run does not see hooks come or go."""
-    import sys
-
+def recompile(model: nn.Module) -> None:
+    """Make torch.compile look again at this model: compiled code that has already run does not see hooks come or go."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

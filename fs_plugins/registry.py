@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fs_plugins import sources
 from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
+from fs_plugins.files import filling
 from fs_plugins.identity import fingerprint, same_encoder
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
@@ -459,7 +460,7 @@ def _convert(entry: PurifierEntry, checkpoint: Path, folder: Path) -> None:
     with torch.device("meta"):
         psm = PSM(PSMConfig(**facts, purifier=purifier, encoder="any", fingerprint=()))
     psm.purifier = load_guided_diffusion(checkpoint / entry.names[0], **entry.args)
-    with sources.filling(folder) as fresh:
+    with filling(folder) as fresh:
         psm.save_pretrained(fresh)
 
 
@@ -506,7 +507,7 @@ def put(path: Path, section: Literal["encoders", "purifiers"], name: str, entry:
         entries.pop(name, None)
     data[section] = {name: entry, **data.get(section, {})}
     _valid(data, path)
-    with sources.filling(path.parent) as fresh:
+    with filling(path.parent) as fresh:
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
         (fresh / path.name).write_text(text)
 

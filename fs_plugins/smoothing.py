@@ -169,20 +169,44 @@ class FeatureSmoother(Pickled):
             except StopIteration as stop:
                 return Layout().closed(stop.value, units, images)
 
-    def views(self, images: Tensor, noise: Tensor) -> Tensor:
+    @property
+    def in_words(self) -> str:
+        """What smooths, for people."""
+        psm = f"PSM {self.psm.config.name}" if self.psm else "no PSM"
+        return f"{type(self.call.module).__name__} with {psm}, sigma {self.sigma:g}, n0 {self.n0}"
+
+    def __repr__(self) -> str:
+        return f"<FeatureSmoother of {self.in_words}>"
+
+    def draw(self, images: Tensor, noise: Tensor, sigma: float | None = None) -> Features:
+        """The road of every single draw: noise -> purify -> encode -> map.
+
+        Args:
+            images: (N, C, H, W) still images in [0, 1].
+            noise: standard normal, of the same shape.
+            sigma: another noise level than the smoother's own, for training.
+
+        Returns:
+            the N draws' features, fp32. Gradients follow the images and the PSM's weights.
+        """
+        return self.mapped(self.call.encode(self.views(images, noise, sigma)), sigma)
+
+    def views(self, images: Tensor, noise: Tensor, sigma: float | None = None) -> Tensor:
         """Images and standard normal noise of one shape -> what the encoder is shown: P(x + sigma e), fp32."""
-        noisy = images + self.sigma * noise
+        level = self.sigma if sigma is None else sigma
+        noisy = images + level * noise
         psm = self._psm_on(images.device)
         if psm is None:
             return noisy
         frames = noisy.flatten(0, -4)
-        return psm.purify(frames, self.sigma).to(noisy.dtype).view(noisy.shape)
+        return psm.purify(frames, level).to(noisy.dtype).view(noisy.shape)
 
-    def mapped(self, features: Features) -> Features:
+    def mapped(self, features: Features, sigma: float | None = None) -> Features:
         """The encoder's features -> the same after their mappers, fp32."""
+        level = self.sigma if sigma is None else sigma
         psm = self._psm_on(next(iter(features.values())).device)
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
-        return wide if psm is None else {name: psm.map(name, value, self.sigma) for name, value in wide.items()}
+        return wide if psm is None else {name: psm.map(name, value, level) for name, value in wide.items()}
 
     def passes(
         self,

@@ -8,12 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -24,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, build_opener
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.files import filling
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "psm.safetensors"
@@ -34,9 +32,8 @@ CACHE = "FS_PLUGINS_CACHE"
 OFFLINE = ("FS_PLUGINS_OFFLINE", "HF_HUB_OFFLINE")
 """Environment variables: while either is 1, nothing is fetched."""
 
-_TIMEOUT, _ABANDONED = 60.0, 3600.0
+_TIMEOUT = 60.0
 _BLOCK = 1 << 20
-_PARTIAL = ".fs-plugins-partial-"
 
 
 class Source(BaseModel):
@@ -230,29 +227,6 @@ def checksum(folder: Path, names: Sequence[str] = PSM_FILES) -> str:
             while block := file.read(_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A scratch folder; if the block ends well its files go to ``folder``, each whole, when all of them are on disk.
-
-    Several processes may fill a folder with the same files at once.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{_PARTIAL}*"):  # by a process that was killed
-        with suppress(OSError):
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > _ABANDONED:
-                shutil.rmtree(left)
-    fresh = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-    try:
-        yield fresh
-        for path in fresh.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        for path in sorted(fresh.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def cache() -> Path:

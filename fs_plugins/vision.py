@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,23 @@ def _size(images: Any) -> tuple[int, int] | None:
     return (int(height), int(width)) if height and width else None
 
 
+@runtime_checkable
+class Embedding(Protocol):
+    """Features -> (N, E), linear without bias: what certificates speak of.
+
+    Args:
+        modules: those of the model that it is made of. Training freezes them, ledgers are tied to their weights.
+    """
+
+    modules: tuple[nn.Module, ...]
+
+    def __call__(self, features: Features) -> Tensor: ...
+
+
 class FlattenedTokens:
     """The default certified embedding: every readout flattened, side by side. Linear, without bias."""
+
+    modules: tuple[nn.Module, ...] = ()
 
     def __call__(self, features: Features) -> Tensor:
         """Features -> (N, E)."""
@@ -178,6 +193,7 @@ class LinearEmbedding:
     def __init__(self, readout: str, linear: nn.Module) -> None:
         self.readout = readout
         self.linear = linear
+        self.modules = (linear,)
 
     def __call__(self, features: Features) -> Tensor:
         """Features -> (N, E)."""
@@ -196,7 +212,7 @@ class VisionCall:
         readouts: what is consumed out of its output, by name.
         image_size: (H, W) the encoder was built for; None where it takes images as they come.
         architecture: what the encoder is, as the registry writes it (family, widths, layers, patch size).
-        embed: Features -> (N, E), linear without bias; certificates speak of its direction.
+        embed: an Embedding, or a plain function that holds no weights; certificates speak of its direction.
         kwargs: arguments under which the module computes every readout, used where the caller left them out.
         inputs: keywords under which the model itself takes pixels; ``pixels.argument`` if empty.
         grad_scope: a module around which the framework switches gradients off on its own account; while its
@@ -208,7 +224,7 @@ class VisionCall:
     readouts: tuple[Readout, ...]
     image_size: tuple[int, int] | None
     architecture: Mapping[str, int | str]
-    embed: Callable[[Features], Tensor] = field(default_factory=FlattenedTokens)
+    embed: Embedding | Callable[[Features], Tensor] = field(default_factory=FlattenedTokens)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     grad_scope: nn.Module | None = None
@@ -216,6 +232,13 @@ class VisionCall:
     def features(self, output: Any) -> Features:
         """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""
         return {readout.name: readout.get(output) for readout in self.readouts}
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All of the model that features and their embedding are computed by: the encoder, and the embedding's own."""
+        if isinstance(self.embed, nn.Module):
+            return (self.module, self.embed)
+        return (self.module, *(self.embed.modules if isinstance(self.embed, Embedding) else ()))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,8 +27,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import fs_plugins
 from fs_plugins import SettingError
 from fs_plugins.demo import assets, world
-from fs_plugins.evaluation import ask
-from fs_plugins.evaluation.lmms_model import SmoothedModel
+from fs_plugins.hf.chat import ask
+from fs_plugins.hf.lmms_model import SmoothedModel
 
 SCENES = [world.scene("heldout", i) for i in range(8)]
 PICTURES = [scene.draw() for scene in SCENES]

@@ -1,10 +1,8 @@
-"""Small models of the real classes, made on the spot, and encoders with known answers."""
+"""Settings of all tests, and the fixtures that many share; what they are made by is in ``support``."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FS_PLUGINS_REGISTRY"] = os.devnull  # a developer's own file is no part of the tests
@@ -12,44 +10,14 @@ os.environ["FS_PLUGINS_REGISTRY"] = os.devnull  # a developer's own file is no p
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from torch import Tensor, nn
+from support import TinyEncoder, make_llava, randomise, tiny_call, vision_config
+from torch import Tensor
 
-from fs_plugins import PSM, PixelSpace, Readout, VisionCall
-from fs_plugins.identity import fingerprint
-from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
-from fs_plugins.vision import Field
+from fs_plugins import VisionCall
 
 # A busy machine is no failure.
 settings.register_profile("fs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fs")
-
-
-def command_line(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run fs-plugins in a process of its own, or in several that ``accelerate launch`` starts."""
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
-    command = [sys.executable, "-m", *(launch if processes > 1 else ()), "fs_plugins.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-IMAGE_TOKEN = 30
-
-
-def randomise(model: nn.Module, std: float = 0.15, seed: int = 0) -> nn.Module:
-    """Default initialisation hides the image; make it matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model.eval()
-
-
-def vision_config(**changes):
-    from transformers import CLIPVisionConfig
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return CLIPVisionConfig(**{**sizes, "image_size": 16, "patch_size": 4, "projection_dim": 24, **changes})
 
 
 @pytest.fixture
@@ -64,36 +32,9 @@ def clip():
     return randomise(CLIPModel(config))
 
 
-def make_llava(**changes):
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision_config(),
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        **{"image_seq_length": 16, "vision_feature_layer": -2, "vision_feature_select_strategy": "default", **changes},
-    )
-    return randomise(LlavaForConditionalGeneration(config))
-
-
 @pytest.fixture
 def llava():
     return make_llava()
-
-
-def llava_inputs(images: Tensor, tokens: int = 16) -> dict[str, Tensor]:
-    ids = torch.tensor([[1, *[IMAGE_TOKEN] * tokens, 5, 6, 7]]).repeat(len(images), 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels_of(images)}
-
-
-def pixels_of(images: Tensor) -> Tensor:
-    from fs_plugins.adapters.hf import CLIP
-
-    return PixelSpace(*CLIP).from_unit(images, torch.float32)
 
 
 @pytest.fixture
@@ -101,70 +42,11 @@ def images() -> Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 
-class TinyEncoder(nn.Module):
-    """(B, 3, 8, 8) -> {"tokens": (B, 4, 6), "extra": (B, 2)}: a smooth nonlinear map, quick and exact to reason about."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.tokens = nn.Linear(48, 6)
-        self.extra = nn.Linear(192, 2)
-        randomise(self, 0.3, seed)
-        self.seen: list[Tensor] = []
-
-    def forward(self, pixel_values: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-        self.seen.append(pixel_values.detach())
-        patches = pixel_values.reshape(len(pixel_values), 4, 48)
-        tokens = torch.tanh(self.tokens(patches))
-        if scale is not None:
-            tokens = tokens * scale.view(-1, 1, 1)
-        return {"tokens": tokens, "extra": self.extra(pixel_values.flatten(1))}
-
-
 @pytest.fixture
 def encoder() -> TinyEncoder:
     return TinyEncoder()
 
 
-def tiny_call(encoder: nn.Module, **changes) -> VisionCall:
-    settings = {
-        "module": encoder,
-        "pixels": PixelSpace(MEAN, STD),
-        "readouts": (Readout("tokens", (Field("tokens", 0),), width=6, tokens=4),),
-        "image_size": (8, 8),
-        "architecture": {"family": "tiny"},
-    }
-    return VisionCall(**{**settings, **changes})
-
-
 @pytest.fixture
 def call(encoder: TinyEncoder) -> VisionCall:
     return tiny_call(encoder)
-
-
-def make_psm(call: VisionCall, *, sigma: float = 0.25, purifier: bool = True, mapper: bool = True, **changes) -> PSM:
-    """A PSM with random weights that fits ``call``."""
-    config = {
-        "name": "random",
-        "sigma": sigma,
-        "sigma_range": (sigma, sigma),
-        "image_size": call.image_size,
-        "purifier": Part(kind="unet", args={"channels": [8, 16], "unshuffle": 2}) if purifier else None,
-        "readouts": tuple(
-            ReadoutSpec(
-                name=r.name,
-                width=r.width,
-                tokens=r.tokens,
-                mapper=Part(kind="residual", args={"width": r.width, "heads": 2}),
-            )
-            for r in call.readouts
-            if mapper
-        ),
-        "encoder": "test",
-        "fingerprint": fingerprint(call.module),
-    }
-    psm = PSM(PSMConfig(**{**config, **changes}))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in psm.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return psm

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import make_llava
+from support import make_llava
 from typer.testing import CliRunner
 
 from fs_plugins import doctor, hooks
@@ -92,7 +92,7 @@ def test_doctor_on_a_model_that_nobody_claims():
 
 
 def test_doctor_changes_nothing(images):
-    from conftest import llava_inputs
+    from support import llava_inputs
 
     llava = make_llava()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import yaml
-from conftest import llava_inputs, make_llava, make_psm, pixels_of
+from support import llava_inputs, make_llava, make_psm, pixels_of
 
 import fs_plugins
 from fs_plugins import FSPluginsWarning, ModelError, PixelError, PSMError, RegistryError, SettingError, registry
@@ -101,7 +101,7 @@ def test_clip_zero_shot_serves_the_mean_unit_projection(clip, images):
 
 
 def test_vision_models_are_claimed_alone(images):
-    from conftest import randomise, vision_config
+    from support import randomise, vision_config
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
     for kind in (CLIPVisionModel, CLIPVisionModelWithProjection):
@@ -395,7 +395,7 @@ def test_a_damaged_psm_is_an_error_and_nothing_stands_in_for_it(tmp_path, monkey
 
 
 def test_an_encoder_of_other_than_colour_images_is_told_to_go_without_a_psm():
-    from conftest import vision_config
+    from support import vision_config
     from transformers import CLIPVisionModel
 
     gray = CLIPVisionModel(vision_config(num_channels=1)).eval()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyEncoder, make_psm, tiny_call
+from support import TinyEncoder, make_psm, tiny_call
 
 import fs_plugins
 from fs_plugins import ModelError, PluginError, SettingError, hooks
-from fs_plugins.api import known_encoders
 from fs_plugins.evaluation.judges import judge
+from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import ResidualMapper, UNetPurifier
 
 
@@ -135,7 +135,7 @@ def test_fs_purifiers_and_fs_mappers_are_found_by_kind(manager, tmp_path):
     hooks.register(
         manager, plugin(fs_purifiers=lambda: {"mine": MyPurifier}, fs_mappers=lambda: {"my-mapper": MyMapper}), "parts"
     )
-    parts = fs_plugins.api.plugin_parts()
+    parts = fs_plugins.plugins.plugin_parts()
     assert parts == {"purifiers": {"mine": MyPurifier}, "mappers": {"my-mapper": MyMapper}}
     call = tiny_call(TinyEncoder())
     base = make_psm(call).config
@@ -208,7 +208,7 @@ def test_fs_registries_add_entries(manager, tmp_path):
 
 
 def test_fs_after_smoothing_observes_every_call(manager, llava, images):
-    from conftest import llava_inputs
+    from support import llava_inputs
 
     seen = []
     hooks.register(manager, plugin(fs_after_smoothing=lambda event: seen.append(event)), "watch")

@@ -22,16 +22,17 @@ from urllib.error import URLError
 import pytest
 import torch
 import yaml
-from conftest import TinyEncoder, make_llava, make_psm, tiny_call
+from guided_diffusion import TINY, GuidedDiffusion
 from pydantic import ValidationError
-from test_diffusion import TINY, GuidedDiffusion
+from support import TinyEncoder, make_llava, make_psm, tiny_call
 from typer.testing import CliRunner
 
 import fs_plugins
 from fs_plugins import PSM, FSPluginsWarning, PSMError, RegistryError, hooks, registry, sources
-from fs_plugins.api import _find_psm, known_encoders
+from fs_plugins.choice import find_psm
 from fs_plugins.cli import app
 from fs_plugins.identity import fingerprint
+from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
 from fs_plugins.smoothing import FeatureSmoother
@@ -644,7 +645,7 @@ def test_a_psm_without_mappers_may_serve_any_size_and_encoder(call, llava, tmp_p
     purifier = purifiers(tmp_path, **facts).purifier("mine")
     for other in (call, fs_plugins.vision_call(llava)):
         purifier.check(other, 0.25)
-        assert _find_psm(other, purifier, None, pytest.fail) == (purifier, []), "and nobody is warned of other weights"
+        assert find_psm(other, purifier, None, pytest.fail) == (purifier, []), "and nobody is warned of other weights"
     free = tiny_call(TinyEncoder(), image_size=None)
     smoother = FeatureSmoother(free, psm=purifier, sigma=0.25, seed=0)
     assert smoother.smooth(torch.rand(1, 3, 8, 8))["tokens"].shape == (1, 4, 6)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MEAN, STD, TinyEncoder, make_psm, tiny_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import MEAN, STD, TinyEncoder, make_psm, tiny_call
 
 from fs_plugins import FeatureSmoother, PSMError, Readout, SettingError
 from fs_plugins.errors import ModelError

@@ -6,9 +6,9 @@ from collections import namedtuple
 
 import pytest
 import torch
-from conftest import TinyEncoder, make_llava, randomise
 from hypothesis import given
 from hypothesis import strategies as st
+from support import TinyEncoder, make_llava, randomise
 
 from fs_plugins import ModelError, PixelError, PixelSpace, Readout, SettingError
 from fs_plugins.identity import fingerprint, has_adapters, same_encoder

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fs_plugins.certificates.bounds import margin_scores, pilot_threshold
 from fs_plugins.certificates.certificate import (
+    FRESH,
     Angular,
     AnyCertificate,
     Certificate,
@@ -26,9 +28,10 @@ from fs_plugins.certificates.certificate import (
     from_json,
 )
 from fs_plugins.certificates.sampling import Sampler
-from fs_plugins.errors import SettingError
-from fs_plugins.identity import fingerprint, is_readable
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
 
 T = TypeVar("T")
 
@@ -251,6 +254,165 @@ def unrelated(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 3
     units = torch.nn.functional.normalize(features, dim=-1)
     cosines = units @ units.T
     return float((cosines.sum() - cosines.trace()) / (len(alike) * (len(alike) - 1)))
+
+
+def certify_features(
+    smoother: FeatureSmoother,
+    images: Mapping[str, Tensor],
+    plan: Plan,
+    *,
+    background: Sequence[Tensor] | None = None,
+    encoder: int = 0,
+    seed: int | None = None,
+    rows: int = 32,
+    out: str | os.PathLike[str] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[Certificate]:
+    """A certificate of each image's feature, in order: ``fs_plugins.certify`` once it is known what is certified.
+
+    Args:
+        smoother: vision call, PSM and sigma. Its n0 and its noise play no part.
+        images: names -> (C, H, W) in [0, 1] at the resolution the encoder sees.
+        encoder: the number of the vision call in its model, for the file's settings.
+        background, seed, out, advance: as for ``fs_plugins.certify``; ``rows`` is its ``chunk_size``.
+
+    Raises:
+        SettingError, ModelError: as for ``fs_plugins.certify``.
+    """
+    check(smoother, images)
+    told = advance or _unheard
+    among = list(images.values()) if background is None else background
+    apart = unrelated(smoother, [_beside(image, smoother.call) for image in among])
+
+    def one(image: Tensor, **details: Any) -> Certificate:
+        return certify_image(smoother, image, plan, rows=rows, advance=told, unrelated=apart, **details)
+
+    return _each(smoother, images, one, {**asdict(plan), "encoder": encoder}, seed, out, told)
+
+
+def certify_labels(
+    smoother: FeatureSmoother,
+    images: Mapping[str, Tensor],
+    directions: Tensor | Mapping[str, Tensor],
+    plan: Plan,
+    *,
+    encoder: int = 0,
+    seed: int | None = None,
+    rows: int = 32,
+    out: str | os.PathLike[str] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[PredictionCertificate]:
+    """A certificate of each image's label, in order: ``fs_plugins.certify_predictions`` once it is known what is certified.
+
+    Raises:
+        SettingError, ModelError: as for ``fs_plugins.certify_predictions``.
+    """
+    labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
+    given = list(directions.values() if isinstance(directions, Mapping) else directions)
+    shapes = {tuple(torch.as_tensor(row).shape) for row in given}
+    if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
+        raise SettingError(
+            f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
+        )
+    matrix = torch.stack([torch.as_tensor(row) for row in given])
+    if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
+        raise SettingError("directions has equal or non-finite rows, so that nothing could tell these classes apart.")
+    check(smoother, images)
+    told = advance or _unheard
+
+    def one(image: Tensor, **details: Any) -> PredictionCertificate:
+        return certify_prediction(smoother, image, matrix, plan, labels=labels, rows=rows, advance=told, **details)
+
+    exact = hashlib.sha256(matrix.detach().double().cpu().numpy().tobytes()).hexdigest()
+    settings = {**asdict(plan), "encoder": encoder, "directions": exact, "labels": labels}
+    return _each(smoother, images, one, settings, seed, out, told)
+
+
+def check(smoother: FeatureSmoother, images: Mapping[str, Tensor]) -> None:
+    """Refuse, before a draw, what cannot be certified.
+
+    Raises:
+        ModelError: the encoder is in training mode.
+        SettingError: sigma is 0, or an image of another size or range.
+    """
+    if any(part.training for part in smoother.call.module.modules()):
+        raise ModelError(
+            "The vision encoder is in training mode, where its features are random. Call model.eval() first."
+        )
+    if smoother.sigma <= 0:
+        raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
+    for name, image in images.items():
+        _check_image(name, image, smoother)
+
+
+def _unheard(draws: int) -> None:
+    """Nobody watches the progress."""
+
+
+def _each(
+    smoother: FeatureSmoother,
+    images: Mapping[str, Tensor],
+    one: Callable[..., Any],
+    settings: dict[str, Any],
+    seed: int | None,
+    out: str | os.PathLike[str] | None,
+    advance: Callable[[int], None],
+) -> list[Any]:
+    """A certificate by ``one`` for each image, kept in the file ``out`` and taken from it."""
+    call, psm = smoother.call, smoother.psm
+    key = secrets.token_bytes(32) if seed is None else f"certificate seed {seed}".encode()
+    identity = encoder_of(smoother)
+    ledger = None
+    if out is not None:  # reading every weight takes a while
+        settings = {
+            **settings,
+            "sigma": smoother.sigma,
+            "seed": seed,
+            "psm": (psm.config.name, digest(psm), psm.config.structure) if psm else None,
+            "encoder": (settings["encoder"], call.architecture, digest(*call.modules)),
+            "readouts": [readout.name for readout in call.readouts],
+            "pixels": (call.pixels.mean, call.pixels.std),
+        }
+        ledger = Ledger(out, settings, key)
+    certificates = []
+    for name, image in images.items():
+        certificate = ledger.kept(name, image) if ledger is not None else None
+        if certificate is not None:
+            advance(certificate.n)
+        else:
+            certificate = one(
+                _beside(image, call),
+                key=ledger.key if ledger is not None else key,
+                encoder=identity,
+                seed=f"seed {seed}" if seed is not None else FRESH,
+            )
+            if ledger is not None:
+                ledger.add(name, image, certificate)
+        certificates.append(certificate)
+    return certificates
+
+
+def _beside(image: Tensor, call: VisionCall) -> Tensor:
+    """The image where the encoder's weights are; where it is, if they are offloaded."""
+    device = next((parameter.device for parameter in call.module.parameters()), image.device)
+    return image if device.type == "meta" else image.to(device)
+
+
+def _check_image(name: str, image: Tensor, smoother: FeatureSmoother) -> None:
+    size = smoother.call.image_size
+    channels = len(smoother.call.pixels.mean)
+    if image.ndim != 3 or len(image) != channels or size not in (None, tuple(image.shape[-2:])):
+        wanted = f"({channels}, {size[0]}, {size[1]})" if size else f"({channels}, H, W)"
+        raise SettingError(
+            f"Image {name} must be {wanted} at the resolution the encoder sees, got {tuple(image.shape)}."
+        )
+    if not (image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1):
+        raise SettingError(
+            f"Image {name} must be floating point in [0, 1], before mean/std normalisation; it spans "
+            f"[{float(image.min()):.2f}, {float(image.max()):.2f}] in {image.dtype}."
+        )
+    if wrong := smoother.unfit(image[None]):
+        raise SettingError(wrong)
 
 
 class Ledger:

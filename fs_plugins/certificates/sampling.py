@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fs_plugins.certificates.certificate import Angular
 from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.noise import seeded
 from fs_plugins.smoothing import FeatureSmoother
 
 
@@ -114,8 +115,7 @@ class Sampler:
         return [min(self.rows, n - start) for start in range(0, n, self.rows)]
 
     def _stream(self, purpose: str) -> torch.Generator:
-        digest = hashlib.sha256(self._key + purpose.encode()).digest()
-        return torch.Generator(device=self.image.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return seeded(self._key + purpose.encode(), self.image.device)
 
     def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features (size, E) and their scores (size,) in fp64, and which draws were finite."""
@@ -130,8 +130,7 @@ class Sampler:
         """(N, C, H, W) standard normal noise -> (N, E) unit features, zero where there is none, and which are finite."""
         call = self.smoother.call
         with torch.no_grad():
-            shown = self.smoother.views(self.image.expand(noise.shape), noise)
-            embedded = call.embed(self.smoother.mapped(call.encode(shown))).float()
+            embedded = call.embed(self.smoother.draw(self.image.expand(noise.shape), noise)).float()
         lengths = embedded.norm(dim=-1)
         finite = lengths.isfinite() & (lengths > 0)
         units = F.normalize(embedded.where(finite[:, None], 0.0), dim=-1)

@@ -11,7 +11,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 
 from fs_plugins import errors
-from fs_plugins.cli.base import console, device, errors_for_people, needs, quieten, source
+from fs_plugins.cli.base import console, errors_for_people, needs
 
 
 def ask(
@@ -31,12 +31,14 @@ def ask(
     """The answer without and with smoothing, side by side, with the time each took."""
     with errors_for_people():
         needs("transformers")
-        quieten()
         import fs_plugins
-        from fs_plugins.evaluation import ask as answer
+        from fs_plugins.hf.chat import ask as answer
+        from fs_plugins.hf.load import load_chat, quieten
+
+        quieten()
 
         picture = _picture(image)
-        loaded, processor = _load(model)
+        loaded, processor = load_chat(model)
 
         def timed() -> tuple[str, float]:
             began = time.perf_counter()
@@ -46,8 +48,7 @@ def ask(
 
         answer(loaded, processor, [picture], [question], max_new_tokens=1)  # the first call pays for warming up
         plain, plain_seconds = timed()
-        chosen = None if psm == "none" else psm
-        with fs_plugins.enable(loaded, psm=chosen, sigma=sigma, n0=n0, seed=seed) as handle:
+        with fs_plugins.enable(loaded, psm=psm, sigma=sigma, n0=n0, seed=seed) as handle:
             smoothed, smoothed_seconds = timed()
             told = handle.status()
         console.print(f"{image.name}: {question}", markup=False, highlight=False)
@@ -59,17 +60,6 @@ def ask(
         table.add_row("with fs_plugins", smoothed or "(nothing)", f"{smoothed_seconds:.2f}")
         console.print(table)
         console.print(str(told), style="dim", highlight=False, soft_wrap=True)
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(source(name))
-        model = AutoModelForImageTextToText.from_pretrained(source(name), dtype="auto")
-    except (OSError, ValueError) as error:
-        raise errors.ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
-    return model.eval().to(device()), processor
 
 
 def _picture(path: Path) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -22,34 +21,27 @@ console = Console()
 
 
 def device() -> str:
-    import torch
+    from fs_plugins.hf.load import place
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return place()
 
 
 def source(name: str) -> str:
-    """A model's folder or hub id; "demo" and "demo-clip" are those that ship."""
-    from fs_plugins.demo import assets
+    from fs_plugins.hf import load
 
-    return {"demo": str(assets.LLAVA), "demo-clip": str(assets.CLIP)}.get(name, name)
+    return load.source(name)
 
 
 def load(name: str) -> Any:
-    """A transformers model of whatever class its configuration names, or an encoder of the registry."""
-    import transformers
+    from fs_plugins.hf import load
 
-    from fs_plugins.api import known_encoders
-    from fs_plugins.towers import load_encoder
+    return load.load(name)
 
-    if source(name) == name and not Path(name).exists() and name in known_encoders().entries:
-        return load_encoder(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(source(name))
-        own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
-        kind = getattr(transformers, own[0]) if own else transformers.AutoModel
-        return kind.from_pretrained(source(name), dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise errors.ModelError(f"Cannot load {name!r} with transformers: {error}") from None
+
+def quieten() -> None:
+    from fs_plugins.hf import load
+
+    load.quieten()
 
 
 def needs(*packages: str, extra: str = "demo") -> None:
@@ -58,14 +50,6 @@ def needs(*packages: str, extra: str = "demo") -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[{extra}]".')
-
-
-def quieten() -> None:
-    """Keep transformers' loading bars and notices out of a command's output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def plain_table(*columns: str) -> Table:
@@ -142,5 +126,7 @@ class Crew:
         from accelerate import PartialState
 
         # Shares differ in length: whoever is done first waits for the last.
-        state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=7))
+        from fs_plugins.hf.load import place
+
+        state = PartialState(cpu=place() == "cpu", timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)

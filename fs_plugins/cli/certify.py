@@ -108,7 +108,7 @@ def certify(
         draw: Any = partial(fs_plugins.certify, method=plan.method, threshold=threshold)
         background: dict[str, Any] = {"background": list(pictures.values())}
         if classes is not None:
-            from fs_plugins.evaluation.zeroshot import directions_of
+            from fs_plugins.hf.zeroshot import directions_of
 
             names = [name.strip() for name in classes.split(",") if name.strip()]
             directions = directions_of(loaded, source(model), names, prompt)

@@ -129,7 +129,7 @@ def evaluate(
     with errors_for_people():
         needs("transformers", "matplotlib", "ot", extra="evaluate")
         quieten()
-        from fs_plugins.evaluation.data import open_dataset
+        from fs_plugins.evaluation.datasets import open_dataset
         from fs_plugins.evaluation.judges import judge as judge_by_name
         from fs_plugins.evaluation.results import Results
         from fs_plugins.evaluation.run import Evaluation, Settings, fixed
@@ -280,8 +280,8 @@ def _loader(model: str, towers: dict[str, str], dataset: Any, class_prompt: str)
 
     def loaded(tower: str) -> Any:
         import fs_plugins
-        from fs_plugins.evaluation.subjects import Chat, ZeroShot
-        from fs_plugins.evaluation.zeroshot import directions_of
+        from fs_plugins.hf.chat import Chat
+        from fs_plugins.hf.zeroshot import ZeroShot, directions_of
 
         one = load(model).to(device()).requires_grad_(False)
         talks = callable(getattr(one, "generate", None))

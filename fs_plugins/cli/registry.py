@@ -74,7 +74,7 @@ def show(name: str) -> None:
 def verify(name: Annotated[str | None, typer.Argument(help="One entry; all if left out.")] = None) -> None:
     """Compute checksums and fingerprints of all that is on this machine again; exit with 1 if one is wrong."""
     with errors_for_people():
-        from fs_plugins.api import plugin_parts
+        from fs_plugins.plugins import plugin_parts
 
         known = _known(name)
         checks = [*known.verify(name, **plugin_parts()), *_weights(known, name)]
@@ -108,8 +108,8 @@ def _weights(known: Any, name: str | None) -> Iterator[Any]:
 
 def _call_of(model: str, weights: Sequence[float]) -> Any:
     """The vision call of the model's encoder that has this fingerprint, if one does."""
-    from fs_plugins.api import claim
     from fs_plugins.identity import fingerprint, same_encoder
+    from fs_plugins.plugins import claim
 
     needs("transformers")
     quieten()
@@ -133,7 +133,7 @@ def add(
     """Put a trained PSM at the top of your registry file, where psm="auto" finds it. Comments in the file are lost."""
     with errors_for_people():
         from fs_plugins import registry
-        from fs_plugins.api import plugin_parts
+        from fs_plugins.plugins import plugin_parts
         from fs_plugins.psm import PSM
 
         path = registry.user_path()
@@ -221,7 +221,7 @@ def _encoder(known: Any, encoder: str | None, psm: Any) -> dict[str, Any]:
 
 
 def _known(name: str | None = None) -> Any:
-    from fs_plugins.api import known_encoders
+    from fs_plugins.plugins import known_encoders
 
     known = known_encoders()
     if name is not None and name not in known.files:

@@ -209,7 +209,7 @@ class _Work:
 
     def train(self, folder: Any, named: dict[str, Any], *, certified: int, n: int, alpha: float) -> None:
         from fs_plugins.files import atomically
-        from fs_plugins.training import report, train_psm
+        from fs_plugins.training import publish, train_psm
 
         finished = (folder.path / "config.json").exists()
         folder.held = self.shown[:16]
@@ -220,14 +220,14 @@ class _Work:
         if finished or not self.crew.is_main_process:
             return
         with console.status("measuring the result"):
-            scores = report.measure(
+            scores = publish.measure(
                 self.model, self.call, psm, self.shown, certified=certified, n=n, alpha=alpha, seed=self.config.seed
             )
         data = [
             f"{len(self.pictures)} pictures to train on ({self.pictures.digest}); {len(self.held)} more are held out "
             "(`held-out.txt`), chosen by their names and the seed. Whose they are and what may be done with them is for you to say.",
         ]
-        card = report.card(psm, self.config, scores, command=_command(self.crew), model=named["encoder"], data=data)
+        card = publish.card(psm, self.config, scores, command=_command(self.crew), model=named["encoder"], data=data)
         atomically(folder.path / "held-out.txt", lambda file: file.write("\n".join(self.held.names).encode() + b"\n"))
         folder.publish(psm, card)
         _show_scores(scores)
@@ -337,7 +337,7 @@ def _part(kind: str, text: str, option: str) -> Any:
 
 def _purifier(kind: str, args: str, weights: Path | None, lora: int | None, start: str | None) -> tuple[Any, Any]:
     """The purifier to train, and the PSM that has the weights it starts from, if not from scratch."""
-    from fs_plugins.api import plugin_parts
+    from fs_plugins.plugins import plugin_parts
     from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
     from fs_plugins.psm.diffusion import load_guided_diffusion
 

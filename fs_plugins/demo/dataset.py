@@ -10,7 +10,7 @@ from PIL import Image
 
 from fs_plugins.demo import world
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation.data import SAMPLES, SETTINGS, Prompts, Sample
+from fs_plugins.evaluation.datasets import SAMPLES, SETTINGS, Prompts, Sample
 from fs_plugins.files import atomically
 
 _OFFER = " Output one: "

@@ -24,7 +24,7 @@ from fs_plugins.attacks import attack
 from fs_plugins.certificates.run import Plan
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation import Estimate, mean, proportion
-from fs_plugins.evaluation.subjects import Chat
+from fs_plugins.hf.chat import Chat
 from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.vision import VisionCall

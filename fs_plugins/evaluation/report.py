@@ -24,7 +24,7 @@ from torch import Tensor
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.bounds import Array
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation.data import Sample
+from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.results import Answer, Results, Table, parted, title_of
 from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.store import SETTINGS

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from fs_plugins.attacks import METHODS
 from fs_plugins.certificates import Certificate
-from fs_plugins.evaluation.data import Sample
+from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.metrics import Estimate, mean, proportion
 from fs_plugins.evaluation.run import FEATURES, Evaluation, masking_file
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence, Suite

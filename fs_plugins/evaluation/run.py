@@ -19,7 +19,7 @@ from fs_plugins.attacks import attack
 from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.attacks.victim import Stream, Victim
 from fs_plugins.errors import FSPluginsError, PSMError, RegistryError, SettingError
-from fs_plugins.evaluation.data import Dataset, Sample
+from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.judges import Judge
 from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject

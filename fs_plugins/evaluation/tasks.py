@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation.data import Dataset, Sample
+from fs_plugins.evaluation.datasets import Dataset, Sample
 
 _AROUND = string.whitespace + "\u00a0\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb()[]{}"
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import fs_plugins
 from fs_plugins import PSM, FeatureSmoother, PixelError, VisionCall, registry
-from fs_plugins.api import claim
 from fs_plugins.identity import fingerprint
 from fs_plugins.outputs import map_tensors
 from fs_plugins.patch import named_arguments
+from fs_plugins.plugins import claim
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Features, direct
 

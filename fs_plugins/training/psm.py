@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fs_plugins.api import plugin_parts
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import digest, fingerprint
+from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig

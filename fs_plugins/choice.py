@@ -1,0 +1,175 @@
+"""``psm=`` and ``sigma=`` as users write them -> FeatureSmoothers. Every verb, command and suite chooses here."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from fs_plugins.errors import ModelError, PluginError, PSMError, SettingError, warn
+from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
+from fs_plugins.noise import Noise, NoiseScope
+from fs_plugins.plugins import claim, known_encoders, plugin_parts
+from fs_plugins.psm import PSM
+from fs_plugins.registry import StandIn
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother, check_sigma
+from fs_plugins.vision import PixelSpace, VisionCall
+
+PSMChoice = str | os.PathLike[str] | PSM | None
+"""``"auto"``, a purifier's name, a folder or hub id, a PSM, or None (``"none"`` in text) for plain smoothing."""
+
+Smoothable = nn.Module | VisionCall
+"""A model that an adapter claims, or an adapter's answer."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a smoother draws when it serves; see ``FeatureSmoother``."""
+
+    n0: int = 4
+    noise: Noise = "antithetic"
+    noise_scope: NoiseScope = "call"
+    seed: int | None = None
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+
+
+def choose(
+    model: Smoothable,
+    *,
+    psm: PSMChoice | Sequence[PSMChoice] = "auto",
+    sigma: float | None = None,
+    draws: Draws = Draws(),
+    processor: Any = None,
+    adapter: str | None = None,
+    encoder: int | None = None,
+) -> tuple[str, list[FeatureSmoother]]:
+    """The claiming adapter, and a smoother for each vision encoder, or for the one numbered ``encoder``.
+
+    Everything is checked and nothing touched. What its user should know of a choice is said as an FSPluginsWarning.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model; it is in training mode.
+        SettingError: a value out of range, or one that is missing.
+        PSMError, RegistryError, PluginError: see their docstrings.
+    """
+    name, calls = calls_of(model, processor=processor, adapter=adapter, encoder=encoder)
+    if sigma is not None:
+        check_sigma(sigma)
+    psms = list(psm) if isinstance(psm, list | tuple) else [psm] * len(calls)
+    if len(psms) != len(calls):
+        raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
+    chosen, notices = [], []
+    purifier = functools.cache(lambda name: known_encoders().purifier(name, **plugin_parts()))
+    for call, choice in zip(calls, psms, strict=True):
+        found, told = find_psm(call, choice, sigma, purifier)
+        notices += told
+        if found is None and sigma is None:
+            raise SettingError("psm=None is plain smoothing and needs a sigma in [0, 1] pixel units; 0.25 is usual.")
+        level = sigma if sigma is not None else cast(PSM, found).config.sigma
+        chosen.append(FeatureSmoother(call, psm=found, sigma=level, **vars(draws)))
+    for notice in dict.fromkeys(notices):  # once for encoders that are alike
+        warn(notice)
+    return name, chosen
+
+
+def calls_of(
+    model: Smoothable, *, processor: Any = None, adapter: str | None = None, encoder: int | None = None
+) -> tuple[str, tuple[VisionCall, ...]]:
+    """The claiming adapter, and the vision calls that can be smoothed: all, or the one numbered ``encoder``.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model; it is in training mode.
+        SettingError: there is no such encoder, or nobody knows how its pixels are normalised.
+        PluginError: the adapter's answer cannot be used.
+    """
+    if isinstance(model, VisionCall):
+        name, calls = adapter or "the caller", (model,)
+    elif not isinstance(model, nn.Module):
+        raise ModelError(f"A torch.nn.Module or a VisionCall was expected, got {type(model).__name__}.")
+    elif model.training:
+        raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
+    else:
+        name, calls = claim(model, adapter)
+    if encoder is not None:
+        if not 0 <= encoder < len(calls):
+            raise SettingError(f"This model has {len(calls)} vision encoders, numbered from 0; there is no {encoder}.")
+        calls = calls[encoder : encoder + 1]
+    if processor is not None:
+        pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
+        calls = tuple(call.with_pixels(pixels) for call in calls)
+    for call in calls:
+        if not call.pixels.source:
+            raise SettingError(
+                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there is "
+                "no processor beside the checkpoint. Pass processor=<the model's processor or a PixelSpace>."
+            )
+    if isinstance(model, nn.Module):
+        _inside(model, name, calls)
+    return name, calls
+
+
+def _inside(model: nn.Module, adapter: str, calls: Sequence[VisionCall]) -> None:
+    inside = set(model.modules())
+    for call in calls:
+        for part in (call.module, call.grad_scope):
+            if part is not None and part not in inside:
+                raise PluginError(
+                    f"Adapter {adapter!r} points at a {type(part).__name__} that is no submodule of {type(model).__name__} (kept in "
+                    "a list?), so smoothing could not be found again to undo it. Register it as a submodule."
+                )
+
+
+def find_psm(
+    call: VisionCall, psm: PSMChoice, sigma: float | None, purifier: Callable[[str], PSM]
+) -> tuple[PSM | None, list[str]]:
+    """What a choice means for this encoder, and what its user should know of it.
+
+    Args:
+        purifier: how to get one of the registry's purifiers by name.
+    """
+    notices = []
+    if psm is None or isinstance(psm, PSM) or psm == "none":
+        found = psm if isinstance(psm, PSM) else None
+    elif psm == "auto":
+        known = known_encoders()
+        chosen = known.choose(call, sigma)
+        if isinstance(chosen, StandIn):
+            found = purifier(chosen.name)
+            notices.append(str(chosen))
+        else:
+            found = known.load(chosen, **plugin_parts())
+    elif isinstance(psm, str) and not {"/", os.sep} & set(psm):
+        purifiers = known_encoders().purifiers
+        if psm not in purifiers and not Path(psm).exists():
+            raise PSMError(
+                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: {', '.join(purifiers)}."
+            )
+        found = purifier(psm) if psm in purifiers else PSM.from_pretrained(psm, **plugin_parts())
+    elif isinstance(psm, str | os.PathLike):
+        found = PSM.from_pretrained(psm, **plugin_parts())
+    else:
+        raise SettingError(
+            'psm must be "auto", None, a PSM, its folder or its hub id, or the name of one of the registry\'s purifiers; '
+            f"got {type(psm).__name__}."
+        )
+    if found is None or not found.config.fingerprint:  # the second serves any encoder
+        return found, notices
+    if has_adapters(call.module):
+        notices.append(
+            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them."
+        )
+    if (
+        psm != "auto"
+        and is_readable(call.module)
+        and not same_encoder(found.config.fingerprint, fingerprint(call.module))
+    ):
+        notices.append(
+            f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
+            "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it."
+        )
+    return found, notices

@@ -1,1 +1,0 @@
-"""The scripts that trained what ships: ``python -m fs_plugins.demo.train --help``."""

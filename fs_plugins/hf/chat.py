@@ -1,0 +1,132 @@
+"""Asking a Hugging Face image-text-to-text model one question about each of several images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fs_plugins.api import vision_call
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.evaluation.datasets import Dataset, Sample
+from fs_plugins.evaluation.subjects import size_of
+from fs_plugins.evaluation.tasks import Task
+
+
+def dialogue(processor: Any, question: str) -> str:
+    """The prompt for one image and one question."""
+    return prompt(processor, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
+
+
+def prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the model reads, by the processor's chat template, else as LLaVA-1.5 was trained.
+
+    Args:
+        messages: Hugging Face's: ``{"role": ..., "content": [{"type": "image"} or {"type": "text", "text": ...}]}``.
+
+    Raises:
+        SettingError: no chat template, and images are not written as LLaVA-1.5 writes them.
+    """
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    if getattr(processor, "image_token", None) != "<image>":
+        raise SettingError(
+            f"{type(processor).__name__} has no chat template, so nobody knows how this model wants to be asked. "
+            "Save one beside the checkpoint (chat_template.jinja)."
+        )
+    turns = []
+    for message in messages:
+        images = sum(part["type"] == "image" for part in message["content"])
+        text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+        turns.append(f"{message['role'].upper()}: " + "<image>\n" * images + text)
+    return " ".join([*turns, "ASSISTANT:"])
+
+
+def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+    """Prompts and the images of each -> what the model is given, padded on the left.
+
+    ``images`` has one list for each prompt, either none of them empty or all.
+    """
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
+    more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
+    if any(images):
+        more["images"] = [list(own) for own in images]
+    return processor(text=list(prompts), padding=True, return_tensors="pt", **more)
+
+
+@torch.no_grad()
+def ask(
+    model: nn.Module,
+    processor: Any,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Greedy answers, one for each image and its question, in one batch.
+
+    Raises:
+        SettingError: as many questions as images were expected.
+    """
+    if len(images) != len(questions):
+        raise SettingError(f"One question for each image: got {len(images)} images and {len(questions)} questions.")
+    prompts = [dialogue(processor, question) for question in questions]
+    inputs = encode(processor, prompts, [[image] for image in images])
+    return [text.strip() for text in generate(model, processor, inputs, max_new_tokens=max_new_tokens)]
+
+
+@torch.no_grad()
+def generate(model: Any, processor: Any, inputs: Any, **settings: Any) -> list[str]:
+    """The new text for what ``encode`` gave; ``settings`` are those of the model's ``generate``, greedy if they say nothing."""
+    inputs = inputs.to(model.device, model.dtype)
+    pad = processor.tokenizer.pad_token_id
+    tokens = model.generate(**inputs, pad_token_id=pad, **{"do_sample": False, **settings})
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    return list(processor.batch_decode(new, skip_special_tokens=True))
+
+
+class Chat:
+    """An image-text-to-text model of transformers whose encoder takes pictures of one size, one a question."""
+
+    tasks = ("captioning", "classification", "vqa")
+    max_new_tokens: Mapping[str, int] = {"captioning": 40, "classification": 8, "vqa": 12}
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.call = vision_call(model)
+        self.size = size_of(self.call)
+
+    def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
+        prompts = [task.prompt(sample, dataset) for sample in samples]
+        return self.say(images, prompts, self.max_new_tokens[task.name])
+
+    def say(self, images: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers about exactly these pixels: they do not pass through the processor's resizing and rounding.
+
+        Raises:
+            ModelError: the processor makes something else of a picture than one image of the encoder's size.
+        """
+        height, width = self.size
+        blank = Image.new("RGB", (width, height))
+        told = [dialogue(self.processor, prompt) for prompt in prompts]
+        inputs = encode(self.processor, told, [[blank]] * len(images))
+        device = next(self.model.parameters()).device
+        pixels = self.call.pixels.from_unit(images.to(device), torch.float32)
+        given = inputs.get("pixel_values")
+        if given is None or tuple(given.shape) != tuple(pixels.shape):
+            shape = None if given is None else tuple(given.shape)
+            raise ModelError(
+                f"Evaluation puts attacked pixels of shape {tuple(pixels.shape)} straight into the model, but its processor "
+                f"makes {shape} of such pictures (tiles or patches). Models that see one picture of a fixed size, as "
+                "LLaVA-1.5 does, can be evaluated; for others use fs_plugins.attacks and fs_plugins.evaluation's parts."
+            )
+        inputs["pixel_values"] = pixels
+        said = generate(self.model, self.processor, inputs, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in said]

@@ -1,0 +1,109 @@
+"""Models of transformers, their processors and tokenizers by folder or hub id: the one place that loads them.
+
+``"demo"`` and ``"demo-clip"`` are the models that ship; an encoder of the registry is loaded without the model around it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fs_plugins.demo import assets
+from fs_plugins.errors import ModelError
+from fs_plugins.plugins import known_encoders
+
+SHIPPED = {"demo": assets.LLAVA, "demo-clip": assets.CLIP}
+"""Names of the models that ship -> their folders."""
+
+
+def source(name: str) -> str:
+    """What transformers is to be told: a folder or hub id."""
+    return str(SHIPPED.get(name, name))
+
+
+def load(name: str) -> nn.Module:
+    """A model of whatever class its configuration names, or an encoder of the registry; in eval mode.
+
+    Raises:
+        ModelError: transformers cannot load it, or see ``load_encoder``.
+    """
+    import transformers
+
+    from fs_plugins.hf.towers import load_encoder
+
+    if name not in SHIPPED and not Path(name).exists() and name in known_encoders().entries:
+        return load_encoder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source(name))
+        own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
+        kind = getattr(transformers, own[0]) if own else transformers.AutoModel
+        return kind.from_pretrained(source(name), dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load {name!r} with transformers: {error}") from None
+
+
+def load_chat(
+    name: str, *, dtype: str = "auto", device: torch.device | str | None = None, device_map: str | None = None
+) -> tuple[Any, Any]:
+    """An image-text-to-text model in eval mode, and its processor.
+
+    Args:
+        name: folder, hub id or ``"demo"``.
+        dtype, device_map: as ``from_pretrained`` takes them.
+        device: where to put it, unless ``device_map`` says; ``place()`` if left out.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(name)
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(source(name), dtype=dtype, device_map=device_map)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
+    return (model if device_map else model.to(device or place())).eval(), processor
+
+
+def load_processor(name: str) -> Any:
+    """The processor saved beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load a processor for {name!r}: {error}") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer saved beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load a tokenizer from {name!r}: {error}") from None
+
+
+def place() -> str:
+    """The device that commands use: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quieten() -> None:
+    """Keep transformers' loading bars and notices out of a command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

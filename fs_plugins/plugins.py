@@ -1,0 +1,93 @@
+"""What the plugins of this process answer: whose model this is, and what they provide by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fs_plugins import registry
+from fs_plugins.errors import FSPluginsError, ModelError, PluginError
+from fs_plugins.hooks import DISABLE, plugin_manager
+from fs_plugins.vision import VisionCall
+
+
+def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[VisionCall, ...]]:
+    """The adapter that claims this model, and its whole answer.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model.
+        PluginError: the adapter asked for does not exist, fails, or answers nonsense.
+    """
+    manager = plugin_manager()
+    names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
+    if adapter is not None and adapter not in names:
+        raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(names)}.")
+    found = claims(model, adapter)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not found:
+        asked = adapter or ", ".join(sorted(names))
+        raise ModelError(
+            f"No adapter claims {kind} (asked: {asked}). docs/adapters.md shows how to write one, in about 40 lines."
+        )
+    if len(found) > 1:
+        raise ModelError(
+            f"Several adapters claim {kind}: {', '.join(sorted(found))}. Choose with enable(..., adapter=...), or turn "
+            f"one off with {DISABLE}=<name>."
+        )
+    return next(iter(found.items()))
+
+
+def claims(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[VisionCall, ...]]:
+    """Every adapter that claims this model, or the one asked for if it does -> its answer.
+
+    Raises:
+        PluginError: an adapter fails, or answers nonsense.
+    """
+    answers = {
+        implementation.plugin_name: _ask(implementation.plugin_name, implementation.function, model)
+        for implementation in plugin_manager().hook.fs_vision_call.get_hookimpls()
+        if adapter in (None, implementation.plugin_name)
+    }
+    return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def _ask(name: str, claim: Callable[[nn.Module], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:
+    """One adapter's answer, as a tuple."""
+    try:
+        answer = claim(model)
+    except FSPluginsError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"Adapter {name!r} failed on {type(model).__name__}: {type(error).__name__}: {error}. "
+            f"Choose another with enable(..., adapter=...), or turn it off with {DISABLE}={name}."
+        ) from error
+    if answer is None:
+        return None
+    calls = (answer,) if isinstance(answer, VisionCall) else answer
+    if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, VisionCall) for call in calls):
+        raise PluginError(f"Adapter {name!r} must answer a VisionCall, several, or None; it answered {answer!r}.")
+    return tuple(calls)
+
+
+def known_encoders() -> registry.Registry:
+    """The user's registry, then those of plugins, then the one that ships: the first that has a name wins."""
+    plugins = [Path(path) for answer in plugin_manager().hook.fs_registries() for path in answer]
+    return registry.Registry([*registry.user_files(), *plugins, registry.shipped_path()])
+
+
+def plugin_parts() -> dict[str, Any]:
+    """Purifiers and mappers that plugins provide, by kind."""
+    hook = plugin_manager().hook
+    parts: dict[str, Any] = {"purifiers": {}, "mappers": {}}
+    answers: tuple[tuple[str, Sequence[dict[str, type[nn.Module]]]], ...] = (
+        ("purifiers", hook.fs_purifiers()),
+        ("mappers", hook.fs_mappers()),
+    )
+    for what, given in answers:
+        for kinds in given:
+            parts[what].update(kinds)
+    return parts

@@ -1,0 +1,1 @@
+"""The scripts that trained what ships: ``python -m tools.world --help``."""
