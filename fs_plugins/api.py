@@ -16,7 +16,7 @@ from fs_plugins.choice import Draws, PSMChoice, Smoothable, choose
 from fs_plugins.errors import ModelError, SettingError, warn
 from fs_plugins.hooks import plugin_manager
 from fs_plugins.noise import Noise, NoiseScope
-from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, recompile
+from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, patched, recompile
 from fs_plugins.plugins import claim
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.state import Status, vision_status
@@ -112,7 +112,7 @@ def enable(
     calls = [smoother.call for smoother in chosen]
     detach(model)  # what disabling an inner model may have left on its wrapper
     attach(hooks, model, [name for call in calls for name in call.inputs or (call.pixels.argument,)])
-    recompile(model)
+    recompile(patched(model))
     return SmoothingHandle(model)
 
 
@@ -124,8 +124,9 @@ def disable(model: nn.Module) -> None:
     """
     if not hooks_of(model)[0]:
         raise ModelError("Smoothing is not enabled on this model, so there is nothing to disable.")
+    modules = patched(model)
     detach(model)
-    recompile(model)
+    recompile(modules)
 
 
 def status(model: nn.Module) -> Status:

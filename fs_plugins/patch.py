@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import CodeType
+from typing import Any, TypeVar, cast
 
 import torch
+import wrapt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,25 +28,25 @@ from fs_plugins.pickled import Pickled
 from fs_plugins.smoothing import FeatureSmoother, Pass, Tally
 from fs_plugins.vision import direct, is_direct
 
+DYNAMO = "torch._dynamo"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _eager(function: F) -> F:
     """Keep torch.compile out of a function, as ``torch.compiler.disable`` does, without importing the compiler before anyone else has."""
+    disabled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        return _disabled(function)(*args, **kwargs)
+        nonlocal disabled
+        if disabled is None:
+            if DYNAMO not in sys.modules:
+                return function(*args, **kwargs)
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return run  # type: ignore[return-value]
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
+    return cast(F, run)
 
 
 @dataclass(frozen=True)
@@ -313,16 +316,20 @@ def _requires_grad(value: Any) -> bool:
 
 def hooks_of(model: nn.Module) -> tuple[list[SmoothingHook], list[Witness]]:
     """Our hooks found on the model itself, so that copies and reloaded pickles answer for themselves."""
-    smoothing: dict[int, SmoothingHook] = {}
-    witnesses: dict[int, Witness] = {}
-    for module in model.modules():
-        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, SmoothingHook):
-                smoothing[id(owner)] = owner
-            elif isinstance(owner, Witness):
-                witnesses[id(owner)] = owner
-    return sorted(smoothing.values(), key=lambda hook: hook.place), list(witnesses.values())
+    owners = {id(owner): owner for module in model.modules() for hook in _hooks(module) if (owner := _ours(hook))}
+    smoothing = [owner for owner in owners.values() if isinstance(owner, SmoothingHook)]
+    witnesses = [owner for owner in owners.values() if isinstance(owner, Witness)]
+    return sorted(smoothing, key=lambda hook: hook.place), witnesses
+
+
+def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _ours(hook: Callable[..., Any]) -> _Hook | None:
+    """Whose method a hook is, if it is one of ours."""
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, _Hook) else None
 
 
 def detach(model: nn.Module) -> None:
@@ -330,7 +337,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             table = getattr(module, name)
-            ours = [key for key, hook in table.items() if isinstance(getattr(hook, "__self__", None), _Hook)]
+            ours = [key for key, hook in table.items() if _ours(hook)]
             for key in ours:
                 for companion in _COMPANIONS[name]:
                     with suppress(AttributeError, KeyError):
@@ -344,7 +351,42 @@ _COMPANIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def recompile(model: nn.Module) -> None:
-    """Make torch.compile look again at this model: compiled code that has already run does not see hooks come or go."""
-    if "torch._dynamo" in sys.modules:
+def patched(model: nn.Module) -> list[nn.Module]:
+    """The modules of the model that carry hooks of ours."""
+    return [module for module in model.modules() if any(map(_ours, _hooks(module)))]
+
+
+def recompile(modules: Sequence[nn.Module]) -> None:
+    """Make torch.compile look again at these modules: compiled code that has run does not see hooks come or go.
+
+    By default dynamo checks no hooks that were not there when it compiled. So a model may stay unsmoothed that was compiled
+    before, and also one of whose class another model, without smoothing, was compiled first. From the first ``enable`` on it
+    is told to check, as soon as anybody imports it; and what it compiled of these modules' classes before is dropped. Code
+    of other classes stays.
+    """
+    wrapt.register_post_import_hook(_check_hooks, f"{DYNAMO}.config")
+    if DYNAMO not in sys.modules:
+        return
+    from torch._dynamo import convert_frame, eval_frame
+
+    marks = {str(mark) for module in modules for mark in (id(module), id(type(module)))}
+    try:
+        seen = [*convert_frame.input_codes.seen, *convert_frame.output_codes.seen]
+        codes = [code for reference in seen if (code := reference()) is not None]
+        concerned = [code for code in codes if marks & set(re.findall(r"\d+", _guards(code)))]
+    except AttributeError:  # another version's internals
         torch._dynamo.reset()
+        return
+    for code in concerned:
+        eval_frame.remove_from_cache(code)
+
+
+def _check_hooks(config: Any) -> None:
+    config.skip_nnmodule_hook_guards = False
+
+
+def _guards(code: CodeType) -> str:
+    """What all that was compiled of a function depends on, in dynamo's words: ids of modules and of their classes among them."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return "\n".join(str(entry.guard_manager) for entry in _debug_get_cache_entry_list(code))

@@ -285,21 +285,6 @@ def test_threads_do_not_disturb_each_other(llava, images):
         assert handle.status().vision[0].calls == 3 + 8 * 5
 
 
-def test_compiled_models_see_hooks_come_and_go(clip, images):
-    ids = torch.tensor([[1, 4, 39]])
-
-    def embed(model):
-        with torch.no_grad():
-            return model(input_ids=ids, pixel_values=pixels_of(images)).image_embeds
-
-    compiled = torch.compile(clip, backend="eager")
-    before = embed(compiled)
-    with fs_plugins.enable(compiled, **PLAIN) as handle:
-        assert not torch.allclose(embed(compiled), before, atol=1e-3)
-        assert handle.status().vision[0].calls == 1
-    assert torch.allclose(embed(compiled), before, atol=1e-5)
-
-
 def test_second_enable_and_disable_without_enable_are_errors(llava):
     with fs_plugins.enable(llava, **PLAIN) as handle:
         with pytest.raises(ModelError, match="already"):
