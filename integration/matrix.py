@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md from the reports of the integration runs."""
+"""Write docs/reference/compatibility.md from the reports of the integration runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from exceptions import EXEMPTIONS
 HEAD = """# Compatibility
 
 Every family is a small, randomly initialised model of the framework's own class, and every cell is a run of the whole
-[conformance kit](adapters.md#the-conformance-kit) on it. `make integration` builds the environments, runs the kit and
-writes this page.
+[conformance kit](../how-to/write-an-adapter.md#the-conformance-kit) on it. `make integration` builds the environments,
+runs the kit and writes this page.
 
 A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below.
 """

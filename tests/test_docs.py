@@ -11,7 +11,7 @@ import pytest
 from fs_plugins.demo import assets, world
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CI = (ROOT / ".ci" / "run").read_text() + (ROOT / "Makefile").read_text()
 
 
@@ -19,7 +19,7 @@ def blocks(language: str) -> list:
     found = []
     for page in PAGES:
         code = re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-        found += [pytest.param(text, id=f"{page.name}-{i}") for i, text in enumerate(code)]
+        found += [pytest.param(text, id=f"{page.relative_to(ROOT)}-{i}") for i, text in enumerate(code)]
     return found
 
 

@@ -278,6 +278,6 @@ def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
     for argument in hook.__code__.co_varnames[: hook.__code__.co_argcount]:
         assert f":param {argument}:" in doc
     assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(), re.MULTILINE)
-    docs = Path(__file__).parent.parent / "docs" / "adapters.md"
+    docs = Path(__file__).parent.parent / "docs" / "reference" / "hooks.md"
     arguments = ", ".join(hook.__code__.co_varnames[: hook.__code__.co_argcount])
     assert f"| `{name}({arguments})` |" in docs.read_text()
