@@ -33,21 +33,28 @@ class Recorder:
         self.path = path
         self.families: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> object:
-        report = (yield).get_result()
-        family = getattr(getattr(item, "cls", None), "family", None)
-        if family is None or not (report.when == "call" or report.outcome != "passed"):
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if family := getattr(getattr(item, "cls", None), "family", None):
+            # Travels with the report to the process that writes, where several share the tests.
+            item.user_properties.append(("family", (family, item.originalname)))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = dict(report.user_properties).get("family")
+        if told is None or not (report.when == "call" or report.outcome != "passed"):
             return
+        family, test = told
         if hasattr(report, "wasxfail"):
             kind, why = ("expected" if report.skipped else "failed"), report.wasxfail
         elif report.skipped:
             kind, why = "skipped", report.longrepr[2].removeprefix("Skipped: ")
         else:
             kind, why = report.outcome, ""
-        self.families[family][kind][item.originalname] = why
+        self.families[family][kind][test] = why
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return
         import exceptions
         from test_families import INSTALLED, absent
 

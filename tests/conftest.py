@@ -15,6 +15,10 @@ from torch import Tensor
 
 from fs_plugins import VisionCall
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # A busy machine is no failure.
 settings.register_profile("fs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fs")
