@@ -11,13 +11,14 @@ from typing import Any, cast
 
 from torch import nn
 
+from fs_plugins.checks import check_sigma
 from fs_plugins.errors import ModelError, PluginError, PSMError, SettingError, warn
 from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.plugins import claim, known_encoders, plugin_parts
 from fs_plugins.psm import PSM
 from fs_plugins.registry import StandIn
-from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother, check_sigma
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
 
 PSMChoice = str | os.PathLike[str] | PSM | None
@@ -60,7 +61,7 @@ def choose(
     name, calls = calls_of(model, processor=processor, adapter=adapter, encoder=encoder)
     if sigma is not None:
         check_sigma(sigma)
-    psms = list(psm) if isinstance(psm, list | tuple) else [psm] * len(calls)
+    psms: list[PSMChoice] = list(psm) if isinstance(psm, list | tuple) else [cast(PSMChoice, psm)] * len(calls)
     if len(psms) != len(calls):
         raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
     chosen, notices = [], []
@@ -87,6 +88,7 @@ def calls_of(
         SettingError: there is no such encoder, or nobody knows how its pixels are normalised.
         PluginError: the adapter's answer cannot be used.
     """
+    calls: tuple[VisionCall, ...]
     if isinstance(model, VisionCall):
         name, calls = adapter or "the caller", (model,)
     elif not isinstance(model, nn.Module):

@@ -6,7 +6,6 @@ The road is the same for serving, training and measuring; only the draws and wha
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fs_plugins.checks import check_sigma, check_whole, is_whole
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.layouts import Group, Layout
 from fs_plugins.noise import Noise, NoiseScope, NoiseSource, Source, draws
@@ -98,13 +98,13 @@ class FeatureSmoother(Pickled):
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         check_sigma(sigma)
-        _whole("n0", n0, "draws per image")
-        _whole("chunk_size", chunk_size, "rows per forward")
+        check_whole("n0 (draws per image)", n0)
+        check_whole("chunk_size (rows per forward)", chunk_size)
         if noise not in get_args(Noise):
             raise SettingError(f"noise must be one of {get_args(Noise)}, got {noise!r}.")
         if noise_scope not in get_args(NoiseScope):
             raise SettingError(f"noise_scope must be one of {get_args(NoiseScope)}, got {noise_scope!r}.")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        if seed is not None and not is_whole(seed):
             raise SettingError(f"seed must be an integer or None, got {seed!r}.")
         if psm is not None:
             psm.check(call, float(sigma))
@@ -356,18 +356,3 @@ def _over_draws(value: Tensor, draws: int) -> Tensor:
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def check_sigma(sigma: Any) -> None:
-    """Refuse what is no noise level in [0, 1] pixel units."""
-    if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not math.isfinite(sigma) or sigma < 0:
-        raise SettingError(f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}.")
-    if sigma > 4:
-        raise SettingError(
-            f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?"
-        )
-
-
-def _whole(name: str, value: Any, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(f"{name} ({what}) must be a whole number >= 1, got {value!r}.")
