@@ -1,11 +1,11 @@
 """How well a purifier denoises, beside scikit-image's denoisers: PSNR in dB on photographs.
 
-    pip install scikit-image PyWavelets            # the peers; and bm3d for one column more (its licence is non-commercial)
-    python benchmarks/denoise.py --psm PSM                   # on photographs that scikit-image ships
+    pip install scikit-image PyWavelets            # the peers; and bm3d for one column more (its licence is
+    non-commercial) python benchmarks/denoise.py --psm PSM                   # on photographs that scikit-image ships
     python benchmarks/denoise.py --psm PSM --photos FOLDER   # on those of a folder that training.photo held out
 
-Centre crops of at most 288 x 288, noise of sigma in [0, 1] pixels, not clamped; results are. The peers are told sigma, and
-get the setting that is best for them on these very photographs, one per sigma.
+Centre crops of at most 288 x 288, noise of sigma in [0, 1] pixels, not clamped; results are. The peers are told sigma,
+and get the setting that is best for them on these very photographs, one per sigma.
 """
 
 from __future__ import annotations

@@ -76,9 +76,10 @@ def enable(
     Args:
         model: any model an adapter claims, also inside PEFT, torch.compile or DDP; in eval mode.
         psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution, or else its purifier
-            ``"photo"``, with a warning; ``"photo"``, ``"diffusion"`` or another of the registry's purifiers by name, a PSM,
-            its folder or its hub id is used as given (a folder of such a name is ``./photo``); ``None`` is plain smoothing at
-            ``sigma``. A list has one for each vision encoder of a model that has several (Video-LLaVA: images, then video).
+            ``"photo"``, with a warning; ``"photo"``, ``"diffusion"`` or another of the registry's purifiers by name, a
+            PSM, its folder or its hub id is used as given (a folder of such a name is ``./photo``); ``None`` is plain
+            smoothing at ``sigma``. A list has one for each vision encoder of a model that has several (Video-LLaVA:
+            images, then video).
         sigma: standard deviation of the noise in [0, 1] pixel units at the resolution the encoder sees.
             Left out, the PSM's own. Required with ``psm=None``.
         n0: draws per image. More is steadier and slower.
@@ -166,8 +167,8 @@ def smoothers(
 ) -> tuple[FeatureSmoother, ...]:
     """The pipelines that ``enable`` would put around the model's vision encoders, one each; the model is not touched.
 
-    For attacking, measuring and looking: a FeatureSmoother smooths images by itself (``smooth``, ``look``) and says what
-    was chosen (``psm``, ``sigma``).
+    For attacking, measuring and looking: a FeatureSmoother smooths images by itself (``smooth``, ``look``) and says
+    what was chosen (``psm``, ``sigma``).
 
     Args:
         model: any model an adapter claims, in eval mode, whether or not smoothing is enabled on it; or a VisionCall.
@@ -287,17 +288,18 @@ def certify_predictions(
     """Prove how far each image can move in l2 before a zero-shot or linear classifier's answer may change.
 
     Args:
-        directions: (K, E), a row a class, or names -> (E,): text embeddings for zero-shot CLIP, or the weight of a linear head
-            without bias on the encoder's embedded feature.
+        directions: (K, E), a row a class, or names -> (E,): text embeddings for zero-shot CLIP, or the weight of a
+            linear head without bias on the encoder's embedded feature.
         target: an l2 radius at which sampling stops early, or as soon as it is out of reach.
-        model, images, n, alpha, psm, sigma, seed, chunk_size, out, processor, adapter, encoder, advance: as for ``certify``.
+        model, images, n, alpha, psm, sigma, seed, chunk_size, out, processor, adapter, encoder, advance: as for
+            ``certify``.
 
     Returns:
         a certificate for each image, in order; its ``radius`` is None where it abstains.
 
     Raises:
-        SettingError: a value out of range, images of another size or range, fewer than two directions, equal ones, or some of
-            another width than the feature; a file of another run.
+        SettingError: a value out of range, images of another size or range, fewer than two directions, equal ones, or
+            some of another width than the feature; a file of another run.
         ModelError, PSMError, RegistryError, PluginError: as for ``certify``.
     """
     plan = Plan(n=n, alpha=alpha, target=target)

@@ -107,8 +107,8 @@ def calls_of(
     for call in calls:
         if not call.pixels.source:
             raise SettingError(
-                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there is "
-                "no processor beside the checkpoint. Pass processor=<the model's processor or a PixelSpace>."
+                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there "
+                "is no processor beside the checkpoint. Pass processor=<the model's processor or a PixelSpace>."
             )
     if isinstance(model, nn.Module):
         _inside(model, name, calls)
@@ -121,8 +121,9 @@ def _inside(model: nn.Module, adapter: str, calls: Sequence[VisionCall]) -> None
         for part in (call.module, call.grad_scope):
             if part is not None and part not in inside:
                 raise PluginError(
-                    f"Adapter {adapter!r} points at a {type(part).__name__} that is no submodule of {type(model).__name__} (kept in "
-                    "a list?), so smoothing could not be found again to undo it. Register it as a submodule."
+                    f"Adapter {adapter!r} points at a {type(part).__name__} that is no submodule of "
+                    f"{type(model).__name__} (kept in a list?), so smoothing could not be found again to undo it. "
+                    "Register it as a submodule."
                 )
 
 
@@ -149,21 +150,23 @@ def find_psm(
         purifiers = known_encoders().purifiers
         if psm not in purifiers and not Path(psm).exists():
             raise PSMError(
-                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: {', '.join(purifiers)}."
+                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: "
+                f"{', '.join(purifiers)}."
             )
         found = purifier(psm) if psm in purifiers else PSM.from_pretrained(psm, **plugin_parts())
     elif isinstance(psm, str | os.PathLike):
         found = PSM.from_pretrained(psm, **plugin_parts())
     else:
         raise SettingError(
-            'psm must be "auto", None, a PSM, its folder or its hub id, or the name of one of the registry\'s purifiers; '
+            'psm must be "auto", None, a PSM, its folder or hub id, or the name of one of the registry\'s purifiers; '
             f"got {type(psm).__name__}."
         )
     if found is None or not found.config.fingerprint:  # the second serves any encoder
         return found, notices
     if has_adapters(call.module):
         notices.append(
-            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath them."
+            f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath "
+            "them."
         )
     if (
         psm != "auto"

@@ -1,7 +1,7 @@
 """The one writer of durable files: whole after a kill at any moment, and one process's at a time where they must be.
 
-Whatever is read again by a later run (ledgers, stores, checkpoints, registries, downloads) or published (PSMs, reports) is
-written here.
+Whatever is read again by a later run (ledgers, stores, checkpoints, registries, downloads) or published (PSMs, reports)
+is written here.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
 
 
 def digest(*modules: nn.Module) -> str:
-    """SHA-256 of all weights, bit for bit, with their types and shapes; of weights that are elsewhere (offloaded) only these."""
+    """SHA-256 of all weights, bit for bit, with types and shapes; of offloaded weights only types and shapes."""
     found = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):

@@ -1,4 +1,5 @@
-"""How a vision module's pixel argument holds images; a plain batch here, what families do otherwise beside their adapter.
+"""How a vision module's pixel argument holds images; a plain batch here, what families do otherwise beside their
+adapter.
 
 A layout takes a call apart into groups of images of one shape, so that noise, purifier and encoder work on
 image batches, and puts the encoder's outputs together again in the order of the call.

@@ -56,8 +56,8 @@ class Readout:
             value = _step(value, step, self.name)
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"The vision module's output holds {type(value).__name__} where readout {self.name!r} expects a tensor. "
-                "Ask the module for it (output_hidden_states=True), or name another readout."
+                f"The vision module's output holds {type(value).__name__} where readout {self.name!r} expects a "
+                "tensor. Ask the module for it (output_hidden_states=True), or name another readout."
             )
         if value.ndim > 3:
             value = value.flatten(1, -2)

@@ -33,7 +33,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _eager(function: F) -> F:
-    """Keep torch.compile out of a function, as ``torch.compiler.disable`` does, without importing the compiler before anyone else has."""
+    """``torch.compiler.disable``, but for importing the compiler before anyone else has."""
     disabled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
@@ -107,8 +107,8 @@ class SmoothingHook(_Hook):
             return None
         if pixels is None:
             raise PixelError(
-                f"The vision encoder was called with {', '.join(given) or 'nothing'} and without {space.argument}, so what it "
-                "looks at cannot be smoothed. Does the adapter name the right pixel argument?"
+                f"The vision encoder was called with {', '.join(given) or 'nothing'} and without {space.argument}, so "
+                "what it looks at cannot be smoothed. Does the adapter name the right pixel argument?"
             )
         space.check(pixels)
         groups = space.layout.groups(pixels, given) if len(pixels) else []
@@ -123,7 +123,8 @@ class SmoothingHook(_Hook):
         if module.training:
             self._warn(
                 "training",
-                "The vision encoder is in training mode; smoothing goes on, but its features are not those of model.eval().",
+                "The vision encoder is in training mode; smoothing goes on, but its features are not those of "
+                "model.eval().",
             )
         tally = Tally()
         passes = self.smoother.passes(groups, pixels.dtype, tally)
@@ -189,7 +190,7 @@ class SmoothingHook(_Hook):
 
 
 class Witness(_Hook):
-    """Counts the model's own calls that carried pixels and succeeded, so that ``status`` can tell a bypassed encoder."""
+    """Counts the model's own calls with pixels that succeeded, so that ``status`` can tell a bypassed encoder."""
 
     _fresh = (("_lock", threading.Lock),)
 
@@ -359,10 +360,10 @@ def patched(model: nn.Module) -> list[nn.Module]:
 def recompile(modules: Sequence[nn.Module]) -> None:
     """Make torch.compile look again at these modules: compiled code that has run does not see hooks come or go.
 
-    By default dynamo checks no hooks that were not there when it compiled. So a model may stay unsmoothed that was compiled
-    before, and also one of whose class another model, without smoothing, was compiled first. From the first ``enable`` on it
-    is told to check, as soon as anybody imports it; and what it compiled of these modules' classes before is dropped. Code
-    of other classes stays.
+    By default dynamo checks no hooks that were not there when it compiled. So a model may stay unsmoothed that was
+    compiled before, and also one of whose class another model, without smoothing, was compiled first. From the first
+    ``enable`` on it is told to check, as soon as anybody imports it; and what it compiled of these modules' classes
+    before is dropped. Code of other classes stays.
     """
     wrapt.register_post_import_hook(_check_hooks, f"{DYNAMO}.config")
     if DYNAMO not in sys.modules:
@@ -386,7 +387,7 @@ def _check_hooks(config: Any) -> None:
 
 
 def _guards(code: CodeType) -> str:
-    """What all that was compiled of a function depends on, in dynamo's words: ids of modules and of their classes among them."""
+    """What the compiled code of a function depends on, in dynamo's words; ids of modules and classes are among them."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
     return "\n".join(str(entry.guard_manager) for entry in _debug_get_cache_entry_list(code))

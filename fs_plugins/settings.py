@@ -1,4 +1,5 @@
-"""Settings of a run as a frozen dataclass: every knob is said once, and read from flags, from a file and from Python alike.
+"""Settings of a run as a frozen dataclass: every knob is said once, and read from flags, from a file and from Python
+alike.
 
     @dataclass(frozen=True)
     class Walk:

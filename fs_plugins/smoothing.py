@@ -124,15 +124,15 @@ class FeatureSmoother(Pickled):
         return self.psm is None and self.sigma == 0
 
     def unfit(self, pixels: Tensor) -> str | None:
-        """Why the PSM cannot serve (B, C, H, W) images or (B, F, C, H, W) videos like these, in words; None if it can."""
+        """Why the PSM cannot serve (B, C, H, W) images or (B, F, C, H, W) videos like these; None if it can."""
         if self.psm is None:
             return None
         any_size = self.call.image_size is None
         if any_size and self.psm.mapped and pixels.ndim > 4:
             return (
                 f"The encoder was given a video of {pixels.shape[1]} distinct frames; the PSM's mapper "
-                f"({', '.join(self.psm.mapped)}) was made for the tokens of single images. Its purifier applies to videos: "
-                "enable with psm.only(mapper=False)."
+                f"({', '.join(self.psm.mapped)}) was made for the tokens of single images. Its purifier applies to "
+                "videos: enable with psm.only(mapper=False)."
             )
         size = self.psm.config.image_size
         if size is None or size == tuple(pixels.shape[-2:]) or (any_size and not self.psm.mapped):

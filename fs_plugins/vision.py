@@ -89,8 +89,8 @@ class PixelSpace:
         factor = getattr(images, "rescale_factor", None)
         if factor is not None and abs(float(factor) * 255 - 1) > 1e-3:
             raise SettingError(
-                f"{type(processor).__name__} rescales pixels by {factor} instead of 1/255, so its mean and std are not in [0, 1] "
-                "units. Pass a PixelSpace(mean=..., std=...) in [0, 1] units."
+                f"{type(processor).__name__} rescales pixels by {factor} instead of 1/255, so its mean and std are not "
+                "in [0, 1] units. Pass a PixelSpace(mean=..., std=...) in [0, 1] units."
             )
         return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source, size=_size(images))
 
@@ -148,7 +148,8 @@ class PixelSpace:
         if low < -0.02 or high > 1.02:
             return (
                 f"{self.argument} maps to {span}, a little outside [0, 1], under mean {self.mean} and std {self.std} "
-                f"({self.source}). Resizing can overshoot; if it is a wrong mean or std, pass enable(..., processor=...)."
+                f"({self.source}). Resizing can overshoot; if it is a wrong mean or std, pass enable(..., "
+                "processor=...)."
             )
         return None
 

@@ -188,7 +188,8 @@ def build_llava(feature: str = "patch") -> nn.Module:
         CLIPVisionModel(vision).save_pretrained(checkpoint)
         processor.save_pretrained(checkpoint)
         config = LlavaConfig(
-            **layers, vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=HEADS, max_position_embeddings=128,
+            **layers, vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=HEADS,
+            max_position_embeddings=128,
             pad_token_id=PAD, bos_token_id=START, eos_token_id=END,
             mm_vision_tower=checkpoint, mm_hidden_size=WIDTH, mm_projector_type="mlp2x_gelu",
             mm_vision_select_layer=-2, mm_vision_select_feature=feature,

@@ -28,8 +28,8 @@ def main(out: Path, reports: list[Path]) -> None:
     lines += [f"- ({mark}) {reason}" for reason, mark in reasons.items()]
     lines += [
         "",
-        "Tests that do not apply are not counted: generating where a model does not, pickling where the model itself does "
-        f"not, a second device where there is none. Everything ran on torch {runs[0]['torch']}.",
+        "Tests that do not apply are not counted: generating where a model does not, pickling where the model itself "
+        f"does not, a second device where there is none. Everything ran on torch {runs[0]['torch']}.",
         "",
     ]
     out.write_text("\n".join(lines))

@@ -1,7 +1,7 @@
 """Import this first: it makes the published torchvision importable beside a CPU-only torch.
 
-torchvision's wheel is built for CUDA, so its operators do not load there, and ``import torchvision`` then fails while it
-registers shape functions for two of them. Their schemas are enough for the import; calling them still fails. Does
+torchvision's wheel is built for CUDA, so its operators do not load there, and ``import torchvision`` then fails while
+it registers shape functions for two of them. Their schemas are enough for the import; calling them still fails. Does
 nothing where torchvision works or is not installed.
 """
 

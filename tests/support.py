@@ -71,7 +71,7 @@ def pixels_of(images: Tensor) -> Tensor:
 
 
 class TinyEncoder(nn.Module):
-    """(B, 3, 8, 8) -> {"tokens": (B, 4, 6), "extra": (B, 2)}: a smooth nonlinear map, quick and exact to reason about."""
+    """(B, 3, 8, 8) -> {"tokens": (B, 4, 6), "extra": (B, 2)}: a smooth map, quick and exact to reason about."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

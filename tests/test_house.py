@@ -1,0 +1,110 @@
+"""The house: who may know whom, no circles, no framework in the core."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "fs_plugins"
+FLOORS = (
+    ("errors", "pickled"),
+    ("checks", "files", "noise", "outputs", "settings", "identity"),
+    ("layouts", "pictures"),
+    ("vision",),
+    ("sources", "psm"),
+    ("smoothing",),
+    ("patch",),
+    ("hooks", "registry", "state"),
+    ("plugins",),
+    ("choice",),
+    ("certificates", "attacks"),
+    ("training",),
+    ("api",),
+    ("doctor", "evaluation"),
+    ("testing", "hf", "demo"),
+    ("cli",),
+)
+"""From the ground up; a room may know those on its own floor and below."""
+FRAMEWORKS = {"transformers", "open_clip", "open_flamingo", "llava", "timm", "lmms_eval"}
+
+
+def modules() -> dict[str, Path]:
+    """fs_plugins' modules by their dotted names below the package, without adapters, which an entry point brings."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+@cache
+def known(name: str) -> frozenset[str]:
+    """What a module imports: modules of the package by their names below it, others by their first part."""
+    tree = ast.parse(modules()[name].read_text())
+    for node in ast.walk(tree):  # what only type checkers read
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(resolved for one in found if (resolved := _resolved(one)))
+
+
+def _resolved(name: str) -> str | None:
+    if not name.startswith("fs_plugins"):
+        return name.split(".")[0]
+    inside = name.removeprefix("fs_plugins").removeprefix(".")
+    while inside and inside not in modules():
+        inside = inside.rpartition(".")[0]
+    return inside and f"fs_plugins.{inside}"
+
+
+def floor(name: str) -> int:
+    room = name.split(".")[0]
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def ours(name: str) -> list[str]:
+    return [one.removeprefix("fs_plugins.") for one in known(name) if one.startswith("fs_plugins.")]
+
+
+def test_every_room_is_on_a_floor():
+    assert {name.split(".")[0] for name in modules()} == {room for rooms in FLOORS for room in rooms}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_knows_none_above_it(name):
+    above = {other for other in ours(name) if floor(other) > floor(name)}
+    assert not above
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_is_in_no_import_circle(name):
+    """A package's own module and those inside it count as one another's neighbours, not as a circle."""
+    seen: set[str] = set()
+    left = [other for other in ours(name) if other != name]
+    while left:
+        other = left.pop()
+        assert other != name
+        if other not in seen:
+            seen.add(other)
+            left += ours(other)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_only_the_room_for_hugging_face_knows_a_framework(name):
+    named = {one for one in known(name) if one in FRAMEWORKS}
+    assert not named or name.split(".")[0] == "hf"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_module_imports_an_adapter(name):
+    assert "fs_plugins.adapters" not in " ".join(known(name))
