@@ -15,12 +15,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {
-    "cards/demo.md": "fs_plugins/demo/assets/README.md",
-    "cards/photo.md": "fs_plugins/psm/photo/README.md",
-    "cards/changelog.md": "CHANGELOG.md",
+    "repository/readme.md": "README.md",
+    "repository/changelog.md": "CHANGELOG.md",
+    "repository/demo.md": "fs_plugins/demo/assets/README.md",
+    "repository/photo.md": "fs_plugins/psm/photo/README.md",
 }
 """Page of the site -> file of the repository."""
-LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+LINK = re.compile(r"\[([^\]\n]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,13 +32,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links, which are relative to the file on disk, at pages of the site. Links to code lose the link."""
+    """Point links at pages of the site; of those to other files of the repository, the words stay."""
     here = Path(str(page.file.abs_src_path)).parent
-    pages = {os.path.realpath(str(file.abs_src_path)): file.src_uri for file in files}
-    markdown = re.sub(r"\[([^\]\n]*)\]\(([^)#\s]+\.(?:py|yaml))\)", r"\1", markdown)
+    folder = Path(page.file.src_uri).parent
+    pages = {Path(str(file.abs_src_path)).resolve(): file.src_uri for file in files}
 
     def moved(link: re.Match[str]) -> str:
-        target = pages.get(os.path.realpath(here / link[1]))
-        return link[0] if target is None else f"]({os.path.relpath(target, os.path.dirname(page.file.src_uri) or '.')}"
+        words, target, anchor = link.groups(default="")
+        path = (here / target).resolve()
+        if path in pages:
+            return f"[{words}]({os.path.relpath(pages[path], folder)}{anchor})"
+        return words if path.exists() else link[0]
 
     return LINK.sub(moved, markdown)
