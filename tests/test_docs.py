@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fs_plugins
+from fs_plugins import evaluation, training
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation.datasets import open_dataset
+from fs_plugins.settings import build, read
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -72,6 +76,18 @@ def test_a_tutorial_prints_what_it_says(code, place, capsys):
     printed = iter(capsys.readouterr().out.splitlines())
     for said in re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE):
         assert said in printed, f"{said} is not printed, or not at its place"
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_settings_in_a_file_are_settings(code, tmp_path):
+    """A block that is called after a command is one for its --config; others are registries."""
+    command = re.match(r"# (\w+)\.yaml\n", code)
+    if command is None:
+        assert yaml.safe_load(code)["version"] == 1
+        return
+    (tmp_path / "settings.yaml").write_text(code)
+    kind = {"evaluate": evaluation.Settings, "train": training.Settings}[command[1]]
+    assert build(kind, read(kind, tmp_path / "settings.yaml"))
 
 
 @pytest.mark.parametrize("code", blocks("toml"))
@@ -141,6 +157,14 @@ def test_the_page_of_public_names_is_the_list_of_them():
     rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "reference" / "public-names.md").read_text(), re.MULTILINE)
     assert len(rows) == len(set(rows))
     assert set(rows) == set(fs_plugins.__all__)
+
+
+@pytest.mark.parametrize("package", ["evaluation"])
+def test_the_reference_of_a_package_has_all_its_names(package):
+    """Of packages whose names are loaded lazily, mkdocstrings cannot tell which are public."""
+    page = (DOCS / "reference" / f"{package}.md").read_text()
+    shown = re.findall(rf"^::: fs_plugins\.{package}\.(\w+)$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(importlib.import_module(f"fs_plugins.{package}").__all__)
 
 
 def test_the_page_of_the_command_line_is_what_its_options_say():
