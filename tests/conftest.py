@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from support import TinyEncoder, make_llava, randomise, tiny_call, vision_config
 from torch import Tensor
 
-from fs_plugins import VisionCall
+from fs_plugins import VisionCall, hooks
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)
@@ -54,3 +54,11 @@ def encoder() -> TinyEncoder:
 @pytest.fixture
 def call(encoder: TinyEncoder) -> VisionCall:
     return tiny_call(encoder)
+
+
+@pytest.fixture
+def manager():
+    """The plugin manager of one test's own, with the adapters that ship."""
+    hooks.plugin_manager.cache_clear()
+    yield hooks.plugin_manager()
+    hooks.plugin_manager.cache_clear()

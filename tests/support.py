@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import torch
 from torch import Tensor, nn
 
-from fs_plugins import PSM, PixelSpace, Readout, VisionCall
+from fs_plugins import PSM, PixelSpace, Readout, VisionCall, hookimpl
 from fs_plugins.identity import fingerprint
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Field
@@ -127,3 +128,11 @@ def make_psm(call: VisionCall, *, sigma: float = 0.25, purifier: bool = True, ma
         for parameter in psm.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return psm
+
+
+def plugin(**implementations) -> types.ModuleType:
+    """A plugin with these hooks."""
+    module = types.ModuleType("plugin")
+    for name, function in implementations.items():
+        setattr(module, name, hookimpl(function))
+    return module

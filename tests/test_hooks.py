@@ -9,28 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TinyEncoder, make_psm, tiny_call
+from support import TinyEncoder, make_psm, plugin, tiny_call
 
 import fs_plugins
 from fs_plugins import ModelError, PluginError, SettingError, hooks
 from fs_plugins.evaluation.judges import judge
 from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import ResidualMapper, UNetPurifier
-
-
-@pytest.fixture
-def manager(monkeypatch):
-    """A manager of this test's own, with the adapters that ship."""
-    hooks.plugin_manager.cache_clear()
-    yield hooks.plugin_manager()
-    hooks.plugin_manager.cache_clear()
-
-
-def plugin(**implementations):
-    module = types.ModuleType("plugin")
-    for name, function in implementations.items():
-        setattr(module, name, fs_plugins.hookimpl(function))
-    return module
 
 
 def test_fs_vision_call_lets_a_stranger_claim_a_model(manager):

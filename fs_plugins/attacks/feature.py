@@ -18,10 +18,8 @@ from fs_plugins.attacks.ball import Ball, Norm
 from fs_plugins.attacks.crop import Crop
 from fs_plugins.attacks.loop import Objective, ascend
 from fs_plugins.attacks.transport import centres, transported
-from fs_plugins.attacks.victim import Seen, Stream, Victim, victims
+from fs_plugins.attacks.victim import Attackable, Seen, Stream, Victim, victims
 from fs_plugins.errors import ModelError, SettingError
-from fs_plugins.smoothing import FeatureSmoother
-from fs_plugins.vision import VisionCall
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,11 @@ METHODS = {
 
 
 def attack(
-    method: str | Method,
-    encoders: VisionCall | FeatureSmoother | Sequence[VisionCall | FeatureSmoother],
+    model: Attackable | Sequence[Attackable],
     images: Tensor,
     targets: Tensor | None = None,
     *,
+    method: str | Method = "attackvlm",
     norm: Norm = "linf",
     eps: float = 16 / 255,
     step_size: float | None = None,
@@ -93,17 +91,23 @@ def attack(
 ) -> Tensor:
     """Move images so that an encoder takes them for others, or no longer for themselves.
 
-    White-box on ``encoders``: one, or an ensemble of surrogates whose mean is climbed. Aimed at a FeatureSmoother it is
-    adaptive: gradients go through noise, purifier, encoder, mapper and average, with fresh draws at every step. Memory is
-    bounded: activations are computed again rather than kept. The features aimed at are the plain encoder's.
+    White-box on ``model``. Memory is bounded: activations are computed again rather than kept. The features aimed at are
+    the plain encoder's.
 
     Args:
-        method: ``"attackvlm"``, ``"m-attack"``, ``"foa"``, or a Method of your own.
-        encoders: VisionCalls (``fs_plugins.vision_call(model)``; smoothing that is enabled is ignored) or FeatureSmoothers
-            (``fs_plugins.enable(model).smoothers[0]``).
+        model: what is attacked, and with it what the attacker knows:
+
+            - a model: what it serves. Where smoothing is enabled on it, the attack is adaptive and goes through it; where
+              it is not, its plain encoder is attacked.
+            - a VisionCall (``fs_plugins.vision_call(model)``): the plain encoder, whatever smoothing is enabled on the
+              model. Of a protected model this attack is oblivious, and a robustness that was measured by it flatters.
+            - a FeatureSmoother (one of ``fs_plugins.smoothers(model)``): adaptive. Gradients go through noise, purifier,
+              encoder, mapper and average, with fresh draws at every step.
+            - a sequence of these: an ensemble of surrogates, whose mean is climbed.
         images: (B, C, H, W) in [0, 1]. An encoder of another size sees them resized.
         targets: (B, C, H, W) in [0, 1], what the images shall be taken for; None attacks without a target, away from the
             image itself.
+        method: ``"attackvlm"``, ``"m-attack"``, ``"foa"``, or a Method of your own.
         norm, eps: the ball, see ``Ball``.
         step_size, steps: see ``ascend``; the papers take 300 steps of 1/255.
         draws: gradients are averaged over so many draws of noise and crops at every step (EOT). For an adaptive attack,
@@ -118,13 +122,14 @@ def attack(
 
     Raises:
         SettingError: a value out of range, an unknown method, or shapes that do not match.
-        ModelError: no encoder, or one that the method cannot attack.
+        ModelError: no encoder, one that the method cannot attack, or a model that no adapter claims.
+        PluginError: see its docstring.
     """
     if isinstance(method, str):
         if method not in METHODS:
             raise SettingError(f"There is no attack {method!r}. The attacks are: {', '.join(METHODS)}.")
         method = METHODS[method]
-    ball, several = Ball(norm, eps), victims(encoders)
+    ball, several = Ball(norm, eps), victims(model)
     if images.ndim != 4 or (targets is not None and targets.shape != images.shape):
         other = "" if targets is None else f" and targets {tuple(targets.shape)}"
         raise SettingError(f"images and targets must both be (B, C, H, W), got {tuple(images.shape)}{other}.")

@@ -89,7 +89,7 @@ def check_gradients(
     one-sided t-test of the margins at this confidence.
 
     Args:
-        smoother: the defence: ``fs_plugins.enable(model).smoothers[0]``.
+        smoother: the defence: one of ``fs_plugins.smoothers(model)``.
         images, targets: (B, C, H, W) in [0, 1], B >= 2.
         eps: l-inf, in [0, 1] pixel units.
         steps, draws, method, seed, batch_size: of the attacks, see ``attack``.
@@ -105,7 +105,7 @@ def check_gradients(
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "report": advance}
 
     def adaptive(count: int) -> Tensor:
-        return attack(method, smoother, images, targets, eps=eps, steps=count, draws=draws, **options)
+        return attack(smoother, images, targets, method=method, eps=eps, steps=count, draws=draws, **options)
 
     def searched() -> Tensor:
         done = []
@@ -120,7 +120,7 @@ def check_gradients(
 
     found = {
         "no attack": images,
-        "oblivious": attack(method, call, images, targets, eps=eps, steps=steps, **options),
+        "oblivious": attack(call, images, targets, method=method, eps=eps, steps=steps, **options),
         "gradient-free": searched(),
     }
     problems: list[str] = []
@@ -128,7 +128,7 @@ def check_gradients(
     try:
         found["adaptive, a quarter"] = adaptive(max(1, steps // 4))
         found["adaptive"] = adaptive(steps)
-        free = attack(method, smoother, images, eps=1.0, steps=steps, draws=draws, **options)
+        free = attack(smoother, images, method=method, eps=1.0, steps=steps, draws=draws, **options)
     except ModelError as error:
         problems.append(str(error))
     else:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fs_plugins.choice import calls_of
 from fs_plugins.errors import ModelError
 from fs_plugins.noise import Source, keyed
+from fs_plugins.patch import hooks_of
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
 
@@ -96,19 +98,41 @@ def _hidden(output: Any) -> Tensor | None:
     return found.to(torch.promote_types(found.dtype, torch.float32)) if isinstance(found, Tensor) else None
 
 
-def victims(encoders: VisionCall | FeatureSmoother | Sequence[VisionCall | FeatureSmoother]) -> list[Victim]:
+Attackable = nn.Module | VisionCall | FeatureSmoother
+"""A model, as it serves; its plain encoder; or a pipeline to attack through."""
+
+
+def victims(models: Attackable | Sequence[Attackable]) -> list[Victim]:
     """One victim, or an ensemble of surrogates.
 
     Raises:
-        ModelError: neither a VisionCall nor a FeatureSmoother.
+        ModelError: nothing to attack, or something that is no encoder; see ``encoder_of``.
     """
-    several: list[Any] = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
-    for encoder in several:
-        if not isinstance(encoder, VisionCall | FeatureSmoother):
-            raise ModelError(
-                f"An attack takes a VisionCall (fs_plugins.vision_call(model)), or a FeatureSmoother to attack through "
-                f"(fs_plugins.enable(model).smoothers[0]); got {type(encoder).__name__}."
-            )
+    several: list[Any] = list(models) if isinstance(models, list | tuple) else [models]
     if not several:
         raise ModelError("An attack needs at least one encoder.")
-    return [Victim(encoder) for encoder in several]
+    return [Victim(encoder_of(model)) for model in several]
+
+
+def encoder_of(model: Attackable) -> VisionCall | FeatureSmoother:
+    """What a model serves: its smoother where smoothing is enabled on it, else its plain encoder.
+
+    Raises:
+        ModelError: not one of the three, a model with several vision encoders, or see ``choice.calls_of``.
+        SettingError, PluginError: see ``choice.calls_of``.
+    """
+    if isinstance(model, VisionCall | FeatureSmoother):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "An attack takes a model, a VisionCall (fs_plugins.vision_call(model)), or a FeatureSmoother to attack "
+            f"through (fs_plugins.smoothers(model)); got {type(model).__name__}."
+        )
+    enabled = [hook.smoother for hook in hooks_of(model)[0]]
+    found: Sequence[VisionCall | FeatureSmoother] = enabled or calls_of(model)[1]
+    if len(found) > 1:
+        raise ModelError(
+            f"This model has {len(found)} vision encoders. Attack one: fs_plugins.vision_call(model, encoder=0), say, or "
+            "fs_plugins.smoothers(model)[0] through its smoothing."
+        )
+    return found[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TinyEncoder, make_psm, tiny_call
+from support import TinyEncoder, make_psm, plugin, tiny_call
 from torch import nn
 
 import fs_plugins
-from fs_plugins import ModelError, Readout, SettingError
+from fs_plugins import ModelError, Readout, SettingError, hooks
 from fs_plugins.attacks import METHODS, Ball, Method, ascend, attack, square
 from fs_plugins.attacks.crop import Crop
 from fs_plugins.attacks.feature import climbed
@@ -71,7 +72,7 @@ def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method
     encoder = smoother(call) if adaptive else call
     aims = targets if targeted else None
     options = {"norm": norm, "eps": eps, "steps": 8, "step_size": eps / 3, "draws": 2 if adaptive else 1, "seed": 3}
-    attacked = attack(method, encoder, images, aims, **options)
+    attacked = attack(encoder, images, aims, method=method, **options)
     far = (attacked - images).abs().max() if norm == "linf" else length(attacked - images).max()
     assert far <= eps + 1e-6
     assert attacked.min() >= 0
@@ -82,8 +83,8 @@ def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method
     with torch.no_grad():
         before, after = (torch.stack([objective(x, step, 0) for step in range(12)]).mean(0) for x in (images, attacked))
     assert after.mean() > before.mean()
-    assert torch.equal(attack(method, encoder, images, aims, **options), attacked)
-    other = attack(method, encoder, images, aims, **{**options, "seed": 4})
+    assert torch.equal(attack(encoder, images, aims, method=method, **options), attacked)
+    other = attack(encoder, images, aims, method=method, **{**options, "seed": 4})
     drawn = adaptive or not targeted or METHODS[method].crop is not None
     assert torch.equal(other, attacked) is not drawn
 
@@ -96,10 +97,10 @@ def test_the_batch_size_changes_nothing(method, adaptive):
     images, targets = rand(5, 3, 8, 8).double(), rand(5, 3, 8, 8, seed=1).double()
     encoder = smoother(call) if adaptive else call
     options = {"steps": 8, "seed": 3, "names": list("abcde")}
-    whole = attack(method, encoder, images, targets, batch_size=5, **options)
-    assert torch.allclose(attack(method, encoder, images, targets, batch_size=2, **options), whole, atol=1e-6)
+    whole = attack(encoder, images, targets, method=method, batch_size=5, **options)
+    assert torch.allclose(attack(encoder, images, targets, method=method, batch_size=2, **options), whole, atol=1e-6)
     options["names"] = ["d"]
-    alone = attack(method, encoder, images[3:4], targets[3:4], **options)
+    alone = attack(encoder, images[3:4], targets[3:4], method=method, **options)
     assert torch.allclose(alone, whole[3:4], atol=1e-6)
 
 
@@ -161,15 +162,15 @@ def test_a_zero_gradient_moves_nothing():
 def test_attackvlm_raises_the_cosine_to_the_target():
     call = tiny_call(TinyEncoder())
     images, targets = rand(3, 3, 8, 8), rand(3, 3, 8, 8, seed=1)
-    attacked = attack("attackvlm", call, images, targets, steps=20)
+    attacked = attack(call, images, targets, method="attackvlm", steps=20)
     assert (cosine(call, attacked, targets) > cosine(call, images, targets)).all()
 
 
 def test_untargeted_attacks_leave_the_image_and_succeed_without_bound():
     call = tiny_call(TinyEncoder())
     images = rand(4, 3, 8, 8)
-    near = attack("attackvlm", call, images, eps=8 / 255, steps=40)
-    far = attack("attackvlm", call, images, eps=1.0, step_size=0.1, steps=40)
+    near = attack(call, images, method="attackvlm", eps=8 / 255, steps=40)
+    far = attack(call, images, method="attackvlm", eps=1.0, step_size=0.1, steps=40)
     assert (cosine(call, near, images) < 1 - 1e-4).all()
     assert (cosine(call, far, images) < cosine(call, near, images)).all()
     assert (cosine(call, far, images) < 0).all()
@@ -210,10 +211,10 @@ def test_every_adaptive_attack_goes_through_purifier_and_mapper(llava, method):
 def test_foa_needs_tokens_and_finds_those_beside_a_pooled_vector(clip):
     extra = tiny_call(TinyEncoder(), readouts=(Readout("extra", (Field("extra", 1),), width=2),))
     with pytest.raises(ModelError, match=r"pooled vectors only.*M-Attack"):
-        attack("foa", extra, rand(1, 3, 8, 8), rand(1, 3, 8, 8, seed=1), steps=1)
+        attack(extra, rand(1, 3, 8, 8), rand(1, 3, 8, 8, seed=1), method="foa", steps=1)
     images, targets = rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
     call = fs_plugins.vision_call(clip)
-    attacked = attack("foa", call, images, targets, steps=10)
+    attacked = attack(call, images, targets, method="foa", steps=10)
     assert cosine(call, attacked, targets) > cosine(call, images, targets)
 
 
@@ -251,18 +252,49 @@ def test_a_frugal_backward_pass_computes_again_and_gives_the_same_gradient():
 def test_the_oblivious_attack_sees_the_plain_tower_even_when_smoothing_is_enabled(llava):
     call = fs_plugins.vision_call(llava)
     images, targets = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
-    plain = attack("attackvlm", call, images, targets, steps=2)
+    plain = attack(call, images, targets, method="attackvlm", steps=2)
     with fs_plugins.enable(llava, psm=None, sigma=0.25) as handle:
-        assert torch.equal(attack("attackvlm", call, images, targets, steps=2), plain)
-        through = attack("attackvlm", handle.smoothers[0], images, targets, steps=2)
+        assert torch.equal(attack(call, images, targets, method="attackvlm", steps=2), plain)
+        through = attack(handle.smoothers[0], images, targets, method="attackvlm", steps=2)
         assert not torch.equal(through, plain)
         assert handle.status().vision[0].calls == 0, "an attacker's own passes are no smoothed calls of the model"
+
+
+def test_a_model_is_attacked_as_it_serves(llava):
+    images, targets = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
+    plain = attack(fs_plugins.vision_call(llava), images, targets, steps=2)
+    assert torch.equal(attack(llava, images, targets, steps=2), plain), "nothing is enabled: its plain encoder"
+    (pipeline,) = fs_plugins.smoothers(llava, psm=None, sigma=0.25)
+    adaptive = attack(pipeline, images, targets, steps=2)
+    with fs_plugins.enable(llava, psm=None, sigma=0.25):
+        assert torch.equal(attack(llava, images, targets, steps=2), adaptive), "smoothing is enabled: through it"
+        assert torch.equal(attack([llava], images, targets, steps=2), adaptive), "also in an ensemble"
+    assert not torch.equal(adaptive, plain)
+    assert torch.equal(attack(llava, images, targets, steps=2), plain)
+    with pytest.raises(ModelError, match="training mode"):
+        attack(copy.deepcopy(llava).train(), images, targets)
+
+
+def test_a_model_with_several_encoders_is_attacked_at_one_of_them(manager):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.video = TinyEncoder(1), TinyEncoder(2)
+
+    def claim(model):
+        return [tiny_call(model.image), tiny_call(model.video)] if isinstance(model, Two) else None
+
+    hooks.register(manager, plugin(fs_vision_call=claim), "two")
+    model, images = Two().eval(), rand(1, 3, 8, 8)
+    with pytest.raises(ModelError, match=r"2 vision encoders. Attack one: fs_plugins.vision_call\(model, encoder=0\)"):
+        attack(model, images, steps=1)
+    assert attack(fs_plugins.vision_call(model, encoder=1), images, steps=1).shape == images.shape
 
 
 def test_an_ensemble_climbs_the_mean_and_sees_images_in_each_ones_size():
     small, large = tiny_call(TinyEncoder(1)), tiny_call(TinyEncoder(2))
     images, targets = rand(2, 3, 12, 12), rand(2, 3, 12, 12, seed=1)
-    attacked = attack("m-attack", [small, large], images, targets, steps=30, eps=0.2)
+    attacked = attack([small, large], images, targets, method="m-attack", steps=30, eps=0.2)
     assert attacked.shape == images.shape
     for call in (small, large):
         resized = [
@@ -527,11 +559,13 @@ def test_one_image_compares_nothing():
 def test_bad_settings_are_refused(options, message):
     given = {"method": "m-attack", "images": torch.rand(1, 3, 8, 8), "targets": torch.rand(1, 3, 8, 8), **options}
     with pytest.raises(SettingError, match=message):
-        attack(given.pop("method"), tiny_call(TinyEncoder()), given.pop("images"), given.pop("targets"), **given)
+        attack(tiny_call(TinyEncoder()), given.pop("images"), given.pop("targets"), **given)
 
 
-def test_what_is_no_encoder_is_refused(llava):
-    with pytest.raises(ModelError, match=r"takes a VisionCall \(fs_plugins.vision_call\(model\)\)"):
-        victims(llava)
+def test_what_is_no_encoder_is_refused():
+    with pytest.raises(ModelError, match=r"a VisionCall \(fs_plugins.vision_call\(model\)\).*got str"):
+        victims("llava")
+    with pytest.raises(ModelError, match="No adapter claims"):
+        victims(nn.Linear(1, 1).eval())
     with pytest.raises(ModelError, match="at least one"):
         victims([])
