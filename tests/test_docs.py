@@ -159,12 +159,12 @@ def test_the_page_of_public_names_is_the_list_of_them():
     assert set(rows) == set(fs_plugins.__all__)
 
 
-@pytest.mark.parametrize("package", ["evaluation"])
+@pytest.mark.parametrize("package", ["attacks", "certificates", "evaluation", "training"])
 def test_the_reference_of_a_package_has_all_its_names(package):
     """Of packages whose names are loaded lazily, mkdocstrings cannot tell which are public."""
     page = (DOCS / "reference" / f"{package}.md").read_text()
     shown = re.findall(rf"^::: fs_plugins\.{package}\.(\w+)$", page, re.MULTILINE)
-    assert sorted(shown) == sorted(importlib.import_module(f"fs_plugins.{package}").__all__)
+    assert set(importlib.import_module(f"fs_plugins.{package}").__all__) <= set(shown)
 
 
 def test_the_page_of_the_command_line_is_what_its_options_say():
