@@ -20,6 +20,7 @@ from fs_plugins.errors import PluginError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fs_plugins.attacks.protocols import Attack
     from fs_plugins.evaluation.protocols import Judge
     from fs_plugins.patch import SmoothingEvent
     from fs_plugins.vision import VisionCall
@@ -68,6 +69,21 @@ def fs_mappers() -> dict[str, type[nn.Module]]:
     pooled vectors; it returns the same shape.
 
     :returns: kind -> class.
+
+    .. versionadded:: 0.1
+    """
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def fs_attacks() -> dict[str, Attack]:
+    """Provide attacks by name, for ``fs_plugins.attacks.attack(..., method=name)`` and the suites of an evaluation.
+
+    An attack has a ``name`` for tables, an ``optimiser`` (``Ascent()`` along gradients, ``Squares()`` without), and
+    ``objective(victims, aims, stream, sign)``, which returns what is climbed. ``fs_plugins.attacks.Method`` makes one
+    from a similarity of pictures. The names of the attacks that ship, and of another plugin's, are taken.
+
+    :returns: name -> attack.
 
     .. versionadded:: 0.1
     """

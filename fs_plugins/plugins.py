@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,8 @@ from fs_plugins import registry
 from fs_plugins.errors import FSPluginsError, ModelError, PluginError
 from fs_plugins.hooks import DISABLE, plugin_manager
 from fs_plugins.vision import VisionCall
+
+T = TypeVar("T")
 
 
 def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[VisionCall, ...]]:
@@ -91,3 +93,42 @@ def plugin_parts() -> dict[str, Any]:
         for kinds in given:
             parts[what].update(kinds)
     return parts
+
+
+def provided(
+    hook: str, noun: str, value: str, shipped: Mapping[str, T], fits: Callable[[object], bool]
+) -> dict[str, T]:
+    """What ships and what plugins add to it, by name. A name has one meaning.
+
+    Args:
+        hook: that they answer, with a dict of names.
+        noun: what a name stands for, in one word.
+        value: what a plugin has to give for a name, in words.
+        shipped: what is there without any plugin.
+        fits: whether something is such a value.
+
+    Raises:
+        PluginError: a plugin fails, answers nonsense, or takes a name that ships or is another plugin's.
+    """
+    found = dict(shipped)
+    owners = dict.fromkeys(shipped, "fs_plugins itself")
+    for implementation in getattr(plugin_manager().hook, hook).get_hookimpls():
+        plugin = implementation.plugin_name
+        try:
+            answer = implementation.function()
+        except Exception as error:
+            raise PluginError(
+                f"Plugin {plugin!r} failed to name its {noun}s: {type(error).__name__}: {error}. "
+                f"Repair it, or turn it off with {DISABLE}={plugin}."
+            ) from error
+        if not isinstance(answer, dict) or not all(isinstance(name, str) and fits(answer[name]) for name in answer):
+            raise PluginError(f"Plugin {plugin!r} must answer {hook} with name -> {value}; it answered {answer!r}.")
+        for name, given in answer.items():
+            if other := owners.get(name):
+                article = "an" if noun[0] in "aeiou" else "a"
+                raise PluginError(
+                    f"Plugin {plugin!r} provides {article} {noun} {name!r}, and so does {other}. A name has one meaning "
+                    f"in every result file: rename the plugin's {noun}, or turn a plugin off with {DISABLE}=<its name>."
+                )
+            found[name], owners[name] = given, plugin
+    return found

@@ -4,7 +4,7 @@ import importlib.metadata
 import pickle
 import re
 import types
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from support import TinyEncoder, make_psm, plugin, tiny_call
 
 import fs_plugins
 from fs_plugins import ModelError, PluginError, SettingError, hooks
+from fs_plugins.attacks import METHODS, Ascent, attack, known_attacks
 from fs_plugins.evaluation.judges import judge
 from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import ResidualMapper, UNetPurifier
@@ -130,6 +131,40 @@ def test_fs_purifiers_and_fs_mappers_are_found_by_kind(manager, tmp_path):
     assert isinstance(fs_plugins.PSM.from_pretrained(tmp_path / "psm", **parts).purifier, MyPurifier)
     with pytest.raises(fs_plugins.PSMError, match="'mine'"):
         fs_plugins.PSM.from_pretrained(tmp_path / "psm")
+
+
+@dataclass(frozen=True)
+class Brighter:
+    """An attack of a plugin: every picture becomes brighter, whatever it aims at."""
+
+    name: str = "Brighter"
+    optimiser: Ascent = field(default_factory=Ascent)
+
+    def objective(self, victims, aims, stream, sign):
+        return lambda images, step, draw: images.flatten(1).sum(1)
+
+
+def test_fs_attacks_are_found_by_name(manager):
+    hooks.register(manager, plugin(fs_attacks=lambda: {"brighter": Brighter(), "extra": METHODS["foa"]}), "bright")
+    images = torch.full((2, 3, 8, 8), 0.5)
+    attacked = attack(tiny_call(TinyEncoder()), images, method="brighter", eps=0.1, steps=3)
+    assert torch.allclose(attacked, images + 0.1, atol=1e-2)
+    assert known_attacks()["brighter"].name == "Brighter"
+    assert list(known_attacks()) == [*METHODS, "brighter", "extra"]
+    with pytest.raises(SettingError, match=r"no attack 'mine'.* square, brighter, extra\."):
+        attack(tiny_call(TinyEncoder()), images, method="mine")
+
+
+def test_fs_attacks_that_are_none_or_taken_are_refused(manager):
+    hooks.register(manager, plugin(fs_attacks=lambda: {"foa": Brighter()}), "usurper")
+    with pytest.raises(PluginError, match="'usurper' provides an attack 'foa', and so does fs_plugins itself"):
+        known_attacks()
+    manager.unregister(name="usurper")
+    for nonsense in (0.5, Brighter, ("Brighter", Ascent())):
+        hooks.register(manager, plugin(fs_attacks=lambda answer=nonsense: {"mine": answer}), "nonsense")
+        with pytest.raises(PluginError, match=r"'nonsense' must answer fs_attacks with name -> an attack \(name, opt"):
+            known_attacks()
+        manager.unregister(name="nonsense")
 
 
 class Mine:

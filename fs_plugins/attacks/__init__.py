@@ -1,12 +1,9 @@
 """Attacks on the features that a model consumes, oblivious and adaptive.
 
 The eps of every l-inf attack is a distance in [0, 1] pixel units (16/255 is usual), of every l2 attack the length of
-the whole change in the same units.
+the whole change in the same units. The public names, listed in ``__init__.pyi``, are loaded when they are first used.
 """
 
-from fs_plugins.attacks.ball import Ball, Norm
-from fs_plugins.attacks.feature import METHODS, Method, attack
-from fs_plugins.attacks.loop import ascend
-from fs_plugins.attacks.square import square
+import lazy_loader
 
-__all__ = ["METHODS", "Ball", "Method", "Norm", "ascend", "attack", "square"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

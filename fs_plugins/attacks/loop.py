@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fs_plugins.attacks.ball import Ball, check_distance
+from fs_plugins.attacks.protocols import Objective, Search
+from fs_plugins.attacks.victim import Stream
+from fs_plugins.checks import check_whole
 from fs_plugins.errors import ModelError, SettingError
-
-Objective = Callable[[Tensor, int, int], Tensor]
-"""(B, C, H, W) images in [0, 1], step from 1 and draw from 0 -> (B,) scores; each depends on its own image only."""
 
 
 def ascend(
@@ -24,7 +24,7 @@ def ascend(
     steps: int,
     draws: int = 1,
     start: Tensor | None = None,
-    report: Callable[[int], Any] | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Climb ``objective`` inside the ball around each image.
 
@@ -46,31 +46,71 @@ def ascend(
         SettingError: a value out of range.
         ModelError: the objective has no gradient.
     """
-    for name, value in (("steps", steps), ("draws", draws)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingError(f"{name} must be a whole number >= 1, got {value!r}.")
-    if step_size is None:
-        step_size = max(1 / 255 if ball.norm == "linf" else 0.0, 2.5 * ball.eps / steps)
-        step_size = min(step_size, 1.0) if ball.norm == "linf" else step_size
-    elif ball.norm == "linf":
-        check_distance("step_size", step_size)
-    elif not step_size > 0:
-        raise SettingError(f"step_size is an l2 length in [0, 1] pixel units and must be above 0, got {step_size!r}.")
+    check_whole("steps", steps)
+    check_whole("draws", draws)
+    step_size = _step_size(step_size, ball, steps)
     attacked = ball.project((images if start is None else start).detach(), images)
     for step in range(1, steps + 1):
         attacked.requires_grad_(True)
         slope = torch.zeros_like(attacked)
         for draw in range(draws):
-            with torch.enable_grad():
-                score = objective(attacked, step, draw).sum()
-                grads = torch.autograd.grad(score, attacked, allow_unused=True) if score.requires_grad else (None,)
-                if grads[0] is None:
-                    raise ModelError(
-                        "No gradient reaches the pixels: something on the way detaches it. A defence that cannot be "
-                        "differentiated is not robust for that; try the gradient-free attack (fs_plugins.attacks.square)."
-                    )
-                slope += grads[0]
+            slope += _slope(objective, attacked, step, draw)
         attacked = ball.project(attacked.detach() + step_size * ball.steepest(slope), images)
         if report is not None:
             report(step)
     return attacked
+
+
+def _step_size(given: float | None, ball: Ball, steps: int) -> float:
+    if given is None:
+        usual = max(1 / 255 if ball.norm == "linf" else 0.0, 2.5 * ball.eps / steps)
+        return min(usual, 1.0) if ball.norm == "linf" else usual
+    if ball.norm == "linf":
+        check_distance("step_size", given)
+    elif not given > 0:
+        raise SettingError(f"step_size is an l2 length in [0, 1] pixel units and must be above 0, got {given!r}.")
+    return given
+
+
+def _slope(objective: Objective, attacked: Tensor, step: int, draw: int) -> Tensor:
+    with torch.enable_grad():
+        score = objective(attacked, step, draw).sum()
+        grads = torch.autograd.grad(score, attacked, allow_unused=True) if score.requires_grad else (None,)
+    if grads[0] is None:
+        raise ModelError(
+            "No gradient reaches the pixels: something on the way detaches it. A defence that cannot be "
+            'differentiated is not robust for that; try the gradient-free attack (method="square").'
+        )
+    return grads[0]
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Follows gradients; see ``ascend``. Away from an image itself it begins a little beside it."""
+
+    marks: tuple[object, ...] = ()
+
+    def __call__(self, objective: Objective, images: Tensor, search: Search, stream: Stream) -> Tensor:
+        told = search.report
+        return ascend(
+            objective,
+            images,
+            ball=search.ball,
+            step_size=search.step_size,
+            steps=search.steps,
+            draws=search.draws,
+            start=None if search.targeted else _beside(images, search.ball, stream),
+            report=None if told is None else lambda step: told(len(images)),
+        )
+
+
+def _beside(images: Tensor, ball: Ball, stream: Stream) -> Tensor:
+    """A little off the images, where the gradient of their similarity to themselves is not zero."""
+    generators = stream.at("start").generators(images)
+    off = torch.stack(
+        [
+            torch.randn(image.shape, generator=generator, device=image.device)
+            for image, generator in zip(images, generators, strict=True)
+        ]
+    )
+    return images + ball.eps / 10 * ball.steepest(off.to(images.dtype))

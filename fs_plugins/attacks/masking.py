@@ -3,8 +3,8 @@ and Carlini et al. (2019, arXiv 1902.06705), on the features that a smoothed enc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fs_plugins.attacks.feature import METHODS, attack, climbed
-from fs_plugins.attacks.square import square
-from fs_plugins.attacks.victim import Stream, Victim
+from fs_plugins.attacks.methods import attack_of
+from fs_plugins.attacks.protocols import Attack, Objective
+from fs_plugins.attacks.run import attack
+from fs_plugins.attacks.squares import Squares
+from fs_plugins.attacks.victim import Attackable, Stream, Victim, victims
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
 
 REPEATS = 4
 """Served features that each attacked image is judged by, from draws that no attack has seen."""
@@ -68,7 +71,7 @@ class MaskingReport:
 
 
 def check_gradients(
-    smoother: FeatureSmoother,
+    model: Attackable | Sequence[Attackable],
     images: Tensor,
     targets: Tensor,
     *,
@@ -76,11 +79,11 @@ def check_gradients(
     steps: int = 100,
     draws: int = 2,
     queries: int = 500,
-    method: str = "attackvlm",
+    method: str | Attack = "attackvlm",
     seed: int = 0,
     batch_size: int = 32,
     confidence: float = 0.99,
-    advance: Callable[[int], Any] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> MaskingReport:
     """Compare attacks that must be ordered if the gradients are honest.
 
@@ -89,71 +92,94 @@ def check_gradients(
     one-sided t-test of the margins at this confidence.
 
     Args:
-        smoother: the defence: one of ``fs_plugins.smoothers(model)``.
+        model: the defence: one of ``fs_plugins.smoothers(model)``, or a model on which smoothing is enabled.
         images, targets: (B, C, H, W) in [0, 1], B >= 2.
         eps: l-inf, in [0, 1] pixel units.
-        steps, draws, method, seed, batch_size: of the attacks, see ``attack``.
-        queries: of the gradient-free search.
+        steps, draws, method, seed, batch_size: of the attacks, see ``attack``; the method follows gradients.
+        queries: of the gradient-free search, which climbs the method's objective.
         advance: called with numbers of forward-backward passes of images, which are ``effort`` in all.
 
     Raises:
-        SettingError: fewer than two images, or see ``attack``.
+        SettingError: fewer than two images, a method that follows no gradients, or see ``attack``.
+        ModelError: nothing is smoothed.
     """
+    smoother, chosen = _defence(model), attack_of(method)
     if len(images) < 2:
         raise SettingError(f"Attacks are compared over at least two images, got {len(images)}.")
-    call = smoother.call
+    if isinstance(chosen.optimiser, Squares):
+        raise SettingError(f"{chosen.name} follows no gradients, so it cannot test any; take another method.")
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "report": advance}
 
     def adaptive(count: int) -> Tensor:
-        return attack(smoother, images, targets, method=method, eps=eps, steps=count, draws=draws, **options)
+        return attack(smoother, images, targets, method=chosen, eps=eps, steps=count, draws=draws, **options)
 
-    def searched() -> Tensor:
-        done = []
-        for first in range(0, len(images), batch_size):
-            part = slice(first, first + batch_size)
-            keys = tuple(range(len(images)))[part]
-            stream = Stream((seed, "square"), keys)
-            objective = climbed(METHODS[method], [Victim(smoother)], targets[part], stream, 1)
-            report = None if advance is None else lambda _, size=len(keys): advance(size)  # noqa: B008
-            done.append(square(objective, images[part], eps=eps, queries=queries, stream=stream, report=report))
-        return torch.cat(done)
-
+    searched = _Searched(chosen)
     found = {
         "no attack": images,
-        "oblivious": attack(call, images, targets, method=method, eps=eps, steps=steps, **options),
-        "gradient-free": searched(),
+        "oblivious": attack(smoother.call, images, targets, method=chosen, eps=eps, steps=steps, **options),
+        "gradient-free": attack(smoother, images, targets, method=searched, eps=eps, steps=queries, **options),
     }
     problems: list[str] = []
     unbounded = 0.0
     try:
         found["adaptive, a quarter"] = adaptive(max(1, steps // 4))
         found["adaptive"] = adaptive(steps)
-        free = attack(smoother, images, method=method, eps=1.0, steps=steps, draws=draws, **options)
+        free = attack(smoother, images, method=chosen, eps=1.0, steps=steps, draws=draws, **options)
     except ModelError as error:
         problems.append(str(error))
     else:
-        unbounded = _estranged(call, images, _served(smoother, free, seed, batch_size))
-    own, aim = (_cosines_to(call, some) for some in (images, targets))
+        unbounded = _estranged(smoother.call, images, _served(smoother, free, seed, batch_size))
+    own, aim = (_cosines_to(smoother.call, some) for some in (images, targets))
     strengths = {}
     for name, attacked in found.items():
         served = _served(smoother, attacked, seed, batch_size)
         strengths[name] = Strength(name, tuple((aim(served) - own(served)).tolist()))
     if not problems:
-        rivals = {
-            "the oblivious one": "oblivious",
-            "a gradient-free search": "gradient-free",
-            "itself with a quarter of the steps": "adaptive, a quarter",
-        }
-        problems += [
-            f"The adaptive attack is weaker than {what}."
-            for what, name in rivals.items()
-            if _weaker(strengths["adaptive"].margins, strengths[name].margins, confidence)
-        ]
-        if unbounded < 1:
-            problems.append(
-                f"With eps 1, where any picture is allowed, {1 - unbounded:.0%} of the images still resist."
-            )
+        problems += _disordered(strengths, confidence, unbounded)
     return MaskingReport(eps, tuple(strengths.values()), unbounded, tuple(problems))
+
+
+def _defence(model: Attackable | Sequence[Attackable]) -> FeatureSmoother:
+    """The one pipeline that is to be tested."""
+    several = victims(model)
+    if len(several) > 1 or several[0].smoother is None:
+        raise ModelError(
+            "check_gradients tests one defence: one of fs_plugins.smoothers(model), or a model on which smoothing is "
+            "enabled. Without smoothing there is nothing to test."
+        )
+    return several[0].smoother
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """An attack's objective, climbed without gradients."""
+
+    follows: Attack
+    optimiser: Squares = field(default_factory=Squares)
+
+    @property
+    def name(self) -> str:
+        return f"{self.follows.name}, gradient-free"
+
+    def objective(self, victims: Sequence[Victim], aims: Tensor, stream: Stream, sign: int) -> Objective:
+        return self.follows.objective(victims, aims, stream, sign)
+
+
+def _disordered(strengths: dict[str, Strength], confidence: float, unbounded: float) -> list[str]:
+    """What is not as it must be if the gradients are honest."""
+    rivals = {
+        "the oblivious one": "oblivious",
+        "a gradient-free search": "gradient-free",
+        "itself with a quarter of the steps": "adaptive, a quarter",
+    }
+    problems = [
+        f"The adaptive attack is weaker than {what}."
+        for what, name in rivals.items()
+        if _weaker(strengths["adaptive"].margins, strengths[name].margins, confidence)
+    ]
+    if unbounded < 1:
+        problems.append(f"With eps 1, where any picture is allowed, {1 - unbounded:.0%} of the images still resist.")
+    return problems
 
 
 def effort(images: int, *, steps: int = 100, queries: int = 500) -> int:
@@ -173,13 +199,13 @@ def _served(smoother: FeatureSmoother, images: Tensor, seed: int, batch_size: in
 
 
 @torch.no_grad()
-def _cosines_to(call: Any, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _cosines_to(call: VisionCall, images: Tensor) -> Callable[[Tensor], Tensor]:
     """Served features (R, B, E) -> (B,) mean cosine to the plain features of these images."""
     plain = Victim(call).see_plain(images).embedding
     return lambda served: torch.cosine_similarity(served, plain[None], dim=-1).mean(0)
 
 
-def _estranged(call: Any, images: Tensor, served: Tensor) -> float:
+def _estranged(call: VisionCall, images: Tensor, served: Tensor) -> float:
     """Share of images whose served feature is nearer to another image's plain feature than to its own."""
     plain = torch.nn.functional.normalize(Victim(call).see_plain(images).embedding, dim=-1)
     near = torch.nn.functional.normalize(served.mean(0), dim=-1) @ plain.T

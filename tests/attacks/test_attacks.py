@@ -13,10 +13,7 @@ from torch import nn
 
 import fs_plugins
 from fs_plugins import ModelError, Readout, SettingError, hooks
-from fs_plugins.attacks import METHODS, Ball, Method, ascend, attack, square
-from fs_plugins.attacks.crop import Crop
-from fs_plugins.attacks.feature import climbed
-from fs_plugins.attacks.masking import check_gradients
+from fs_plugins.attacks import METHODS, Ball, Crop, Method, ascend, attack, check_gradients, square
 from fs_plugins.attacks.transport import centres, transported
 from fs_plugins.attacks.victim import Seen, Stream, Victim, victims
 from fs_plugins.noise import keyed
@@ -62,16 +59,19 @@ def test_attacked_images_stay_in_the_ball_and_in_the_unit_cube(norm, eps, step_s
     assert attacked.max() <= 1
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    ("method", "norm", "eps"),
+    [(name, "linf", 0.1) for name in METHODS] + [(name, "l2", 0.7) for name in METHODS if name != "square"],
+)
 @pytest.mark.parametrize("targeted", [True, False])
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.7)])
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method, targeted, norm, eps, adaptive):
     call = tiny_call(TinyEncoder())
     images, targets = rand(3, 3, 8, 8), rand(3, 3, 8, 8, seed=1)
     encoder = smoother(call) if adaptive else call
     aims = targets if targeted else None
-    options = {"norm": norm, "eps": eps, "steps": 8, "step_size": eps / 3, "draws": 2 if adaptive else 1, "seed": 3}
+    steps = {"steps": 60} if method == "square" else {"steps": 8, "step_size": eps / 3}
+    options = {"norm": norm, "eps": eps, **steps, "draws": 2 if adaptive else 1, "seed": 3}
     attacked = attack(encoder, images, aims, method=method, **options)
     far = (attacked - images).abs().max() if norm == "linf" else length(attacked - images).max()
     assert far <= eps + 1e-6
@@ -79,13 +79,13 @@ def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method
     assert attacked.max() <= 1
     assert not attacked.requires_grad
     victim, sign = Victim(encoder), 1 if targeted else -1
-    objective = climbed(METHODS[method], [victim], targets if targeted else images, Stream((9,), (0, 1, 2)), sign)
+    objective = METHODS[method].objective([victim], targets if targeted else images, Stream((9,), (0, 1, 2)), sign)
     with torch.no_grad():
         before, after = (torch.stack([objective(x, step, 0) for step in range(12)]).mean(0) for x in (images, attacked))
     assert after.mean() > before.mean()
     assert torch.equal(attack(encoder, images, aims, method=method, **options), attacked)
     other = attack(encoder, images, aims, method=method, **{**options, "seed": 4})
-    drawn = adaptive or not targeted or METHODS[method].crop is not None
+    drawn = adaptive or not targeted or method == "square" or METHODS[method].crop is not None
     assert torch.equal(other, attacked) is not drawn
 
 
@@ -201,7 +201,7 @@ def test_every_adaptive_attack_goes_through_purifier_and_mapper(llava, method):
     slopes = []
     for psm in (whole, whole.only(mapper=False), whole.only(purifier=False)):
         through = FeatureSmoother(call, psm=psm, sigma=0.25, n0=2)
-        objective = climbed(METHODS[method], [Victim(through)], rand(1, 3, 16, 16, seed=1), Stream((0,), ("a",)), 1)
+        objective = METHODS[method].objective([Victim(through)], rand(1, 3, 16, 16, seed=1), Stream((0,), ("a",)), 1)
         image = rand(1, 3, 16, 16).requires_grad_(True)
         slopes += torch.autograd.grad(objective(image, 1, 0).sum(), image)
     assert not torch.allclose(slopes[0], slopes[1], rtol=1e-2)
@@ -223,7 +223,7 @@ def test_the_adaptive_attack_differentiates_noise_purifier_encoder_mapper_and_av
     torch.manual_seed(4)  # of the PSM's weights: some are curved so much that single precision sees no slope
     through = smoother(call, n0=3)
     aims, stream = rand(1, 3, 8, 8, seed=1), Stream((0,), ("a",))
-    objective = climbed(METHODS["attackvlm"], [Victim(through)], aims, stream, 1)
+    objective = METHODS["attackvlm"].objective([Victim(through)], aims, stream, 1)
     image = rand(1, 3, 8, 8).requires_grad_(True)
     (slope,) = torch.autograd.grad(objective(image, 1, 0).sum(), image)
     for direction in (slope, randn(1, 3, 8, 8, seed=2)):  # a PSM works in single precision, so steps are not small
@@ -322,7 +322,7 @@ def test_foa_weighs_surrogates_by_how_slowly_they_gave_way():
     method = Method("probe", lambda one, other: one, dynamic=True, top=1.2)
     for sign, losses in ((1, [(0.7, 0.3), (0.8, 0.7)]), (-1, [(1.7, 2.1), (1.6, 1.7)])):
         two = [Steady(0.5, 0.9), Steady(0.4, 0.5)]
-        objective = climbed(method, two, torch.zeros(1, 1), Stream((0,), (0,)), sign)
+        objective = method.objective(two, torch.zeros(1, 1), Stream((0,), (0,)), sign)
         images = torch.zeros(1, 1)
         assert objective(images, 1, 0).item() == pytest.approx(sign * 0.45), "at first all count alike"
         ratios = torch.tensor([now / former for former, now in losses])
@@ -475,6 +475,41 @@ def test_square_nears_the_optimum_of_a_linear_objective_and_repeats_itself():
     assert torch.equal(found, square(line, images, eps=0.1, queries=1500, stream=Stream((0,), (0, 1))))
 
 
+def test_square_comes_by_the_same_door_and_needs_no_gradient():
+    call = tiny_call(TinyEncoder())
+    images, targets, told = rand(3, 3, 8, 8), rand(3, 3, 8, 8, seed=1), []
+
+    class Cut(nn.Module):
+        def forward(self, images, sigma):
+            return images.detach()
+
+    psm = make_psm(call, mapper=False, sigma=0.05)
+    psm.purifier = Cut()
+    through = FeatureSmoother(call, psm=psm, sigma=0.05, n0=2, seed=0)
+    with pytest.raises(ModelError, match=r'No gradient reaches the pixels.*method="square"'):
+        attack(through, images, targets, steps=1)
+    options = {"method": "square", "eps": 0.2, "steps": 300, "batch_size": 2}
+    attacked = attack(through, images, targets, report=told.append, **options)
+    assert (attacked - images).abs().max() <= 0.2 + 1e-6
+    assert (cosine(call, attacked, targets) > cosine(call, images, targets)).all()
+    assert sum(told) == 300 * len(images), "its steps are queries"
+    objective = METHODS["square"].objective([Victim(through)], targets, Stream((0, "square"), (0, 1, 2)), 1)
+    alone = square(objective, images, eps=0.2, queries=300, stream=Stream((0, "square"), (0, 1, 2)))
+    assert torch.allclose(alone, attacked, atol=1e-6)
+
+
+def test_square_averages_over_draws():
+    seen = []
+
+    def objective(x, step, draw):
+        seen.append((step, draw))
+        return (x.flatten(1).sum(1)) * (-1 if draw else 2)
+
+    found = square(objective, rand(1, 3, 4, 4), eps=0.1, queries=20, draws=2, stream=Stream((0,), (0,)))
+    assert seen[:4] == [(1, 0), (1, 1)] * 2
+    assert found.sum() > rand(1, 3, 4, 4).sum()
+
+
 # Masked gradients
 
 
@@ -529,6 +564,21 @@ def test_one_image_compares_nothing():
         check_gradients(smoother(tiny_call(TinyEncoder())), rand(1, 3, 8, 8), rand(1, 3, 8, 8))
 
 
+def test_what_is_no_defence_or_follows_no_gradient_is_not_tested(llava):
+    images = rand(2, 3, 16, 16)
+    with pytest.raises(ModelError, match=r"tests one defence.*nothing to test"):
+        check_gradients(llava, images, images)
+    (pipeline,) = fs_plugins.smoothers(llava, psm=None, sigma=0.25)
+    with pytest.raises(ModelError, match="tests one defence"):
+        check_gradients([pipeline, pipeline], images, images)
+    with pytest.raises(SettingError, match="Square Attack follows no gradients"):
+        check_gradients(pipeline, images, images, method="square")
+    options = {"steps": 2, "queries": 2, "draws": 1}
+    wanted = check_gradients(pipeline, images, images.flip(0), **options)
+    with fs_plugins.enable(llava, psm=None, sigma=0.25):
+        assert check_gradients(llava, images, images.flip(0), **options) == wanted
+
+
 # Refusals
 
 
@@ -550,7 +600,9 @@ def test_one_image_compares_nothing():
         ({"draws": 0}, "draws"),
         ({"batch_size": 0}, "batch_size"),
         ({"names": ["a", "b"]}, "a key for each of 1 images, got 2"),
-        ({"method": "pgd"}, "The attacks are: attackvlm, m-attack, foa"),
+        ({"method": "pgd"}, "The attacks are: attackvlm, m-attack, foa, square"),
+        ({"method": "square", "norm": "l2"}, "searches l-inf balls, and the norm is 'l2'"),
+        ({"method": "square", "step_size": 0.1}, "no step_size; leave it out"),
         ({"targets": torch.rand(2, 3, 8, 8)}, r"must both be \(B, C, H, W\)"),
         ({"images": torch.rand(1, 3, 8, 8) * 3 - 1}, "images must be in .*Undo the model's normalisation"),
         ({"targets": torch.rand(1, 3, 8, 8) * 3 - 1}, "targets must be in .*Undo the model's normalisation"),

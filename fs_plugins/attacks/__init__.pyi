@@ -1,0 +1,17 @@
+from .ball import Ball as Ball
+from .ball import Norm as Norm
+from .crop import Crop as Crop
+from .feature import Method as Method
+from .loop import Ascent as Ascent
+from .loop import ascend as ascend
+from .masking import MaskingReport as MaskingReport
+from .masking import check_gradients as check_gradients
+from .methods import METHODS as METHODS
+from .methods import known_attacks as known_attacks
+from .protocols import Attack as Attack
+from .protocols import Objective as Objective
+from .protocols import Optimiser as Optimiser
+from .protocols import Search as Search
+from .run import attack as attack
+from .squares import Squares as Squares
+from .squares import square as square

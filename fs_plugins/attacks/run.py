@@ -1,0 +1,97 @@
+"""The door that every attack comes by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fs_plugins.attacks.ball import Ball, Norm
+from fs_plugins.attacks.methods import attack_of
+from fs_plugins.attacks.protocols import Attack, Search
+from fs_plugins.attacks.victim import Attackable, Stream, victims
+from fs_plugins.checks import check_whole
+from fs_plugins.errors import SettingError
+
+
+def attack(
+    model: Attackable | Sequence[Attackable],
+    images: Tensor,
+    targets: Tensor | None = None,
+    *,
+    method: str | Attack = "attackvlm",
+    norm: Norm = "linf",
+    eps: float = 16 / 255,
+    step_size: float | None = None,
+    steps: int = 300,
+    draws: int = 1,
+    seed: int = 0,
+    names: Sequence[object] | None = None,
+    batch_size: int = 32,
+    report: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Move images so that an encoder takes them for others, or no longer for themselves.
+
+    White-box on ``model``. Memory is bounded: activations are computed again rather than kept. The features aimed at are
+    the plain encoder's.
+
+    Args:
+        model: what is attacked, and with it what the attacker knows:
+
+            - a model: what it serves. Where smoothing is enabled on it, the attack is adaptive and goes through it; where
+              it is not, its plain encoder is attacked.
+            - a VisionCall (``fs_plugins.vision_call(model)``): the plain encoder, whatever smoothing is enabled on the
+              model. Of a protected model this attack is oblivious, and a robustness that was measured by it flatters.
+            - a FeatureSmoother (one of ``fs_plugins.smoothers(model)``): adaptive. Gradients go through noise, purifier,
+              encoder, mapper and average, with fresh draws at every step.
+            - a sequence of these: an ensemble of surrogates, whose mean is climbed.
+        images: (B, C, H, W) in [0, 1]. An encoder of another size sees them resized.
+        targets: (B, C, H, W) in [0, 1], what the images shall be taken for; None attacks without a target, away from the
+            image itself.
+        method: ``"attackvlm"``, ``"m-attack"``, ``"foa"``, ``"square"`` (without gradients, l-inf only), one of a
+            plugin's (the hook ``fs_attacks``), or an Attack of your own, such as a ``Method``.
+        norm, eps: the ball, see ``Ball``.
+        step_size, steps: see ``ascend``; the papers take 300 steps of 1/255. The steps of ``"square"`` are its queries,
+            of which it needs thousands, and it has no step_size.
+        draws: every step averages over so many draws of noise and crops (EOT). For an adaptive attack, more is stronger.
+        seed: of crops, noise and random starts.
+        names: a key for each image; its randomness follows from seed and key alone. Positions by default.
+        batch_size: images at once; the result does not depend on it, up to rounding.
+        report: called with the number of images after each of their steps.
+
+    Returns:
+        (B, C, H, W) attacked images, in the ball and in [0, 1].
+
+    Raises:
+        SettingError: a value out of range or not for this method, an unknown method, or shapes that do not match.
+        ModelError: no encoder, one that the method cannot attack, or a model that no adapter claims.
+        PluginError: see its docstring.
+    """
+    chosen, several = attack_of(method), victims(model)
+    search = Search(Ball(norm, eps), steps, draws, step_size, targets is not None, report)
+    _check(images, targets)
+    check_whole("batch_size", batch_size)
+    keys = tuple(range(len(images))) if names is None else tuple(names)
+    if len(keys) != len(images):
+        raise SettingError(f"names must have a key for each of {len(images)} images, got {len(keys)}.")
+    done = []
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        stream = Stream((seed, *chosen.optimiser.marks), keys[part])
+        aims, sign = (images, -1) if targets is None else (targets, 1)
+        objective = chosen.objective(several, aims[part], stream, sign)
+        done.append(chosen.optimiser(objective, images[part], search, stream))
+    return torch.cat(done) if done else images
+
+
+def _check(images: Tensor, targets: Tensor | None) -> None:
+    if images.ndim != 4 or (targets is not None and targets.shape != images.shape):
+        other = "" if targets is None else f" and targets {tuple(targets.shape)}"
+        raise SettingError(f"images and targets must both be (B, C, H, W), got {tuple(images.shape)}{other}.")
+    for what, given in (("images", images), ("targets", targets)):
+        if given is not None and len(given) and not (given.min() >= 0 and given.max() <= 1):
+            raise SettingError(
+                f"{what} must be in [0, 1], got {given.min():.3g} to {given.max():.3g}. Undo the model's normalisation "
+                "first."
+            )
