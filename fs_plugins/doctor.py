@@ -102,7 +102,8 @@ def diagnose(model: nn.Module) -> Diagnosis:
     rules = {name: _rule(name) for name in answers}
     if len(answers) != 1:
         several = f"several adapters claim it; choose with enable(..., adapter=...) or {DISABLE}=<name>"
-        return Diagnosis(kind, rules, several if answers else "no adapter claims it; see docs/adapters.md")
+        nobody = "no adapter claims it; see docs/how-to/write-an-adapter.md"
+        return Diagnosis(kind, rules, several if answers else nobody)
     (calls,) = answers.values()
     return Diagnosis(kind, rules, None, tuple(map(_encoder, calls)))
 

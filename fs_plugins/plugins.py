@@ -32,7 +32,8 @@ def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[Visi
     if not found:
         asked = adapter or ", ".join(sorted(names))
         raise ModelError(
-            f"No adapter claims {kind} (asked: {asked}). docs/adapters.md shows how to write one, in about 40 lines."
+            f"No adapter claims {kind} (asked: {asked}). docs/how-to/write-an-adapter.md shows how to write one, in about "
+            "40 lines."
         )
     if len(found) > 1:
         raise ModelError(

@@ -237,7 +237,8 @@ class StandIn:
         exact = (
             "If you have a PSM of its own, pass psm=FOLDER."
             if self.unreadable
-            else "Train one with `fs-plugins train PHOTOS --model MODEL --out FOLDER` (docs/training.md) and pass psm=FOLDER."
+            else "Train one with `fs-plugins train PHOTOS --model MODEL --out FOLDER` (docs/how-to/train-a-psm.md) and "
+            "pass psm=FOLDER."
         )
         return (
             f"{self.reason} The purifier {self.name!r} stands in, without a mapper: it knows pictures, not this encoder, so accuracy "
@@ -435,8 +436,8 @@ class Registry:
         known = f"It has the architecture of {', '.join(names)}. " if names else ""
         return (
             f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. {known}"
-            f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` (docs/training.md) and "
-            "pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for plain smoothing."
+            f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
+            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for plain smoothing."
         )
 
 

@@ -198,7 +198,7 @@ def _encoder(known: Any, encoder: str | None, psm: Any) -> dict[str, Any]:
         if entry.verified and not entry.has(weights):
             raise RegistryError(
                 f"The PSM was trained for other weights than those of {encoder}. An encoder that is to use it unchanged gets "
-                "an entry with psm_of (docs/registry.md)."
+                "an entry with psm_of (docs/reference/registry.md)."
             )
         copied = {"kind", "architecture", "weights", "preprocessing"}
         facts: dict[str, Any] = entry.model_dump(mode="json", exclude_none=True, include=copied)

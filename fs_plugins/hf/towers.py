@@ -221,7 +221,7 @@ def load_encoder(name: str) -> nn.Module:
     if entry.architecture.family != "clip_vision" or not (pooled or llava):
         raise SettingError(
             f"{name!r} ({entry.architecture.family}, {', '.join(readouts)}) cannot be loaded without the model around it. Load "
-            "that, and give it to fs_plugins.training.train_psm (docs/training.md)."
+            "that, and give it to fs_plugins.training.train_psm (docs/how-to/train-a-psm.md)."
         )
     _, said, fetch = _find(name, None)
     weights, _ = fetch()
