@@ -86,7 +86,7 @@ def test_settings_in_a_file_are_settings(code, tmp_path):
         assert yaml.safe_load(code)["version"] == 1
         return
     (tmp_path / "settings.yaml").write_text(code)
-    kind = {"evaluate": evaluation.Settings, "train": training.Settings}[command[1]]
+    kind = {"evaluate": evaluation, "train": training}[command[1]].Settings
     assert build(kind, read(kind, tmp_path / "settings.yaml"))
 
 
@@ -146,6 +146,12 @@ def test_links_between_pages_lead_somewhere(page):
         path = page.parent / target if target else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_pages_that_messages_name_are_there():
+    for path in (ROOT / "fs_plugins").rglob("*.py"):
+        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text()):
+            assert (ROOT / page).exists(), f"{path}: {page}"
 
 
 def test_every_page_is_on_the_site():
