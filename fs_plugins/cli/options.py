@@ -24,7 +24,7 @@ def command(kind: type[S], run: Callable[[S], None], *, argument: str | None = N
 
     Args:
         kind: a frozen dataclass of ``knob``s.
-        run: the command; its docstring is the command's help.
+        run: the command; its docstring is the command's help, its name without underscores in front the command's name.
         argument: the knob that is given by position.
     """
     assert is_dataclass(kind)
@@ -66,7 +66,7 @@ def command(kind: type[S], run: Callable[[S], None], *, argument: str | None = N
             run(settings)
 
     called.__doc__ = run.__doc__
-    called.__name__ = run.__name__
+    called.__name__ = run.__name__.lstrip("_")
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {one.name: one.annotation for one in parameters}
     return called

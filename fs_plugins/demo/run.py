@@ -1,361 +1,136 @@
 """The demo: ask the small LLaVA about held-out scenes, attack its vision tower, watch the plugin hold.
 
-The same with the tower fine-tuned by FARE and by TeCoA; each tower is attacked itself.
-
-Everything is computed while it runs; only the scenes are fixed.
+The same with the tower fine-tuned by FARE and by TeCoA; each tower is attacked itself. It is an evaluation of its own suites
+on the embedded world, and a picture. Everything is computed while it runs; only the scenes are fixed.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from tempfile import TemporaryDirectory
 
 import fs_plugins
-from fs_plugins.attacks import attack
-from fs_plugins.certificates.run import Plan
-from fs_plugins.demo import assets, world
-from fs_plugins.evaluation import Estimate, mean, proportion
-from fs_plugins.hf.chat import Chat
-from fs_plugins.pictures import to_unit
-from fs_plugins.psm import PSM
-from fs_plugins.vision import VisionCall
+from fs_plugins.certificates.plan import Plan as Certification
+from fs_plugins.demo import assets, dataset, picture, shipped
+from fs_plugins.demo.picture import Panel, panels
+from fs_plugins.demo.result import Demo
+from fs_plugins.demo.settings import Settings
+from fs_plugins.demo.suites import attack, glimpse, suites
+from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.datasets import Dataset, Sample, open_dataset
+from fs_plugins.evaluation.judges import ExactMatch
+from fs_plugins.evaluation.means import Track
+from fs_plugins.evaluation.plan import Plan, Setup, fixed
+from fs_plugins.evaluation.results import ROWS, Results
+from fs_plugins.evaluation.run import Evaluation
+from fs_plugins.evaluation.store import SETTINGS, Store
+from fs_plugins.evaluation.subjects import Subject, size_of
+from fs_plugins.evaluation.suites import Condition
+from fs_plugins.evaluation.whole import Loader
+from fs_plugins.files import locked
 
 BATCH = 44
-TOWERS = {"none": None, "fare": assets.FARE, "tecoa": assets.TECOA}
-"""The defence that a tower is by itself -> its weights; None for those of the model that ships."""
-Advance = Callable[[int], None]
-Track = Callable[[str, int], Advance]
-"""(what, how many images or draws) -> a function that is told how many more are done."""
+MADE_BY = "the demo"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One demo run. ``eps`` is l-inf in [0, 1] pixel units, ``draws`` what a shown picture is certified with."""
-
-    images: int = 220
-    eps: float = 16 / 255
-    steps: int = 100
-    n0: int = 4
-    seed: int = 0
-    draws: int = 1000
-
-    @property
-    def robust_images(self) -> int:
-        """How many of the scenes the FARE and TeCoA towers get: a quarter, for time."""
-        return min(self.images, max(11, self.images // 4))
-
-
-@dataclass
-class Row:
-    """One defence on one set of pictures, per scene."""
-
-    acc: list[bool] = field(default_factory=list)
-    asr: list[bool] = field(default_factory=list)
-    fcs: list[float] = field(default_factory=list)
-    caption_acc: list[bool] = field(default_factory=list)
-    vqa_acc: list[bool] = field(default_factory=list)
-
-    def estimates(self) -> dict[str, Estimate]:
-        shares = {name: proportion(getattr(self, name)) for name in ("acc", "asr", "caption_acc", "vqa_acc")}
-        return {**shares, "fcs": mean(self.fcs)}
-
-
-@dataclass
-class Result:
-    """All that the demo measured; ``summary`` is what ``summary.json`` holds."""
-
-    settings: Settings
-    sigma: float
-    clean: dict[str, Row]
-    attacked: dict[str, Row]
-    ablation: dict[str, Row]
-    seconds: float
-    pictures: list[Panel]
-
-    def summary(self) -> dict[str, Any]:
-        keys = ("acc", "asr", "fcs", "caption_acc", "vqa_acc")
-
-        def values(rows: dict[str, Row], names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-            return {k: {n: round(row.estimates()[n].value, 4) for n in names} for k, row in rows.items()}
-
-        return {
-            "clean": values(self.clean, keys),
-            "attacked": values(self.attacked, keys),
-            "ablation": values(self.ablation, keys[:3]),
-            "certificates": [
-                {"picture": panel.truth, **{name: round(r, 4) if r else None for name, r in panel.radii.items()}}
-                for panel in self.pictures
-            ],
-            "images": self.settings.images,
-            "robust_images": self.settings.robust_images,
-            "seconds": round(self.seconds, 1),
-            "seed": self.settings.seed,
-            "settings": {**asdict(self.settings), "sigma": self.sigma, "norm": "linf", "attack": "AttackVLM"},
-        }
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One scene for the picture: images (3, H, W) in [0, 1] and what the model said of them."""
-
-    truth: str
-    clean: Tensor
-    attacked: Tensor
-    noisy: Tensor
-    purified: Tensor
-    said_clean: str
-    said_attacked: str
-    said_protected: str
-    certificate: fs_plugins.Certificate
-
-    @property
-    def radii(self) -> dict[str, float | None]:
-        """The l2 radius for cosine >= .5 by the paper's formula, by its bound with confidence, and ours; the same draws."""
-        one = self.certificate
-        return {"plugin": one.by("plugin").radius(), "mean": one.by("mean").radius(), "certified": one.radius()}
-
-
-def run(settings: Settings, track: Track) -> Result:
-    """Run the demo.
+def run(
+    settings: Settings,
+    load: Loader,
+    *,
+    track: Track = lambda what, count: lambda done: None,
+    first: Callable[[Path, Panel], None] = lambda path, panel: None,
+) -> Demo:
+    """Run the demo, and write summary.json, demo.png and all answers into ``settings.out``.
 
     Args:
+        load: loads the model, as for ``fs_plugins.evaluation.evaluate``.
         track: makes a progress bar for each part that takes long.
+        first: is told early of ``first.png`` and one of the pictures on it, before the rest is computed.
 
     Raises:
-        SettingError: a setting out of range.
+        SettingError: a setting out of range, or the folder holds something else or is in use.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    began = time.time()
-    processor = AutoProcessor.from_pretrained(assets.LLAVA)
-    vanilla = AutoModelForImageTextToText.from_pretrained(assets.LLAVA).eval().requires_grad_(False)
-    facts = world.scenes("heldout", settings.images)
-    aims = world.scenes("target", settings.images)
-    clean, targets = _pictures(facts), _pictures(aims)
-
-    tables: dict[str, dict[str, Row]] = {"clean": {}, "attacked": {}}
-    said: dict[str, dict[str, list[str]]] = {}
-    attacked: dict[str, Tensor] = {}
-    for tower, source in TOWERS.items():
-        model, count = vanilla, settings.images
-        if source is not None:
-            model, count = copy.deepcopy(vanilla), settings.robust_images
-            fs_plugins.swap_encoder(model, source)
-        call = fs_plugins.vision_call(model)
-        attacked[tower] = _attack(call, clean[:count], targets[:count], settings, track, tower)
-        shown = {"clean": clean[:count], "attacked": attacked[tower]}
-        for name, options in ((tower, None), (_smoothed(tower), {"psm": "auto"})):
-            rows, said[name] = _measure(model, processor, facts[:count], shown, options, settings, track, name)
-            for which, row in rows.items():
-                tables[which][name] = row
-
-    psm = PSM.from_pretrained(assets.PSM_LLAVA)
-    call = fs_plugins.vision_call(vanilla)
-    parts: dict[str, PSM | None] = {
-        "fs": None,
-        "fs_m": PSM.from_pretrained(assets.PSM_NO_PURIFIER),
-        "fs_p": psm.only(mapper=False),
-    }
-    ablation = {"none": tables["attacked"]["none"]}
-    for name, part in parts.items():
-        smoothed = {"psm": part, "sigma": psm.config.sigma}
-        ablation[name] = _ablate(
-            vanilla, processor, call, facts, clean, attacked["none"], smoothed, settings, track(name, len(facts))
+    began, out, attacked = time.time(), settings.out, attack(settings.eps)
+    with locked(out, "this demo"):
+        _clear(out / ROWS)
+        data = open_dataset(dataset.write(out / f"scenes-{settings.count}", settings.count))
+        own = load("", data)
+        shown = [sample for sample in data.samples if sample.label is not None][:8:2]  # not chosen by outcome
+        _glimpse(settings, own, data, shown, attacked, first)
+        plan = Plan(suites(attacked), data, _setup(settings), ("none", *shipped.ROBUST))
+        kept = {**fixed("demo", {"none": "", **shipped.ROBUST}, data, plan.setup), "made_by": MADE_BY}
+        evaluation = Evaluation(
+            load=lambda tower: own if tower == "none" else load(shipped.ROBUST[tower], data),
+            plan=plan,
+            store=Store.begin(out / ROWS, kept),
+            judge=ExactMatch(),
+            track=track,
+            batch_size=BATCH,
         )
-    ablation["fs_pm"] = tables["attacked"]["fs_psm"]
+        evaluation.run()
+        results = Results(out)
+        drawn = panels(results, data, own, shown, attacked)
+        certified = _certified(settings, own, data, shown, track)
+        drawn = [replace(panel, certificate=one) for panel, one in zip(drawn, certified, strict=True)]
+        demo = Demo(settings, results, attacked, drawn, time.time() - began)
+        demo.write(out)
+        picture.draw(drawn, settings, out / "demo.png")
+    return demo
 
-    panels = _panels(vanilla, psm, facts, clean, attacked["none"], said, settings, track)
-    return Result(
-        settings, psm.config.sigma, tables["clean"], tables["attacked"], ablation, time.time() - began, panels
+
+def _setup(settings: Settings) -> Setup:
+    return Setup(
+        steps=settings.steps,
+        n0=settings.n0,
+        seed=settings.seed,
+        mapper_only=str(assets.PSM_NO_PURIFIER),
+        robust_images=settings.robust_count,
     )
 
 
-def write_summary(result: Result, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "summary.json"
-    path.write_text(json.dumps(result.summary(), indent=2) + "\n")
-    return path
+def _clear(rows: Path) -> None:
+    """A demo computes everything anew; what an evaluation left in the folder is not thrown away."""
+    if (rows / SETTINGS).exists():
+        if json.loads((rows / SETTINGS).read_text()).get("made_by") != MADE_BY:
+            raise SettingError(f"{rows} holds an evaluation that is no demo's; give another folder.")
+        shutil.rmtree(rows)
 
 
-def _pictures(facts: list[world.Scene]) -> Tensor:
-    return torch.stack([to_unit(scene.draw()) for scene in facts])
-
-
-def _smoothed(tower: str) -> str:
-    """A tower -> the name of the defence that smooths it."""
-    return "fs_psm" if tower == "none" else f"{tower}_fs_psm"
-
-
-def _attack(call: VisionCall, clean: Tensor, targets: Tensor, settings: Settings, track: Track, tower: str) -> Tensor:
-    what = "vision tower" if tower == "none" else f"{tower} tower"
-    advance = track(f"attacking the {what}, {settings.steps} steps", settings.steps * len(clean))
-    return attack(
-        "attackvlm", call, clean, targets, eps=settings.eps, steps=settings.steps, batch_size=BATCH, report=advance
-    )
-
-
-def _measure(
-    model: Any,
-    processor: Any,
-    facts: list[world.Scene],
-    shown: dict[str, Tensor],
-    options: dict[str, Any] | None,
+def _glimpse(
     settings: Settings,
-    track: Track,
-    name: str,
-) -> tuple[dict[str, Row], dict[str, list[str]]]:
-    """The rows of one defence, and its captions, on the clean and on the attacked pictures."""
-    call = fs_plugins.vision_call(model)
-    rows: dict[str, Row] = {which: Row() for which in shown}
-    said: dict[str, list[str]] = {which: [] for which in shown}
-    features: dict[str, list[Tensor]] = {which: [] for which in shown}
-    for which, images in shown.items():
-        advance = track(f"{which} pictures, defence {name}", 3 * len(facts))
-        with _defended(model, options, settings):
-            for start in range(0, len(facts), BATCH):
-                some, pixels = facts[start : start + BATCH], images[start : start + BATCH]
-                answers, feature, again = _interview(model, processor, call, some, pixels, rows[which], advance)
-                said[which] += answers
-                features[which].append(feature)
-                if which == "clean":
-                    rows[which].fcs += torch.cosine_similarity(feature, again, dim=-1).tolist()
-    pair = torch.cat(features["clean"]), torch.cat(features["attacked"])
-    rows["attacked"].fcs = torch.cosine_similarity(*pair, dim=-1).tolist()
-    return rows, said
+    own: Subject,
+    data: Dataset,
+    shown: Sequence[Sample],
+    attacked: Condition,
+    first: Callable[[Path, Panel], None],
+) -> None:
+    """Attack the shown pictures and ask about them before all others; nothing of it is used later."""
+    few = replace(data, samples=tuple(shown))
+    plan = Plan((glimpse(attacked),), few, _setup(settings))
+    with TemporaryDirectory() as folder:
+        store = Store.begin(Path(folder) / ROWS, fixed("demo", {}, few, plan.setup))
+        Evaluation(lambda tower: own, plan, store, ExactMatch()).run()
+        drawn = panels(Results(folder), few, own, shown, attacked)
+    path = settings.out / "first.png"
+    picture.draw(drawn, settings, path)
+    first(path, drawn[0])
 
 
-@contextmanager
-def _defended(model: Any, options: dict[str, Any] | None, settings: Settings) -> Iterator[None]:
-    if options is None:
-        yield
-        return
-    with fs_plugins.enable(model, n0=settings.n0, seed=settings.seed, **options):
-        yield
-
-
-def _interview(
-    model: Any,
-    processor: Any,
-    call: VisionCall,
-    facts: list[world.Scene],
-    images: Tensor,
-    row: Row,
-    advance: Advance,
-) -> tuple[list[str], Tensor, Tensor]:
-    """Ask the three questions of each scene; returns captions and the features consumed in two of the calls."""
-    captions, first = _answers(model, processor, call, images, [world.CAPTION_PROMPT] * len(facts))
-    advance(len(facts))
-    row.caption_acc += [said == scene.caption for said, scene in zip(captions, facts, strict=True)]
-    questions = [scene.question() for scene in facts]
-    replies, _ = _answers(model, processor, call, images, [question.prompt for question in questions])
-    advance(len(facts))
-    row.vqa_acc += [said == question.answer for said, question in zip(replies, questions, strict=True)]
-    second = _classify(model, processor, call, facts, images, row)
-    advance(len(facts))
-    return captions, first, second
-
-
-def _classify(
-    model: Any, processor: Any, call: VisionCall, facts: list[world.Scene], images: Tensor, row: Row
-) -> Tensor:
-    """The eleven-way question; scenes without a shape have no answer to it and do not count."""
-    labels, consumed = _answers(model, processor, call, images, [world.CLASS_PROMPT] * len(facts))
-    target = str(world.CLASSES.index(world.TARGET_SHAPE))
-    for said, scene in zip(labels, facts, strict=True):
-        if scene.shape is not None:
-            row.acc.append(said == str(scene.label))
-            row.asr.append(said == target)
-    return consumed
-
-
-def _answers(
-    model: Any, processor: Any, call: VisionCall, images: Tensor, questions: list[str]
-) -> tuple[list[str], Tensor]:
-    """Greedy answers, and the features that the language side consumed, embedded: (B, E)."""
-    consumed: list[Tensor] = []
-
-    def keep(module: Any, arguments: Any, output: Any) -> None:
-        consumed.append(call.embed(call.features(output)).float())
-
-    listener = call.module.register_forward_hook(keep)
-    try:
-        said = Chat(model, processor).say(images, questions, max_new_tokens=12)
-    finally:
-        listener.remove()
-    return said, consumed[-1]
-
-
-def _ablate(
-    model: Any,
-    processor: Any,
-    call: VisionCall,
-    facts: list[world.Scene],
-    clean: Tensor,
-    attacked: Tensor,
-    options: dict[str, Any],
-    settings: Settings,
-    advance: Advance,
-) -> Row:
-    row = Row()
-    with _defended(model, options, settings):
-        for start in range(0, len(facts), BATCH):
-            some = facts[start : start + BATCH]
-            feature = _classify(model, processor, call, some, attacked[start : start + BATCH], row)
-            pixels = call.pixels.from_unit(clean[start : start + BATCH], model.dtype)
-            with torch.no_grad():
-                reference = call.embed(call.features(call.module(pixels, **call.kwargs)))
-            row.fcs += torch.cosine_similarity(feature, reference, dim=-1).tolist()
-            advance(len(some))
-    return row
-
-
-def _panels(
-    model: Any,
-    psm: PSM,
-    facts: list[world.Scene],
-    clean: Tensor,
-    attacked: Tensor,
-    said: dict[str, dict[str, list[str]]],
-    settings: Settings,
-    track: Track,
-) -> list[Panel]:
-    """The first four scenes with shapes that differ: not chosen by outcome."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    shown = [i for i, scene in enumerate(facts) if scene.shape][:8:2]
-    plan = Plan(n=settings.draws)
-    certificates = fs_plugins.certify(
-        model,
-        {str(i): clean[i] for i in shown},
+def _certified(
+    settings: Settings, own: Subject, data: Dataset, shown: Sequence[Sample], track: Track
+) -> list[fs_plugins.Certificate]:
+    plan = Certification(n=settings.draws)
+    places = [data.samples.index(sample) for sample in shown]
+    return fs_plugins.certify(
+        own.model,
+        {str(i): data.image(sample, size_of(own.call)) for i, sample in zip(places, shown, strict=True)},
         n=plan.n,
-        psm=psm,
+        psm=assets.PSM_LLAVA,
         seed=settings.seed,
         advance=track("certifying the shown pictures", len(shown) * (plan.n + plan.pilot)),
     )
-    panels = []
-    for i, certificate in zip(shown, certificates, strict=True):
-        noisy = attacked[i] + psm.config.sigma * torch.randn(attacked[i].shape, generator=generator)
-        with torch.no_grad():
-            purified = psm.purify(noisy[None], psm.config.sigma)[0]
-        panels.append(
-            Panel(
-                facts[i].caption,
-                clean[i],
-                attacked[i],
-                noisy,
-                purified,
-                said["none"]["clean"][i],
-                said["none"]["attacked"][i],
-                said["fs_psm"]["attacked"][i],
-                certificate,
-            )
-        )
-    return panels

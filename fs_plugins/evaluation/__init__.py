@@ -1,7 +1,5 @@
-"""Asking models and scoring what they say."""
+"""Asking models and scoring what they say. The public names, listed in ``__init__.pyi``, are loaded when they are first used."""
 
-from fs_plugins.evaluation.datasets import Dataset, Sample, open_dataset
-from fs_plugins.evaluation.judges import Judge, judge
-from fs_plugins.evaluation.metrics import Estimate, mean, proportion
+import lazy_loader
 
-__all__ = ["Dataset", "Estimate", "Judge", "Sample", "judge", "mean", "open_dataset", "proportion"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,15 +23,18 @@ from torch import Tensor
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.bounds import Array
 from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import Sample
-from fs_plugins.evaluation.results import Answer, Results, Table, parted, title_of
-from fs_plugins.evaluation.run import Evaluation
-from fs_plugins.evaluation.store import SETTINGS
+from fs_plugins.evaluation.plan import SHOWN, attacked_key
+from fs_plugins.evaluation.record import settings_of
+from fs_plugins.evaluation.store import SHOWN as PICTURES
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.tables import Table, parted, title_of
 from fs_plugins.evaluation.tasks import TASKS, VQA, Choice, Verdict
-from fs_plugins.files import atomically, flat
+from fs_plugins.files import flat, replace
 
-Purify = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from fs_plugins.evaluation.results import Answer, Results
 
 ENLARGED = 8
 """How much larger than it is an attack's change is shown."""
@@ -45,39 +47,36 @@ _UNSET = {
 """What a setting that is None means, in words."""
 
 
-def write(results: Results, path: Path, *, purify: Purify | None = None, shown: int = 6) -> None:
+def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
     """Write the report.
 
     Args:
         results: of an evaluation that has run, or of as much as there is of one.
         path: of the HTML file; it is replaced whole.
-        purify: attacked pictures (B, 3, H, W) in [0, 1] at the encoder's size -> the same with noise added and
-            purified; None leaves that column out. For equal bytes it must draw equal noise.
-        shown: how many pictures are shown, the first ones; the tables and the answers are of all.
+        shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and the answers are of
+            all.
 
     Raises:
-        SettingError: ``shown`` is negative, or ``purify`` changes the shape.
+        SettingError: ``shown`` is negative, or a purified picture in the folder has another shape than the attacked one.
     """
     if shown < 0:
         raise SettingError(f"shown is a number of pictures, 0 or more, got {shown}.")
-    evaluation = results.evaluation
-    said = _Said(results)
-    settings = json.loads((evaluation.store.folder / SETTINGS).read_text())
+    plan, said = results.plan, _Said(results)
+    settings = settings_of(results.folder)
+    pictures = list(_pictures(said, plan.dataset.samples[:shown]))
     page = _template().render(
         model=settings.pop("model", "a model"),
-        data=evaluation.dataset.name,
-        settings=_settings(settings, evaluation),
-        notes=[*results.notes(), *(f"Skipped: {sentence}" for sentence in evaluation.dataset.skipped)],
+        data=plan.dataset.name,
+        settings=_settings(settings, results),
+        notes=[*results.notes(), *(f"Skipped: {sentence}" for sentence in plan.dataset.skipped)],
         tables=[_grouped(table) for table in results.tables()],
         curves=_curves(results),
         enlarged=ENLARGED,
-        purified=purify is not None,
-        pictures=list(_pictures(said, evaluation.dataset.samples[:shown], purify)),
-        suites=[asked for suite in evaluation.suites if (asked := _asked(said, suite)) is not None],
+        purified=any(attack["purified"] for picture in pictures for attack in picture["attacks"]),
+        pictures=pictures,
+        suites=[asked for suite in plan.suites if (asked := _asked(said, suite)) is not None],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A reply may hold half a surrogate pair, which no file can.
-    atomically(path, lambda file: file.write(page.encode(errors="replace")))
+    replace(path, page.encode(errors="replace"))  # a reply may hold half a surrogate pair, which no file can
 
 
 def _template() -> Any:
@@ -88,9 +87,9 @@ def _template() -> Any:
     return environment.from_string(source)
 
 
-def _settings(kept: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str, str]]:
+def _settings(kept: Mapping[str, Any], results: Results) -> list[tuple[str, str]]:
     """What the rows depend on, in words; the run's own record of it."""
-    told = {"suites": ", ".join(suite.name for suite in evaluation.suites), "judge": evaluation.judge.name}
+    told = {"suites": ", ".join(suite.name for suite in results.plan.suites), "judge": results.record.judge}
     told |= {name: _UNSET.get(name, "none") if value is None else str(value) for name, value in flat(kept).items()}
     return [
         (name.replace("_", " ").replace("towers.", "tower "), value or "the model's own")
@@ -148,8 +147,8 @@ class _Said:
     """What was said, by picture, and what should have been; each file is read once."""
 
     def __init__(self, results: Results) -> None:
-        self.results, self.evaluation = results, results.evaluation
-        self.cells = self.evaluation.cells()
+        self.results, self.plan = results, results.plan
+        self.cells = self.plan.cells
         self.by_picture = cache(self._by_picture)
         self.references = cache(self._references)
 
@@ -159,12 +158,12 @@ class _Said:
             return None
         means = None
         if task != "captioning":
-            means = cast(Choice, TASKS[task]).parse(answer.reply, sample, self.evaluation.dataset)
+            means = cast(Choice, TASKS[task]).parse(answer.reply, sample, self.plan.dataset)
         return Reply(answer.reply, None if means == answer.reply else means, _mark(answer.verdict))
 
     def wanted(self, task: str, sample: Sample) -> tuple[str, str]:
         """The right answer and the attacker's; empty where there is none, or where it is the truth and does not count."""
-        dataset = self.evaluation.dataset
+        dataset = self.plan.dataset
         if task == "captioning":
             return self.references().get(sample.image, (sample.caption or "", ""))
         right, aim = sample.label, dataset.target_class
@@ -178,68 +177,59 @@ class _Said:
         return {answer.sample.image: answer for answer in self.results.answers(defence, condition, task)}
 
     def _references(self) -> dict[str, tuple[str, str]]:
-        return {sample.image: (own, aim) for sample, _, own, aim in self.evaluation.captions(NONE, CLEAN)}
+        found = captions(self.results.store, NONE, CLEAN, self.plan.dataset.samples)
+        return {sample.image: (own, aim) for sample, _, own, aim in found}
 
 
-def _pictures(said: _Said, samples: Sequence[Sample], purify: Purify | None) -> Iterator[dict[str, Any]]:
+def _pictures(said: _Said, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     """Those of the samples that have been attacked: clean, and under each attack on the model's own encoder."""
-    dataset = said.evaluation.dataset
-    tasks = list(dict.fromkeys(task for tasks in said.cells.values() for task in tasks if task in TASKS))
-    attacks = _attacks(said.evaluation)
-    found = {key: _attacked(said.evaluation, key, samples) for key in attacks}
-    purified = {key: _purified(some, purify) for key, some in found.items() if some and purify is not None}
+    store = said.results.store
+    tasks = list(dict.fromkeys(task for asked in said.cells.values() for task in asked if task in TASKS))
+    attacks = _attacks(said)
     for sample in samples:
-        keys = [key for key in attacks if sample.image in found[key]]
-        if not keys:
+        clean = store.picture(f"{PICTURES}/clean", sample.image)
+        found = {key: picture for key in attacks if (picture := store.attacked(key, sample.image)) is not None}
+        if clean is None or not found:
             continue
-        height, width = found[keys[0]][sample.image].shape[-2:]
-        clean = dataset.image(sample, (height, width))
-        aim = dataset.target(sample, (height, width)) if sample.target or sample.image in dataset.aims else None
+        aim = store.picture(f"{PICTURES}/target", sample.image)
         yield {
             "name": sample.image,
             "facts": _facts(said, sample, tasks),
             "clean": _png(clean),
             "aim": None if aim is None else _png(aim),
-            "small": width < 200,
+            "small": clean.shape[-1] < 200,
             "replies": _replies(said, sample, CLEAN, None),
             "attacks": [
                 {
-                    "title": _titled(condition, maker),
-                    "attacked": _png(found[key][sample.image]),
-                    "difference": _png(0.5 + ENLARGED * (found[key][sample.image] - clean)),
-                    "purified": _png(purified[key][sample.image]) if key in purified else None,
-                    "replies": _replies(said, sample, condition, maker),
+                    "title": _titled(*attacks[key]),
+                    "attacked": _png(attacked),
+                    "difference": _png(0.5 + ENLARGED * (attacked - clean)),
+                    "purified": _purified(said, key, sample, attacked),
+                    "replies": _replies(said, sample, *attacks[key]),
                 }
-                for key in keys
-                for condition, maker in [attacks[key]]
+                for key, attacked in found.items()
             ],
         }
 
 
-def _attacks(evaluation: Evaluation) -> dict[str, tuple[Condition, Defence | None]]:
+def _attacks(said: _Said) -> dict[str, tuple[Condition, Defence | None]]:
     """Where attacked pictures lie -> the attack, and the defence they were made through if there is one."""
     found: dict[str, tuple[Condition, Defence | None]] = {}
-    for defence, condition in evaluation.cells():
+    for defence, condition in said.cells:
         if defence.tower == NONE.tower and condition not in (CLEAN, TARGET):
-            maker = defence if condition.adaptive else None
-            found[evaluation.key(defence, condition)] = condition, maker
+            found[attacked_key(defence, condition)] = condition, defence if condition.adaptive else None
     return found
 
 
-def _attacked(evaluation: Evaluation, key: str, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    pictures = {sample.image: evaluation.store.attacked(key, sample.image) for sample in samples}
-    return {name: picture for name, picture in pictures.items() if picture is not None}
-
-
-@torch.no_grad()
-def _purified(attacked: Mapping[str, Tensor], purify: Purify) -> dict[str, Tensor]:
-    images = torch.stack(list(attacked.values()))
-    seen = purify(images)
-    if seen.shape != images.shape:
+def _purified(said: _Said, key: str, sample: Sample, attacked: Tensor) -> str | None:
+    """The attacked picture with noise added and purified, where the run kept such a view."""
+    view = said.results.store.picture(f"{PICTURES}/purified/{key}", sample.image)
+    if view is not None and view.shape != attacked.shape:
         raise SettingError(
-            f"purify must return pictures of the shape it was given, {tuple(images.shape)}, and returned {tuple(seen.shape)}."
+            f"The purified picture of {sample.image} in {said.results.folder} must have the attacked one's shape, "
+            f"{tuple(attacked.shape)}, and has {tuple(view.shape)}. Delete the folder {PICTURES} in it and evaluate again."
         )
-    return dict(zip(attacked, seen, strict=True))
+    return None if view is None else _png(view)
 
 
 def _titled(condition: Condition, maker: Defence | None) -> str:
@@ -259,7 +249,7 @@ def _facts(said: _Said, sample: Sample, tasks: Sequence[str]) -> list[dict[str, 
 def _question(task: str, sample: Sample, said: _Said) -> str | None:
     if task != "vqa":
         return None
-    offered = VQA().offered(sample, said.evaluation.dataset)
+    offered = VQA().offered(sample, said.plan.dataset)
     return f"{sample.question} ({' / '.join(offered)})"
 
 
@@ -299,7 +289,7 @@ def _asked(said: _Said, suite: Suite) -> dict[str, Any] | None:
         if (defence, condition) in said.cells and said.by_picture(defence, condition, task)
     ]
     rows = []
-    for sample in said.evaluation.dataset.samples:
+    for sample in said.plan.dataset.samples:
         replies = [said.reply(defence, condition, task, sample) for condition, defence in cells]
         if any(replies):
             right, aim = said.wanted(task, sample)
@@ -329,7 +319,7 @@ def _png(image: Tensor) -> str:
 def _curves(results: Results) -> Any:
     """The mean certified cosine against eps of every certified defence and noise level as an SVG; None without any."""
     lines: dict[tuple[str, float], list[Certificate]] = {}
-    for suite in results.evaluation.suites:
+    for suite in results.plan.suites:
         for defence in suite.defences if suite.certified else ():
             if defence.smoothing is not None:
                 for sigma, by_picture in sorted(results.certificates(defence).items()):

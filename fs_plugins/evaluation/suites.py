@@ -1,9 +1,16 @@
-"""The paper's tables, and two it lacks: who is defended how, against what, on which task."""
+"""The paper's tables, and two it lacks: who is defended how, against what, on which task.
+
+Another table is another entry of ``SUITES``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
+
+from fs_plugins.errors import SettingError
 
 Part = Literal["both", "purifier", "mapper", "none"]
 
@@ -117,6 +124,7 @@ class Suite:
         masking: whether the first smoothed defence is searched for masked gradients.
         plain: whether clean pictures are shown first.
         aside: whether a part of the pictures is enough.
+        twice: whether clean pictures are served twice, with other draws, to see how steady that is.
     """
 
     name: str
@@ -130,6 +138,7 @@ class Suite:
     masking: bool = False
     plain: bool = True
     aside: bool = False
+    twice: bool = False
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -172,3 +181,42 @@ SUITES = {
         Suite("masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,), (Condition("attackvlm", 16),), masking=True),
     )
 }  # fmt: skip
+
+
+def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
+    """Suites by name; ``all`` stands for all of them.
+
+    Args:
+        eps: another radius in place of the suites' usual 16/255, as people write it; the others grow and shrink with it.
+
+    Raises:
+        SettingError: there is no such suite, or ``eps`` is no radius in [0, 1] pixels.
+    """
+    wanted = list(SUITES) if "all" in names else list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in SUITES:
+            raise SettingError(f"There is no suite {name!r}. The suites are: {', '.join(SUITES)}, all.")
+    suites = tuple(SUITES[name] for name in wanted)
+    if eps is None:
+        return suites
+    scale = 255 * radius(eps) / FOA.eps255
+    return tuple(replace(suite, conditions=tuple(_scaled(one, scale) for one in suite.conditions)) for suite in suites)
+
+
+def _scaled(condition: Condition, scale: float) -> Condition:
+    return replace(condition, eps255=min(255.0, round(scale * condition.eps255, 6)))
+
+
+def radius(text: str) -> float:
+    """An l-inf radius in [0, 1] pixels, as people write it: ``"16/255"`` or ``"0.05"``.
+
+    Raises:
+        SettingError: it is none.
+    """
+    try:
+        value = float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise SettingError(f"--eps is a number such as 16/255 or 0.05, got {text!r}.") from None
+    from fs_plugins.attacks import Ball  # not for the command's list of options
+
+    return Ball("linf", value).eps

@@ -1,0 +1,87 @@
+"""A defence of a suite as the options of ``enable``, and a model under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypedDict
+
+from torch import nn
+
+import fs_plugins
+from fs_plugins.evaluation.plan import Setup
+from fs_plugins.evaluation.subjects import Subject
+from fs_plugins.evaluation.suites import LIGHT, Defence, Smoothing
+from fs_plugins.noise import NoiseScope
+from fs_plugins.psm import PSM
+from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
+from fs_plugins.vision import VisionCall
+
+Encoder = VisionCall | FeatureSmoother
+"""A vision encoder, bare or as it is smoothed."""
+
+
+class Options(TypedDict):
+    """Of ``enable`` and ``smoothers``."""
+
+    psm: str | PSM | None
+    sigma: float | None
+    n0: int
+    seed: int
+    noise_scope: NoiseScope
+    chunk_size: int
+
+
+def options(
+    model: nn.Module,
+    setup: Setup,
+    smoothing: Smoothing,
+    *,
+    sigma: float | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> Options:
+    """How ``enable`` is told to smooth. A picture's draws follow from seed and content, so that a resumed run serves the same.
+
+    Args:
+        sigma: in place of the setup's.
+
+    Raises:
+        PSMError, RegistryError: the parts of a PSM are wanted, and it cannot be had.
+    """
+    sigma = setup.sigma if sigma is None else sigma
+    psm: str | PSM | None = setup.light if smoothing.psm == LIGHT else smoothing.psm or setup.psm
+    if smoothing.parts == "mapper" and setup.mapper_only is not None:
+        psm = setup.mapper_only
+    elif smoothing.parts == "none" and sigma is not None:
+        psm = None
+    elif smoothing.parts != "both":
+        whole = fs_plugins.smoothers(model, psm=psm, sigma=sigma)[0].psm
+        assert whole is not None
+        if smoothing.parts == "none":
+            psm, sigma = None, whole.config.sigma
+        else:
+            psm = whole.only(mapper=False) if smoothing.parts == "purifier" else whole.only(purifier=False)
+    return {
+        "psm": psm,
+        "sigma": sigma,
+        "n0": smoothing.n0 or setup.n0,
+        "seed": setup.seed,
+        "noise_scope": "image",
+        "chunk_size": chunk_size,
+    }
+
+
+@contextmanager
+def defended(subject: Subject, chosen: Options | None) -> Iterator[Encoder]:
+    """A subject that is smoothed, or left as it is, and its encoder as an adaptive attacker sees it."""
+    if chosen is None:
+        yield subject.call
+        return
+    with fs_plugins.enable(subject.model, **chosen) as handle:
+        yield handle.smoothers[0]
+
+
+def asked_for(setup: Setup, defence: Defence) -> bool:
+    """Whether somebody named the PSM, or the noise level, that a defence of the model's own encoder has."""
+    named = setup.psm != "auto" or setup.sigma is not None
+    return named and defence.tower == "none" and defence.smoothing is not None and defence.smoothing.psm is None

@@ -1,0 +1,171 @@
+"""What an evaluation is to do: which cells there are, which pictures each is about. Values; no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fs_plugins
+from fs_plugins.evaluation.datasets import Dataset, Sample
+from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
+
+FEATURES, AGAIN = "features", "again"
+"""Beside the tasks: the row of a picture's feature, and that of a second serving of the clean picture, with other draws."""
+
+SHOWN = 6
+"""How many pictures a report shows."""
+
+Cell = tuple[Defence, Condition]
+Asked = dict[str, tuple[Sample, ...]]
+"""What a defence is asked under a condition, task by task, and about which pictures."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every row of an evaluation depends on, beside model, towers and data.
+
+    Args:
+        steps: of the attacks on bare encoders (the papers: 300).
+        adaptive_steps, adaptive_draws: of those on defences, and draws that each step's gradient is averaged over (EOT).
+        adaptive_images: how many pictures defences are attacked on; all if None.
+        aside_images: how many pictures the supplement's tables get; all if None.
+        psm, light: the PSM of the smoothed defences, and of their light form, as ``enable`` takes them.
+        mapper_only: a PSM for the ablation's mapper without a purifier; the PSM's own mapper if None.
+        sigma: noise in [0, 1] pixels; the PSM's own if None.
+        n0: draws per picture.
+        certified_images, certified_draws: how many pictures are certified, from how many draws each.
+        masking_images, masking_queries: pictures of the search for masked gradients, and the queries that its
+            gradient-free attack has for each.
+        seed: of everything random.
+        robust_images: how many of the pictures robust towers get, the first ones; all if None.
+    """
+
+    steps: int = 300
+    adaptive_steps: int = 100
+    adaptive_draws: int = 2
+    adaptive_images: int | None = None
+    aside_images: int | None = None
+    psm: str = "auto"
+    light: str = "photo"
+    mapper_only: str | None = None
+    sigma: float | None = None
+    n0: int = 4
+    certified_images: int = 100
+    certified_draws: int = 1000
+    masking_images: int = 32
+    masking_queries: int = 500
+    seed: int = 0
+    robust_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Suites on a model and its robust towers.
+
+    Args:
+        suites: which tables.
+        dataset: what is asked.
+        setup: see there.
+        towers: the names there are; ``"none"`` is the model's own encoder.
+        tasks: what the model can be asked; None before anybody knows.
+    """
+
+    suites: tuple[Suite, ...]
+    dataset: Dataset
+    setup: Setup
+    towers: tuple[str, ...] = (NONE.tower,)
+    tasks: tuple[str, ...] | None = None
+
+    @cached_property
+    def cells(self) -> dict[Cell, Asked]:
+        """Every defence under every condition that a suite asks about."""
+        found: dict[Cell, dict[str, set[str]]] = {}
+        for suite in self.suites:
+            for cell, task, samples in self._asked(suite):
+                names = found.setdefault(cell, {}).setdefault(task, set())
+                names.update(sample.image for sample in samples)
+        everything = self.dataset.samples
+        return {
+            cell: {task: tuple(s for s in everything if s.image in names) for task, names in tasks.items()}
+            for cell, tasks in found.items()
+            if cell[0].tower in self.towers
+        }
+
+    def _asked(self, suite: Suite) -> Iterator[tuple[Cell, str, tuple[Sample, ...]]]:
+        if suite.task is None or not self.can(suite.task):
+            return
+        for defence in suite.defences:
+            samples = self.pictures(suite, defence)
+            yield (defence, CLEAN), FEATURES, samples  # what little a cosine means
+            if suite.twice:
+                yield (defence, CLEAN), AGAIN, samples
+            for condition in suite.asked:
+                yield (defence, condition), FEATURES, samples
+                yield (defence, condition), suite.task, samples
+        if suite.task == "captioning":  # what captions are compared with
+            for condition in (CLEAN, TARGET):
+                yield (NONE, condition), suite.task, self.pictures(suite, NONE)
+
+    def can(self, task: str) -> bool:
+        """Whether data and model are for a task."""
+        return task in self.dataset.tasks and (self.tasks is None or task in self.tasks)
+
+    def pictures(self, suite: Suite, defence: Defence) -> tuple[Sample, ...]:
+        """What a suite asks a defence about; what an adaptive attack is compared with must be of the same ones."""
+        setup, counts = self.setup, [len(self.dataset.samples)]
+        if suite.aside and setup.aside_images is not None:
+            counts.append(setup.aside_images)
+        if any(condition.adaptive for condition in suite.conditions) and setup.adaptive_images is not None:
+            counts.append(setup.adaptive_images)
+        few = None if defence.tower == NONE.tower else setup.robust_images
+        return self.samples(min(counts))[:few]
+
+    def samples(self, count: int | None = None) -> tuple[Sample, ...]:
+        """So many of the samples, of all labels alike, or all; more contain fewer."""
+        every = self.dataset.samples
+        return every if count is None or count >= len(every) else self.dataset.some(count, self.setup.seed).samples
+
+    @property
+    def needed(self) -> set[str]:
+        """The towers that the suites ask for, whether or not there are any."""
+        return {defence.tower for suite in self.suites for defence in suite.defences}
+
+    def certified(self, defence: Defence) -> set[float | None]:
+        """The noise levels that a defence is certified at; None is its own."""
+        if defence.smoothing is None:
+            return set()
+        suites = [suite for suite in self.suites if suite.certified and defence in suite.defences]
+        return {sigma for suite in suites for sigma in suite.sigmas or (self.setup.sigma,)}
+
+    @property
+    def masking_eps(self) -> float | None:
+        """The l-inf radius of the search for masked gradients; None if no suite wants one."""
+        return next((suite.conditions[0].eps for suite in self.suites if suite.masking), None)
+
+
+def attacked_key(defence: Defence, condition: Condition) -> str:
+    """Where a cell's attacked pictures lie: by tower, as the paper shares them, unless they were made for the defence."""
+    return f"{defence.name if condition.adaptive else defence.tower}/{condition.name}"
+
+
+def answers_key(defence: Defence, condition: Condition) -> str:
+    """Where a cell's rows lie."""
+    return f"{defence.name}/{condition.name}"
+
+
+def fixed(model: str, towers: Mapping[str, str], dataset: Dataset, setup: Setup) -> dict[str, Any]:
+    """What ``Store`` holds a run to, the same wherever the package lies."""
+    told = asdict(setup)
+    if setup.mapper_only is not None:
+        told["mapper_only"] = Path(setup.mapper_only).name
+    if setup.robust_images is None:  # folders from before there was such a setting go on
+        del told["robust_images"]
+    return {"version": fs_plugins.__version__, "model": model, "towers": dict(towers), "data": dataset.digest, **told}
+
+
+def setup_of(kept: Mapping[str, Any]) -> Setup:
+    """The setup out of what ``fixed`` told."""
+    return Setup(**{one.name: kept[one.name] for one in fields(Setup) if one.name in kept})

@@ -1,0 +1,223 @@
+"""One tower's part of an evaluation: attack it, ask every defence on it, certify, search for masked gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+import fs_plugins
+from fs_plugins.attacks import attack
+from fs_plugins.attacks.masking import check_gradients, effort
+from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.evaluation.asking import Asking
+from fs_plugins.evaluation.datasets import Sample
+from fs_plugins.evaluation.defended import Encoder, Options, asked_for, defended, options
+from fs_plugins.evaluation.means import Means
+from fs_plugins.evaluation.plan import Asked, Plan, attacked_key
+from fs_plugins.evaluation.subjects import Subject, size_of
+from fs_plugins.evaluation.suites import CLEAN, FS_PSM, TARGET, Condition, Defence
+from fs_plugins.files import replace
+from fs_plugins.identity import digest
+from fs_plugins.smoothing import FeatureSmoother
+
+
+@dataclass
+class Found:
+    """What a run finds out that no row says.
+
+    Args:
+        notes: what was left out, and why.
+        levels: sigma of the defences that were certified at their own, by their names.
+        shown: the pipeline of the default defence, whose views the report shows.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    levels: dict[str, float] = field(default_factory=dict)
+    shown: FeatureSmoother | None = None
+
+
+class Tower:
+    """The rows of one tower.
+
+    Args:
+        name: the tower's; ``"none"`` is the model's own encoder.
+        subject: the model with it.
+        plan, means: of the evaluation.
+        found: is added to.
+    """
+
+    def __init__(self, name: str, subject: Subject, plan: Plan, means: Means, found: Found) -> None:
+        self.name, self.subject, self.plan, self.means, self.found = name, subject, plan, means, found
+        self.size = size_of(subject.call)
+        self.store = means.store
+        self.device = next(subject.call.module.parameters()).device
+
+    def run(self) -> None:
+        """Do what is still to be done."""
+        cells = {cell: asked for cell, asked in self.plan.cells.items() if cell[0].tower == self.name}
+        ready = self._ready(list(cells))
+        for condition, wanted in _oblivious(cells, ready).items():
+            samples = tuple(sample for sample in self.plan.dataset.samples if sample.image in wanted)
+            what = f"{condition.name} on tower {self.name}"
+            self._attack(self.subject.call, f"{self.name}/{condition.name}", condition, samples, what)
+        for defence, chosen in ready.items():
+            asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
+            with defended(self.subject, chosen) as encoder:
+                for condition, tasks in asked.items():
+                    if condition.adaptive:
+                        what = f"{condition.name}, {defence.title}"
+                        samples = max(tasks.values(), key=len)
+                        self._attack(encoder, attacked_key(defence, condition), condition, samples, what)
+                Asking(self.subject, encoder, defence, self.plan, self.means).run(asked)
+                if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
+                    self.found.shown = encoder
+                    self._search(encoder)
+            self._certify(defence)
+
+    def _ready(self, cells: Sequence[tuple[Defence, Condition]]) -> dict[Defence, Options | None]:
+        """Those defences that can be had, and how; asked before anything that takes long.
+
+        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for, by name or by its
+        noise level, is an error.
+        """
+        unasked = [
+            d for suite in self.plan.suites if suite.task is None for d in suite.defences if d.tower == self.name
+        ]
+        ready: dict[Defence, Options | None] = {}
+        for defence in dict.fromkeys([*(defence for defence, _ in cells), *unasked]):
+            if defence.smoothing is None:
+                ready[defence] = None
+                continue
+            try:
+                chosen = self._options(defence)
+                smoother = fs_plugins.smoothers(self.subject.model, **chosen)[0]
+            except (PSMError, RegistryError) as error:
+                if asked_for(self.plan.setup, defence):
+                    raise
+                self.found.notes.append(f"{defence.title} is left out: {error}")
+                continue
+            psm = smoother.psm
+            made_of = [psm.config.name, digest(psm), psm.config.structure] if psm else None
+            self.store.hold(defence.name, {"psm": made_of, "sigma": smoother.sigma, "n0": chosen["n0"]})
+            ready[defence] = chosen
+        return ready
+
+    def _options(self, defence: Defence, sigma: float | None = None) -> Options:
+        assert defence.smoothing is not None
+        return options(
+            self.subject.model,
+            self.plan.setup,
+            defence.smoothing,
+            sigma=sigma,
+            chunk_size=self.means.chunk_size,
+        )
+
+    def _attack(self, encoder: Encoder, key: str, condition: Condition, samples: Sequence[Sample], what: str) -> None:
+        """Make the attacked pictures that are missing."""
+        setup = self.plan.setup
+        steps, draws = setup.steps, 1
+        if condition.adaptive:
+            steps, draws = setup.adaptive_steps, setup.adaptive_draws
+        missing = [s for s in self.means.mine(samples) if self.store.attacked(key, s.image) is None]
+        if not missing:
+            return
+        advance = self.means.track(what, steps * len(missing))
+        for some in self.means.batches(missing):
+            images, targets = self._pairs(some)
+            attacked = attack(
+                encoder,
+                images,
+                targets,
+                method=condition.method,
+                eps=condition.eps,
+                steps=steps,
+                draws=draws,
+                seed=setup.seed,
+                names=[sample.image for sample in some],
+                batch_size=self.means.batch_size,
+                report=advance,
+            )
+            for sample, image in zip(some, attacked, strict=True):
+                self.store.keep(key, sample.image, image)
+
+    def _pairs(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """The pictures and what attacks on them aim at, (B, C, H, W) in [0, 1] on the encoder's device."""
+        data = self.plan.dataset
+        images = torch.stack([data.image(sample, self.size) for sample in samples])
+        targets = torch.stack([data.target(sample, self.size) for sample in samples])
+        return images.to(self.device), targets.to(self.device)
+
+    def _certify(self, defence: Defence) -> None:
+        """Certify at every noise level that a suite wants, each once; a level that no PSM is for is a note."""
+        wanted = self.plan.certified(defence)
+        if not wanted:
+            return
+        setup, done = self.plan.setup, set[float]()
+        samples = self.means.mine(self.plan.samples(setup.certified_images))
+        images = {sample.image: self.plan.dataset.image(sample, self.size) for sample in samples}
+        for sigma in sorted(wanted, key=lambda one: one or 0):  # None is the PSM's own
+            try:
+                chosen = self._options(defence, sigma)
+                level = chosen["sigma"]
+                if level is None:
+                    level = fs_plugins.smoothers(self.subject.model, **chosen)[0].sigma
+                if sigma is None or sigma == setup.sigma:
+                    self.found.levels[defence.name] = level
+                if level not in done:
+                    done.add(level)
+                    self._certify_at(level, defence, chosen, images)
+            except (PSMError, RegistryError) as error:
+                self.found.notes.append(f"{defence.title} is not certified at sigma {sigma}: {error}")
+
+    def _certify_at(self, sigma: float, defence: Defence, chosen: Options, images: dict[str, Tensor]) -> None:
+        draws = self.plan.setup.certified_draws
+        rows = self.store.certificates_file(defence.name, sigma, self.means.share)
+        rows.parent.mkdir(exist_ok=True)
+        fs_plugins.certify(
+            self.subject.model,
+            images,
+            n=draws,
+            psm=chosen["psm"],
+            sigma=sigma,
+            seed=self.plan.setup.seed,
+            out=rows,
+            chunk_size=self.means.chunk_size,
+            advance=self.means.track(f"certifying, {defence.title}, sigma {sigma:g}", len(images) * draws),
+        )
+
+    def _search(self, smoother: FeatureSmoother) -> None:
+        """Compare attacks that must be ordered if the defence's gradients are honest; kept as a file."""
+        eps, setup = self.plan.masking_eps, self.plan.setup
+        if self.means.share[0] or eps is None or self.store.masking_file(eps).exists():
+            return
+        images, targets = self._pairs(self.plan.samples(setup.masking_images))
+        steps, queries = setup.adaptive_steps, setup.masking_queries
+        report = check_gradients(
+            smoother,
+            images,
+            targets,
+            eps=eps,
+            draws=setup.adaptive_draws,
+            seed=setup.seed,
+            batch_size=self.means.batch_size,
+            advance=self.means.track("masked gradients?", effort(len(images), steps=steps, queries=queries)),
+            steps=steps,
+            queries=queries,
+        )
+        replace(self.store.masking_file(eps), json.dumps(asdict(report)))
+
+
+def _oblivious(
+    cells: dict[tuple[Defence, Condition], Asked], ready: dict[Defence, Options | None]
+) -> dict[Condition, set[str]]:
+    """The attacks on the bare encoder that some defence is asked about, each with its pictures' names."""
+    wanted: dict[Condition, set[str]] = {}
+    for (defence, condition), tasks in cells.items():
+        if defence in ready and condition not in (CLEAN, TARGET) and not condition.adaptive:
+            names = wanted.setdefault(condition, set())
+            names.update(sample.image for samples in tasks.values() for sample in samples)
+    return wanted

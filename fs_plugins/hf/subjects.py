@@ -1,0 +1,39 @@
+"""Models of transformers under evaluation, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fs_plugins.evaluation.datasets import Dataset
+from fs_plugins.evaluation.subjects import Subject
+from fs_plugins.hf.chat import Chat
+from fs_plugins.hf.load import load, load_processor, place, source
+from fs_plugins.hf.towers import swap_encoder
+from fs_plugins.hf.zeroshot import ZeroShot, directions_of
+
+
+def loader(
+    name: str, class_prompt: str = "a photo of a {}", device: str | None = None
+) -> Callable[[str, Dataset], Subject]:
+    """How ``fs_plugins.evaluation.evaluate`` loads a model: with its own vision encoder, or with another in its place.
+
+    Args:
+        name: folder or hub id; ``"demo"`` and ``"demo-clip"`` ship.
+        class_prompt: what a class is called in a sentence, for models that compare pictures with class names.
+        device: where to put it; a GPU where there is one if left out.
+
+    Returns:
+        (weights of an encoder as ``swap_encoder`` takes them, "" for the model's own; the data) -> the subject, which
+        raises ModelError, RegistryError or SettingError as ``load``, ``swap_encoder`` and ``directions_of`` do.
+    """
+
+    def loaded(encoder: str, dataset: Dataset) -> Subject:
+        model = load(name).to(device or place()).requires_grad_(False)
+        processor = load_processor(name) if callable(getattr(model, "generate", None)) else None
+        if encoder:
+            swap_encoder(model, encoder, processor=processor)
+        if processor is not None:
+            return Chat(model, processor)
+        return ZeroShot(model, directions_of(model, source(name), dataset.classes, class_prompt))
+
+    return loaded
