@@ -437,7 +437,8 @@ class Registry:
         return (
             f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. {known}"
             f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
-            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for plain smoothing."
+            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for "
+            "plain smoothing."
         )
 
 
