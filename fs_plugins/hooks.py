@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fs_plugins.attacks.protocols import Attack
+    from fs_plugins.evaluation.datasets.reader import Reader
     from fs_plugins.evaluation.protocols import Judge
     from fs_plugins.patch import SmoothingEvent
     from fs_plugins.vision import VisionCall
@@ -84,6 +85,21 @@ def fs_attacks() -> dict[str, Attack]:
     from a similarity of pictures. The names of the attacks that ship, and of another plugin's, are taken.
 
     :returns: name -> attack.
+
+    .. versionadded:: 0.1
+    """
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def fs_datasets() -> dict[str, Reader]:
+    """Provide readers of folders by name, for ``fs_plugins.evaluation.open_dataset(folder)`` and all that evaluates.
+
+    A ``fs_plugins.evaluation.datasets.Reader`` says by which file or folder it recognises its data, and reads a
+    ``Dataset``. What a reader that ships recognises, it reads. The names of the readers that ship, and of another
+    plugin's, are taken.
+
+    :returns: name -> reader.
 
     .. versionadded:: 0.1
     """

@@ -17,6 +17,19 @@ from fs_plugins.errors import SettingError
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
+def pictures_below(folder: Path, *, visible: bool = False) -> list[Path]:
+    """Every PNG and JPEG below a folder and all its subfolders, by their names' ends; sorted.
+
+    Args:
+        visible: leave out what is hidden (of editors, of macOS) or in a hidden folder, and what is no file.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not visible:
+        return found
+    shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return [path for path in shown if path.is_file()]
+
+
 def to_unit(image: Image.Image) -> Tensor:
     """A PIL image -> (3, H, W) fp32 in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support import TinyEncoder, make_psm, plugin, tiny_call
 
 import fs_plugins
 from fs_plugins import ModelError, PluginError, SettingError, hooks
 from fs_plugins.attacks import METHODS, Ascent, attack, known_attacks
+from fs_plugins.evaluation.datasets import Dataset, Reader, open_dataset, sample_of
 from fs_plugins.evaluation.judges import judge
 from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import ResidualMapper, UNetPurifier
@@ -165,6 +167,44 @@ def test_fs_attacks_that_are_none_or_taken_are_refused(manager):
         with pytest.raises(PluginError, match=r"'nonsense' must answer fs_attacks with name -> an attack \(name, opt"):
             known_attacks()
         manager.unregister(name="nonsense")
+
+
+def cards(root):
+    """A plugin's layout: a line of cards.txt is a picture's name and what it shows."""
+    lines = (root / "cards.txt").read_text().splitlines()
+    samples = tuple(sample_of(root, root / line.split()[0], label=line.split()[1]) for line in lines)
+    return Dataset("cards", root, samples, ("ace", "king"))
+
+
+def test_fs_datasets_are_read(manager, tmp_path):
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "cards.txt").write_text("1.png ace\n2.png king\n")
+    assert open_dataset(tmp_path).tasks == ("captioning",), "just pictures"
+    hooks.register(manager, plugin(fs_datasets=lambda: {"cards": Reader(("cards.txt", "deck/"), cards)}), "cards")
+    found = open_dataset(tmp_path)
+    assert [sample.label for sample in found.samples] == ["ace", "king"]
+    assert [found.target_path(sample).name for sample in found.samples] == ["2.png", "1.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError, match=r"problems\.json, cards\.txt, \*\.png"):
+        open_dataset(tmp_path / "empty")
+    (tmp_path / "samples.jsonl").write_text('{"image": "1.png", "target": "2.png"}\n')
+    assert len(open_dataset(tmp_path).samples) == 1, "what a reader that ships recognises, it reads"
+
+
+def test_fs_datasets_that_are_none_taken_or_in_doubt_are_refused(manager, tmp_path):
+    (tmp_path / "cards.txt").write_text("")
+    one, other = Reader(("cards.txt",), lambda root: None), Reader(("cards.txt",), cards)
+    for answer, told in (
+        ({"nips17": other}, "'mine' provides a reader 'nips17', and so does fs_plugins itself"),
+        ({"cards": cards}, "'mine' must answer fs_datasets with name -> Reader; it answered"),
+        ({"one": one, "other": other}, f"recognise {tmp_path}: one, other. Turn a plugin off with FS_PLUGINS_DISABLE"),
+        ({"one": one}, f"The reader 'one' must read a Dataset; of {tmp_path} it read None"),
+    ):
+        hooks.register(manager, plugin(fs_datasets=lambda answer=answer: answer), "mine")
+        with pytest.raises(PluginError, match=re.escape(told)):
+            open_dataset(tmp_path)
+        manager.unregister(name="mine")
 
 
 class Mine:

@@ -50,7 +50,7 @@ class Ball:
         return (centres + shorter).clamp(0, 1)
 
     def steepest(self, slope: Tensor) -> Tensor:
-        """The gradient (B, C, H, W) of an objective -> the direction of length 1 in this norm that climbs it fastest."""
+        """The gradient (B, C, H, W) of an objective -> the direction of length 1 in this norm that climbs fastest."""
         if self.norm == "linf":
             return slope.sign()
         length = slope.flatten(1).norm(dim=1).view(-1, *[1] * (slope.ndim - 1))

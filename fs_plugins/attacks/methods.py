@@ -1,4 +1,4 @@
-"""The attacks by name. Another one is another line of ``METHODS``, or, from another package, the hook ``fs_attacks``."""
+"""The attacks by name. Another one is another line of ``METHODS``; another package has the hook ``fs_attacks``."""
 
 from __future__ import annotations
 

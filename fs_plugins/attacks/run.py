@@ -33,28 +33,29 @@ def attack(
 ) -> Tensor:
     """Move images so that an encoder takes them for others, or no longer for themselves.
 
-    White-box on ``model``. Memory is bounded: activations are computed again rather than kept. The features aimed at are
-    the plain encoder's.
+    White-box on ``model``. Memory is bounded: activations are computed again rather than kept. The features aimed at
+    are the plain encoder's.
 
     Args:
         model: what is attacked, and with it what the attacker knows:
 
-            - a model: what it serves. Where smoothing is enabled on it, the attack is adaptive and goes through it; where
-              it is not, its plain encoder is attacked.
+            - a model: what it serves. Where smoothing is enabled on it, the attack is adaptive and goes through it;
+              where it is not, its plain encoder is attacked.
             - a VisionCall (``fs_plugins.vision_call(model)``): the plain encoder, whatever smoothing is enabled on the
               model. Of a protected model this attack is oblivious, and a robustness that was measured by it flatters.
-            - a FeatureSmoother (one of ``fs_plugins.smoothers(model)``): adaptive. Gradients go through noise, purifier,
-              encoder, mapper and average, with fresh draws at every step.
+            - a FeatureSmoother (one of ``fs_plugins.smoothers(model)``): adaptive. Gradients go through noise,
+              purifier, encoder, mapper and average, with fresh draws at every step.
             - a sequence of these: an ensemble of surrogates, whose mean is climbed.
         images: (B, C, H, W) in [0, 1]. An encoder of another size sees them resized.
-        targets: (B, C, H, W) in [0, 1], what the images shall be taken for; None attacks without a target, away from the
-            image itself.
+        targets: (B, C, H, W) in [0, 1], what the images shall be taken for; None attacks without a target, away from
+            the image itself.
         method: ``"attackvlm"``, ``"m-attack"``, ``"foa"``, ``"square"`` (without gradients, l-inf only), one of a
             plugin's (the hook ``fs_attacks``), or an Attack of your own, such as a ``Method``.
         norm, eps: the ball, see ``Ball``.
         step_size, steps: see ``ascend``; the papers take 300 steps of 1/255. The steps of ``"square"`` are its queries,
             of which it needs thousands, and it has no step_size.
-        draws: every step averages over so many draws of noise and crops (EOT). For an adaptive attack, more is stronger.
+        draws: every step averages over so many draws of noise and crops (EOT). For an adaptive attack, more is
+            stronger.
         seed: of crops, noise and random starts.
         names: a key for each image; its randomness follows from seed and key alone. Positions by default.
         batch_size: images at once; the result does not depend on it, up to rounding.

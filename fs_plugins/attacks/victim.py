@@ -40,8 +40,8 @@ class Seen:
 
     Args:
         embedding: (B, E) the certified embedding: all that the model consumes.
-        pooled: (B, P) one vector for the picture as a whole: the mean of the tokens that the model consumes, or the embedding
-            where it consumes a pooled vector.
+        pooled: (B, P) one vector for the picture as a whole: the mean of the tokens that the model consumes, or the
+            embedding where it consumes a pooled vector.
         tokens: (B, L, D) what stands for parts of the picture; None where the encoder shows none.
     """
 
@@ -54,8 +54,8 @@ class Victim:
     """An encoder under attack.
 
     Args:
-        encoder: a VisionCall is seen plain, whatever smoothing is enabled (the oblivious attack); a FeatureSmoother is seen
-            through noise, purifier, mapper and average (the adaptive one).
+        encoder: a VisionCall is seen plain, whatever smoothing is enabled (the oblivious attack); a FeatureSmoother is
+            seen through noise, purifier, mapper and average (the adaptive one).
     """
 
     def __init__(self, encoder: VisionCall | FeatureSmoother) -> None:
@@ -87,7 +87,7 @@ class Victim:
         of_tokens = [readout for readout in self.call.readouts if readout.tokens != 0]
         if not of_tokens:
             return Seen(embedding, embedding, _hidden(output))
-        # Not the class token, which CLIP pools: a model that consumes the others never reads it, and no mapper refines it.
+        # Not the class token, which CLIP pools: who consumes the others never reads it, and no mapper refines it.
         pooled = torch.cat([wide[readout.name].mean(1) for readout in of_tokens], dim=1)
         return Seen(embedding, pooled, wide[of_tokens[0].name])
 
@@ -132,7 +132,7 @@ def encoder_of(model: Attackable) -> VisionCall | FeatureSmoother:
     found: Sequence[VisionCall | FeatureSmoother] = enabled or calls_of(model)[1]
     if len(found) > 1:
         raise ModelError(
-            f"This model has {len(found)} vision encoders. Attack one: fs_plugins.vision_call(model, encoder=0), say, or "
-            "fs_plugins.smoothers(model)[0] through its smoothing."
+            f"This model has {len(found)} vision encoders. Attack one: fs_plugins.vision_call(model, encoder=0), say, "
+            "or fs_plugins.smoothers(model)[0] through its smoothing."
         )
     return found[0]

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from fs_plugins.errors import SettingError
 from fs_plugins.noise import keyed
-from fs_plugins.pictures import EXTENSIONS, read
+from fs_plugins.pictures import EXTENSIONS, pictures_below, read
 from fs_plugins.training.config import Stage, TrainingConfig
 
 
@@ -40,7 +40,7 @@ class ImageFolder(Dataset[Tensor]):
 
     def __init__(self, folder: str | os.PathLike[str], size: tuple[int, int]) -> None:
         self.folder = Path(folder)
-        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        self.paths = pictures_below(self.folder)
         self.size = size
         if not self.paths:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {folder}.")

@@ -243,7 +243,7 @@ def test_targets_are_the_samples_own_else_those_of_a_folder_in_turn(tmp_path):
 
 @given(st.integers(2, 12), st.integers())
 def test_else_they_are_another_picture_by_a_permutation_that_leaves_none_in_its_place(count, seed):
-    from fs_plugins.evaluation.datasets import _aims
+    from fs_plugins.evaluation.datasets.opening import _aims
 
     samples = tuple(Sample(image=f"{i}.png") for i in range(count))
     aims = _aims(Dataset("", Path("d"), samples), [], seed)

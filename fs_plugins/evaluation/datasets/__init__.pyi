@@ -1,0 +1,12 @@
+from .dataset import NONE_OPTION as NONE_OPTION
+from .dataset import Dataset as Dataset
+from .dataset import Prompts as Prompts
+from .dataset import Sample as Sample
+from .documented import SAMPLES as SAMPLES
+from .documented import SETTINGS as SETTINGS
+from .imagenet import IMAGENET as IMAGENET
+from .opening import Corrupt as Corrupt
+from .opening import open_dataset as open_dataset
+from .reader import Reader as Reader
+from .reader import sample_of as sample_of
+from .readers import known_readers as known_readers
