@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fs_plugins.attacks.protocols import Attack
     from fs_plugins.evaluation.datasets.reader import Reader
-    from fs_plugins.evaluation.protocols import Judge
+    from fs_plugins.evaluation.judges.protocol import Judge
     from fs_plugins.patch import SmoothingEvent
     from fs_plugins.vision import VisionCall
 

@@ -15,6 +15,7 @@ import fs_plugins
 from fs_plugins import FSPluginsError, JudgeError, SettingError
 from fs_plugins.evaluation import judges
 from fs_plugins.evaluation.judges import Endpoint, ExactMatch, Judge, SentenceSimilarity, judge
+from fs_plugins.evaluation.judges.prompt import DIGEST, REMINDER
 
 SECRET = "sk-tiny-0123456789abcdef"
 
@@ -283,8 +284,8 @@ def test_endpoint_takes_the_address_with_or_without_its_end(server, path):
 
 def test_the_name_says_what_can_change_a_score(monkeypatch):
     first = Endpoint("http://127.0.0.1:9/v1", "gpt-4o", api_key=SECRET)
-    assert first.name == f"endpoint(gpt-4o, prompt {judges._PROMPT_DIGEST})"
-    assert len(judges._PROMPT_DIGEST) == 8
+    assert first.name == f"endpoint(gpt-4o, prompt {DIGEST})"
+    assert len(DIGEST) == 8
     assert Endpoint("http://user:word@127.0.0.1:9/v1", "gpt-4o", timeout=1, retries=0, parallel=1).name == first.name
     assert SECRET not in repr(first)
 
@@ -338,7 +339,7 @@ def test_an_answer_that_is_no_score_is_asked_again_with_a_reminder(server):
     assert list(Endpoint(server.url, "m", sleep=slept).scores(pairs("a cat"))) == [0.7]
     sent = [[message["content"] for message in body["messages"]] for _, _, body in server.requests]
     question = sent[0][0]
-    assert sent == [[question], [question, "About 7/10", judges._REMINDER], [question, "1.5", judges._REMINDER]]
+    assert sent == [[question], [question, "About 7/10", REMINDER], [question, "1.5", REMINDER]]
     assert slept == []
 
 

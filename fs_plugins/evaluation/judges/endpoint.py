@@ -1,0 +1,246 @@
+"""A language model behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from fs_plugins.errors import JudgeError, SettingError
+from fs_plugins.evaluation.judges.packages import package
+from fs_plugins.evaluation.judges.prompt import DIGEST, REMINDER, number_in, question, quoted
+
+if TYPE_CHECKING:
+    import httpx
+
+KEY = "OPENAI_API_KEY"
+"""Environment variable: the key that ``Endpoint`` sends if it is given none."""
+
+
+class Endpoint:
+    """A language model behind any OpenAI-compatible chat-completions endpoint, at temperature 0.
+
+    Trouble that may pass is met with patience: timeouts, connection errors, 429 and 5xx are tried again after 1, 2,
+    4, ... seconds, or as long as the server's Retry-After says; an answer without one number from 0 to 1 is asked
+    again with a reminder. ``name`` holds the model and a digest of the prompt, not the server: a model's name is taken
+    to mean the same model everywhere.
+
+    Args:
+        url: the API's address, such as ``https://api.openai.com/v1``, with or without ``/chat/completions``.
+        model: the name that the server knows the model by.
+        api_key: what is sent as a bearer token; by default the environment's OPENAI_API_KEY, if that is set; "" sends
+            none. It appears in no name, score or error.
+        timeout: seconds without a byte from the server.
+        retries: how often one pair is asked again, whatever the reasons.
+        parallel: requests at a time. Once one pair has failed for good, up to ``parallel`` - 1 later ones may have
+            been asked for nothing.
+        sleep: called with the seconds to wait before a pair is asked again; by default a wait that ends early when
+            the scores are no longer wanted.
+
+    Raises:
+        SettingError: httpx is not installed, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60,
+        retries: int = 4,
+        parallel: int = 4,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        for what, value, fits, expected in (
+            ("model", model, bool(model.strip()), "the name of a model"),
+            ("timeout", timeout, timeout > 0, "a positive number of seconds"),
+            ("retries", retries, retries >= 0, "0 or more"),
+            ("parallel", parallel, parallel >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise SettingError(f"{what} must be {expected}, got {value!r}.")
+        package("httpx", "The judge behind an endpoint")
+        self._url, self._where = _address(url)
+        self._key = _checked_key(api_key)
+        self._sleep = sleep
+        self.model = model
+        self.timeout = timeout
+        self.retries = retries
+        self.parallel = parallel
+
+    @property
+    def name(self) -> str:
+        return f"endpoint({self.model}, prompt {DIGEST})"
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> Iterator[float]:
+        """See ``Judge.scores``. When it ends, however it ends, no request is under way any more.
+
+        Raises:
+            JudgeError: the server refuses, cannot be reached, or gives no score, with its own words.
+        """
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        unwanted = threading.Event()
+        asked: deque[Future[float]] = deque()
+        pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="judge")
+        limits = httpx.Limits(max_connections=self.parallel)
+        with httpx.Client(headers=headers, timeout=self.timeout, limits=limits) as client:
+            try:
+                for i, pair in enumerate(pairs):
+                    asked.append(pool.submit(self._score, client, pair, f"pair {i + 1} of {len(pairs)}", unwanted))
+                    if len(asked) == self.parallel:
+                        yield asked.popleft().result()
+                while asked:
+                    yield asked.popleft().result()
+            finally:
+                unwanted.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _score(self, client: httpx.Client, pair: tuple[str, str], which: str, unwanted: threading.Event) -> float:
+        """One pair's score, asked for as often as it takes and ``retries`` allows."""
+        asking = [{"role": "user", "content": question(*pair)}]
+        messages = asking
+        for asked in count(1):
+            answer = self._ask(client, messages)
+            if isinstance(answer, float):
+                return answer
+            last = answer.final or asked > self.retries
+            if answer.busy and not last:
+                pause = min(2.0 ** min(asked - 1, 10), _LONGEST_PAUSE)
+                sleep = unwanted.wait if self._sleep is None else self._sleep
+                sleep(max(answer.wait, pause))
+            if last or unwanted.is_set():
+                times = "once" if asked == 1 else f"{asked} times"
+                raise JudgeError(
+                    f"The judge {self.model!r} at {self._where} gave no score for {which} (asked {times}): "
+                    f"{answer.what} The scores of the pairs before it stand."
+                )
+            if answer.said is not None:
+                messages = [
+                    *asking,
+                    {"role": "assistant", "content": answer.said[:_LONGEST_QUOTE]},
+                    {"role": "user", "content": REMINDER},
+                ]
+        raise AssertionError("the loop ends with a score or an error")
+
+    def _ask(self, client: httpx.Client, messages: list[dict[str, str]]) -> float | _NoScore:
+        """One request."""
+        import httpx
+
+        # No limit on tokens: its name differs between servers, and a model that reasons needs many.
+        body = {"model": self.model, "messages": messages, "temperature": 0}
+        try:
+            response = client.post(self._url, json=body)
+        except httpx.TimeoutException:
+            return _NoScore(f"no answer within {self.timeout:g} s.", busy=True)
+        except httpx.RequestError as error:
+            return _NoScore(f"the connection failed: {type(error).__name__}: {self._quote(str(error))}", busy=True)
+        if response.status_code == 429 or response.status_code >= 500:
+            wait = _retry_after(response.headers.get("Retry-After", ""))
+            what = f"it answered {response.status_code}: {self._quote(_message(response))}"
+            if wait > _LONGEST_WAIT:
+                return _NoScore(
+                    f"{what} It asks to wait {wait:.0f} s, and {_LONGEST_WAIT:.0f} is the limit.", final=True
+                )
+            return _NoScore(what, busy=True, wait=wait)
+        if response.status_code != 200:
+            return _NoScore(f"it answered {response.status_code}: {self._quote(_message(response))}", final=True)
+        said = _text(response)
+        if said is None:
+            return _NoScore(f"its answer holds no choices[0].message.content: {self._quote(response.text)}")
+        score = number_in(said)
+        if score is None:
+            return _NoScore(f"one number from 0 to 1 was expected, and it said {self._quote(said)}", said=said)
+        return score
+
+    def _quote(self, text: str) -> str:
+        """Somebody else's words, without the key should they repeat it."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        return quoted(text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}...") + "."
+
+
+@dataclass(frozen=True)
+class _NoScore:
+    """Why a request gave no score. ``final``: asking again is no use; ``busy``: not before a pause of ``wait`` s."""
+
+    what: str
+    said: str | None = None
+    final: bool = False
+    busy: bool = False
+    wait: float = 0.0
+
+
+_LONGEST_QUOTE = 500
+_LONGEST_PAUSE, _LONGEST_WAIT = 60.0, 600.0
+"""Seconds: the longest pause of our own accord, and the longest that a server may ask for."""
+
+
+def _text(response: httpx.Response) -> str | None:
+    """What the model said, or None if there is nothing of the kind."""
+    try:
+        said = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return said if isinstance(said, str) else None
+
+
+def _message(response: httpx.Response) -> str:
+    """What the server says about an error: the message in its JSON, wherever it keeps it, else the body."""
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    for key in ("error", "message", "detail"):
+        if isinstance(found, dict) and found.get(key):
+            found = found[key]
+    said = found if isinstance(found, str) else response.text
+    return said or response.headers.get("Location") or response.reason_phrase
+
+
+def _retry_after(value: str) -> float:
+    """Seconds, from a Retry-After in seconds or as a date; 0 if it is neither."""
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _address(url: str) -> tuple[str, str]:
+    """Where to post, and the same as errors may show it: without user, password and query."""
+    expected = "url must be an http or https address such as https://api.openai.com/v1"
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError as error:
+        raise SettingError(f"{expected}: {error}.") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingError(f"{expected}; got one with scheme {parts.scheme!r} and host {parts.hostname or ''!r}.")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return urlunsplit(parts._replace(path=path, fragment="")), f"{parts.scheme}://{host}{port}{path}"
+
+
+def _checked_key(given: str | None) -> str:
+    """The key to send, or "". One that cannot stand in a header is refused here: httpx would quote it in its error."""
+    source = "api_key" if given is not None else KEY
+    key = (os.environ.get(KEY, "") if given is None else given).strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise SettingError(f"{source} holds characters that no key has: spaces, line breaks or letters beyond ASCII.")
+    return key
