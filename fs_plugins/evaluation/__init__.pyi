@@ -1,13 +1,13 @@
 from .datasets import Dataset as Dataset
 from .datasets import Sample as Sample
 from .datasets import open_dataset as open_dataset
+from .judges import Judge as Judge
 from .judges import judge as judge
 from .metrics import Estimate as Estimate
 from .metrics import mean as mean
 from .metrics import proportion as proportion
 from .plan import Plan as Plan
 from .plan import Setup as Setup
-from .protocols import Judge as Judge
 from .results import Results as Results
 from .run import Evaluation as Evaluation
 from .settings import Settings as Settings
