@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fs_plugins.certificates import Certificate, PredictionCertificate
-from fs_plugins.certificates.certificate import Method
-from fs_plugins.certificates.run import Plan, certify_features, certify_labels
+from fs_plugins.certificates.plan import Plan
+from fs_plugins.certificates.run import certify_features, certify_labels
 from fs_plugins.choice import Draws, PSMChoice, Smoothable, choose
 from fs_plugins.errors import ModelError, SettingError, warn
 from fs_plugins.hooks import plugin_manager
@@ -206,7 +206,7 @@ def certify(
     *,
     n: int = 1000,
     alpha: float = 1e-3,
-    method: Method = "best",
+    method: str = "best",
     angular: bool = True,
     target: float | None = None,
     threshold: float = 0.5,

@@ -121,8 +121,8 @@ def whole_lines(path: Path) -> list[str]:
     """A file's lines, none where there is no file; what follows the last line break was never finished."""
     if not path.exists():
         return []
-    text = path.read_bytes().decode()
-    return text[: text.rfind("\n") + 1].splitlines()
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1].decode().splitlines()
 
 
 @contextmanager

@@ -1,5 +1,8 @@
-"""Certificates: how far the cosine between clean and attacked features can fall."""
+"""Certificates: how far the cosine between clean and attacked features can fall.
 
-from fs_plugins.certificates.certificate import Angular, Certificate, PredictionCertificate
+The public names, listed in ``__init__.pyi``, are loaded when they are first used.
+"""
 
-__all__ = ["Angular", "Certificate", "PredictionCertificate"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

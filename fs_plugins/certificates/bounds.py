@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.fft
@@ -25,7 +25,9 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv, logsumexp, ndtr, ndtri
 
 from fs_plugins.errors import SettingError
-from fs_plugins.noise import Noise
+
+if TYPE_CHECKING:
+    from fs_plugins.noise import Noise
 
 Array = NDArray[np.float64]
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from fs_plugins.certificates.certificate import Certificate
+from fs_plugins.certificates.methods import CERTIFIED, METHODS
+from fs_plugins.files import atomically
 
-_LINES = {
-    "certified": ("certified", "C0", "-"),
-    "distribution": ("distribution bound", "C2", "--"),
-    "mean": ("mean bound (betting)", "C1", "-."),
-    "plugin": ("paper's estimate (no confidence)", "0.5", ":"),
-}
+LineStyle = str | tuple[int, tuple[int, ...]]
+
+_STYLES = ("-.", "--", (0, (3, 1, 1, 1, 1, 1)))
 
 
 def draw(certificates: Sequence[Certificate], path: Path) -> None:
@@ -30,12 +29,12 @@ def draw(certificates: Sequence[Certificate], path: Path) -> None:
     axes = figure.subplots()
     curves = [c.curves(eps) for c in certificates]
     for own in curves[:50]:
-        axes.plot(eps, own.get("certified", own["plugin"]), color="C0", alpha=0.12, linewidth=0.6)
-    for name, (label, colour, style) in _LINES.items():
+        axes.plot(eps, own.get(CERTIFIED, next(iter(own.values()))), color="C0", alpha=0.12, linewidth=0.6)
+    for name, label, colour, style in _lines():
         have = [np.nan_to_num(own[name]) for own in curves if name in own]
         if have:
             average = np.mean(have, axis=0)
-            axes.plot(eps, np.where(average > 0, average, np.nan), style, color=colour, label=label)
+            axes.plot(eps, np.where(average > 0, average, np.nan), linestyle=style, color=colour, label=label)
     unrelated = [c.unrelated for c in certificates if c.unrelated is not None]
     if unrelated:
         axes.axhline(float(np.mean(unrelated)), color="0.7", linewidth=0.8, zorder=0)
@@ -46,4 +45,17 @@ def draw(certificates: Sequence[Certificate], path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"{len(certificates)} images, {certificates[0]}".split(":")[0], fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    atomically(path, lambda file: figure.savefig(file, dpi=200, format=path.suffix[1:] or None))
+
+
+def _lines() -> list[tuple[str, str, str, LineStyle]]:
+    """The curves that a certificate may have, what promises most first: name, legend, colour and line style."""
+    proved = [one for one in METHODS.values() if not one.is_estimate]
+    lines: list[tuple[str, str, str, LineStyle]] = [(CERTIFIED, CERTIFIED, "C0", "-")]
+    for one in reversed(METHODS.values()):
+        if one.is_estimate:
+            lines.append((one.name, f"{one.title} (no confidence)", "0.5", ":"))
+        else:
+            place = proved.index(one)
+            lines.append((one.name, one.title, f"C{place + 1}", _STYLES[place % len(_STYLES)]))
+    return lines

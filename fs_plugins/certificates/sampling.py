@@ -14,10 +14,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fs_plugins.certificates.certificate import Angular
+from fs_plugins.certificates.angular import Angular
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.noise import seeded
 from fs_plugins.smoothing import FeatureSmoother
+
+
+def unheard(draws: int) -> None:
+    """Nobody watches the progress."""
 
 
 class Sampler:
@@ -46,7 +50,7 @@ class Sampler:
         rows: int = 32,
         reference: Tensor | None = None,
         directions: Tensor | None = None,
-        advance: Callable[[int], None] = lambda draws: None,
+        advance: Callable[[int], None] = unheard,
     ) -> None:
         self.smoother = smoother
         self.advance = advance
@@ -127,7 +131,7 @@ class Sampler:
         return units, (units @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
 
     def _units(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) standard normal noise -> (N, E) unit features, zero where there is none, and which are finite."""
+        """(N, C, H, W) standard normal noise -> (N, E) unit features, 0 where there is none, and which are finite."""
         call = self.smoother.call
         with torch.no_grad():
             embedded = call.embed(self.smoother.draw(self.image.expand(noise.shape), noise)).float()

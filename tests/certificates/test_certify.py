@@ -9,7 +9,9 @@ from support import TinyEncoder, command_line, make_llava, make_psm, tiny_call
 
 import fs_plugins
 from fs_plugins import Certificate, FeatureSmoother, ModelError, SettingError
-from fs_plugins.certificates.run import Ledger, Plan, certify_image, merge
+from fs_plugins.certificates.image import certify_image
+from fs_plugins.certificates.ledger import Ledger, merge
+from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.sampling import Sampler
 
 SIGMA = 0.25
@@ -186,13 +188,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(images, tmp_path):
 
 def test_a_ledger_of_another_run_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
-    Ledger(path, {"n": 10, "sigma": 0.25}, b"key")
-    assert Ledger(path, {"n": 10, "sigma": 0.25}, b"other").key == b"key"
+    Ledger(path, Certificate, {"n": 10, "sigma": 0.25}, b"key")
+    assert Ledger(path, Certificate, {"n": 10, "sigma": 0.25}, b"other").key == b"key"
     with pytest.raises(SettingError, match=r"other settings \(n\)"):
-        Ledger(path, {"n": 20, "sigma": 0.25}, b"key")
+        Ledger(path, Certificate, {"n": 20, "sigma": 0.25}, b"key")
     path.write_text("something else\n")
     with pytest.raises(SettingError, match="not a file of certificates"):
-        Ledger(path, {}, b"key")
+        Ledger(path, Certificate, {}, b"key")
 
 
 def test_rows_of_another_model_or_another_image_are_never_handed_out(images, tmp_path):
@@ -331,14 +333,14 @@ def test_rows_of_several_processes_are_merged_in_order_or_refused(images, tmp_pa
     fs_plugins.certify(llava, {"a": images[0], "c": images[2]}, **settings, out=parts[0])
     fs_plugins.certify(llava, {}, **settings, out=parts[1])
     with pytest.raises(SettingError, match="No process certified b"):
-        merge(parts, tmp_path / "merged.jsonl", list(named))
+        merge(parts, tmp_path / "merged.jsonl", list(named), Certificate)
     fs_plugins.certify(llava, {"b": images[1]}, **settings, out=parts[1])
-    assert list(merge(parts, tmp_path / "merged.jsonl", list(named)).values()) == whole
+    assert list(merge(parts, tmp_path / "merged.jsonl", list(named), Certificate).values()) == whole
     assert (tmp_path / "merged.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not any(part.exists() for part in parts)
     again = tmp_path / "again.jsonl"
     again.write_text((tmp_path / "merged.jsonl").read_text())
-    assert list(merge([again], tmp_path / "merged.jsonl", ["b"])) == ["b"]
+    assert list(merge([again], tmp_path / "merged.jsonl", ["b"], Certificate)) == ["b"]
     assert (tmp_path / "merged.jsonl").read_text().count("\n") == 4, (
         "rows of images that are not asked for now are kept"
     )

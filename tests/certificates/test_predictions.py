@@ -11,7 +11,8 @@ from torch import nn
 import fs_plugins
 from fs_plugins import FeatureSmoother, PredictionCertificate, SettingError
 from fs_plugins.certificates.bounds import argmax_radius, margin_scores, vote_radius
-from fs_plugins.certificates.run import Plan, certify_prediction
+from fs_plugins.certificates.image import certify_prediction
+from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.sampling import Sampler
 
 SIGMA = 0.25

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import json
 import re
 
-import numpy as np
 import pytest
 import torch
 import typer
@@ -66,23 +64,6 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
         (["ask", "demo", "{picture}", "what?", "--sigma", "0.7"], "No PSM in the registry fits"),
         (["ask", "demo", "{picture}", "what?", "--psm", "{folder}"], "is no PSM folder"),
         (["demo", "--eps", "sixteen"], "16/255"),
-        (["certify"], "Nothing to certify"),
-        (["certify", "nowhere.png"], "There is no file nowhere.png"),
-        (["certify", "{text}"], "not a readable image"),
-        (["certify", "{folder}"], "No .png, .jpg, .jpeg below"),
-        (["certify", "{picture}", "--method", "hope"], "method must be one of"),
-        (["certify", "{picture}", "--psm", "none"], "needs a sigma"),
-        (["certify", "{picture}", "--table", "--method", "mean"], "--table shows every method"),
-        (["certify", "{picture}", "--table", "--sigma", "0.7"], "No PSM in the registry fits"),
-        (["certify", "{picture}", "--classes", "star, cross"], "needs a model that embeds texts"),
-        (["certify", "{picture}", "--model", "demo-clip", "--classes", "star, star"], "two different names"),
-        (["certify", "{picture}", "--model", "demo-clip", "--classes", ","], "two different names"),
-        (["certify", "{picture}", "--model", "demo-clip", "--classes", "a, b", "--method", "mean"], "about features"),
-        (["certify", "{picture}", "--table", "--target", "0.1"], "leave --classes, --method and --target out"),
-        (
-            ["certify", "{picture}", "--model", "demo-clip", "--classes", "star, cross", "--prompt", "x"],
-            "The prompt must",
-        ),
         (["demo", "--images", "11", "--eps", "16"], "did you mean 16/255"),
     ],
 )
@@ -102,66 +83,3 @@ def test_help_lists_the_commands():
     assert result.exit_code == 0
     assert "demo" in result.output
     assert "ask" in result.output
-
-
-def test_certify_writes_rows_a_table_and_a_plot_and_goes_on_from_them(picture, tmp_path):
-    from PIL import Image
-
-    out = tmp_path / "out"
-    arguments = ["certify", str(picture), "--n", "40", "--seed", "0", "--out", str(out)]
-    result = runner.invoke(app, arguments, env={"COLUMNS": "160"})
-    assert result.exit_code == 0, result.output
-    assert re.search(r"1 images, 50 draws: about \d+ s", result.output)
-    assert "scene.png" in result.output
-    assert "each wrong with probability at most 0.001" in " ".join(result.output.split())
-    rows = (out / "certificates.jsonl").read_text()
-    assert rows.count("\n") == 2
-    with Image.open(out / "certificates.png") as plot:
-        assert plot.size[0] > 500
-    again = runner.invoke(app, arguments, env={"COLUMNS": "160"})
-    assert again.exit_code == 0, again.output
-    assert (out / "certificates.jsonl").read_text() == rows
-
-
-def test_certify_prints_the_papers_table_of_averages_and_writes_it(picture, tmp_path):
-    import csv
-
-    from fs_plugins import Certificate
-    from fs_plugins.cli.certify import TABLE_DISTANCES
-
-    out = tmp_path / "out"
-    arguments = ["certify", str(picture), "--scenes", "1", "--table", "--sigma", "0.5", "--n", "30", "--seed", "0"]
-    result = runner.invoke(app, [*arguments, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    for expected in ("sigma 0.5, plain smoothing", "sigma 0.5, PSM demo-psm-llava", "paper's estimate", "certified"):
-        assert expected in result.output
-    with (out / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["plugin", "mean", "distribution", "certified"] * 2
-    lines = (out / "certificates-sigma0.5-psm.jsonl").read_text().splitlines()[1:]
-    certificates = [Certificate.from_json(json.dumps(json.loads(line)["certificate"])) for line in lines]
-    for row in rows[-4:]:
-        assert (row["sigma"], row["PSM"]) == ("0.5", "demo-psm-llava")
-        alone = [one if row["method"] == "certified" else one.by(row["method"]) for one in certificates]
-        for eps in TABLE_DISTANCES:
-            assert float(row[f"{eps:g}"]) == pytest.approx(np.mean([one.fcsb(eps) or 0 for one in alone]))
-        assert float(row["R"]) == pytest.approx(np.mean([one.radius(0.5) or 0 for one in alone]))
-    assert float(rows[-4]["R"]) > 0
-    assert (out / "certificates-sigma0.5-plain.png").stat().st_size > 10_000
-
-
-def test_certify_names_zero_shot_predictions(picture, tmp_path):
-    arguments = [
-        "certify",
-        str(picture),
-        "--model",
-        "demo-clip",
-        "--classes",
-        "star, square",
-        "--prompt",
-        "a large green {}",
-    ]
-    result = runner.invoke(app, [*arguments, "--n", "50", "--seed", "0", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    assert re.search(r"scene.png\s+square\s+50\s+100.0 %\s+0\.\d+", result.output)
-    assert (tmp_path / "out" / "predictions.jsonl").read_text().count("\n") == 2

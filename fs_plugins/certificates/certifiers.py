@@ -1,0 +1,163 @@
+"""What can be certified of images: their features, or their labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Protocol, Required, Self, TypedDict, TypeVar, Unpack
+
+import torch
+from torch import Tensor
+
+from fs_plugins.certificates.certificate import Certificate
+from fs_plugins.certificates.image import certify_image, certify_prediction
+from fs_plugins.certificates.plan import Plan
+from fs_plugins.certificates.prediction import PredictionCertificate
+from fs_plugins.certificates.values import Stored
+from fs_plugins.errors import SettingError
+from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
+
+C_co = TypeVar("C_co", bound=Stored, covariant=True)
+
+
+class Drawing(TypedDict, total=False):
+    """How an image's draws are made, and what its certificate says of them; see ``certify_image``."""
+
+    key: Required[bytes]
+    rows: int
+    advance: Callable[[int], None]
+    encoder: tuple[float, ...] | None
+    seed: str
+
+
+class Certifier(Protocol[C_co]):
+    """What is certified of images: ``Features`` or ``Labels``."""
+
+    @property
+    def smoother(self) -> FeatureSmoother: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def kind(self) -> type[C_co]:
+        """Of certificate."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the certificates depend on beside smoother and plan, as JSON."""
+
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> C_co:
+        """The certificate of one image, (C, H, W) in [0, 1] at the resolution the encoder sees."""
+
+    def trial(self, draws: int) -> Self:
+        """The same from at most so many draws of one image, to see how long they take."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Each image's feature is certified.
+
+    Args:
+        smoother: vision call, PSM and sigma. Its n0 and its noise play no part.
+        plan: see Plan.
+        background: images for ``Certificate.unrelated``, (C, H, W) in [0, 1].
+    """
+
+    smoother: FeatureSmoother
+    plan: Plan
+    background: Sequence[Tensor] = ()
+
+    kind: ClassVar[type[Certificate]] = Certificate
+    settings: ClassVar[Mapping[str, object]] = {}
+
+    @cached_property
+    def unrelated(self) -> float | None:
+        """See ``Certificate``."""
+        return unrelated_cosine(self.smoother, [beside(image, self.smoother.call) for image in self.background])
+
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Certificate:
+        return certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, **drawing)
+
+    def trial(self, draws: int) -> Features:
+        return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None), background=())
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Each image's label is certified.
+
+    Args:
+        smoother, plan: as for ``Features``.
+        directions: (K, E), a row a class.
+        labels: the K classes' names, where they have any.
+    """
+
+    smoother: FeatureSmoother
+    plan: Plan
+    directions: Tensor
+    labels: Sequence[str] | None = None
+
+    kind: ClassVar[type[PredictionCertificate]] = PredictionCertificate
+
+    @classmethod
+    def among(cls, smoother: FeatureSmoother, plan: Plan, directions: Tensor | Mapping[str, Tensor]) -> Labels:
+        """``directions`` as users give them, see ``fs_plugins.certify_predictions``.
+
+        Raises:
+            SettingError: fewer than two, of different widths, not finite, or equal.
+        """
+        labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
+        given = list(directions.values() if isinstance(directions, Mapping) else directions)
+        shapes = {tuple(torch.as_tensor(row).shape) for row in given}
+        if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
+            raise SettingError(
+                f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
+            )
+        matrix = torch.stack([torch.as_tensor(row) for row in given])
+        if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
+            raise SettingError(
+                "directions has equal or non-finite rows, so that nothing could tell these classes apart."
+            )
+        return cls(smoother, plan, matrix, labels)
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        exact = hashlib.sha256(self.directions.detach().double().cpu().numpy().tobytes()).hexdigest()
+        return {"directions": exact, "labels": self.labels}
+
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> PredictionCertificate:
+        return certify_prediction(self.smoother, image, self.directions, self.plan, labels=self.labels, **drawing)
+
+    def trial(self, draws: int) -> Labels:
+        return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None))
+
+
+def unrelated_cosine(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 32) -> float | None:
+    """Mean cosine between the plain features of different images, (C, H, W) in [0, 1], of the first one's size.
+
+    None where there are fewer than two.
+    """
+    alike: list[Tensor] = []
+    for image in images:
+        if image.shape == images[0].shape and not any(torch.equal(image, other) for other in alike):
+            alike.append(image)
+        if len(alike) == most:
+            break
+    if len(alike) < 2:
+        return None
+    call = smoother.call
+    with torch.no_grad():
+        features = torch.cat([call.embed(call.encode(image[None])) for image in alike]).double()
+    units = torch.nn.functional.normalize(features, dim=-1)
+    cosines = units @ units.T
+    return float((cosines.sum() - cosines.trace()) / (len(alike) * (len(alike) - 1)))
+
+
+def beside(image: Tensor, call: VisionCall) -> Tensor:
+    """The image where the encoder's weights are; where it is, if they are offloaded."""
+    device = next((parameter.device for parameter in call.module.parameters()), image.device)
+    return image if device.type == "meta" else image.to(device)

@@ -1,0 +1,150 @@
+"""What both kinds of certificates share: how they are kept as JSON, and which numbers they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from numbers import Real
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fs_plugins.errors import SettingError
+
+PIXELS = (
+    "l2 distance in [0, 1] pixels of one image as the encoder sees it (a tile or frame where the model cuts pictures): "
+    "after resizing, before normalisation"
+)
+CLEAN = "the plain encoder's feature of the clean image"
+FRESH = "fresh entropy from the operating system"
+
+_ROUNDING = 1e-6
+_VERSION = 1
+
+
+class Stored:
+    """A frozen dataclass that is kept as one line of JSON, which says of which ``kind`` it is."""
+
+    kind: ClassVar[str]
+    n: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """All of the certificate on one line; floats keep every digit."""
+        # numpy's numbers, whose item() is Python's, come from samplers.
+        fields = {"certificate": self.kind, "version": _VERSION, **asdict(self)}  # type: ignore[call-overload]
+        return json.dumps(fields, allow_nan=False, default=lambda number: number.item())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The certificate that ``to_json`` wrote; equal to the original.
+
+        Raises:
+            SettingError: not such a line.
+        """
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict) or fields.pop("certificate", None) != cls.kind:
+                raise ValueError(f'it does not say "certificate": "{cls.kind}"')
+            if (version := fields.pop("version", None)) != _VERSION:
+                raise ValueError(f"it has version {version}; this release reads {_VERSION}")
+            return TypeAdapter(cls).validate_python(fields)
+        except (ValueError, ValidationError) as error:
+            raise SettingError(f"This is not a {cls.kind} certificate written by to_json: {error}") from error
+
+    def _hold_tuples(self, *names: str) -> None:
+        """A shape may come as a list or a torch.Size; a frozen value holds tuples."""
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+
+
+C = TypeVar("C", bound=Stored)
+"""A kind of certificate."""
+
+
+def check_numbers(*, alpha: float, sigma: float = 1.0, share: float = 1.0) -> None:
+    """Refuse settings that no certificate can have.
+
+    Raises:
+        SettingError: a value out of range.
+    """
+    for name, value, meaning in (
+        ("alpha", alpha, "the probability that the certificate may be wrong (0.001 is usual)"),
+        ("share", share, "the part of alpha that this certificate may spend"),
+    ):
+        if not isinstance(value, Real) or not 0 < value <= 1 or (name == "alpha" and value == 1):
+            raise SettingError(f"{name} is {meaning} and must be between 0 and 1, got {value!r}.")
+    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < sigma < math.inf:
+        raise SettingError(
+            f"sigma must be a finite number > 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}. "
+            "Without noise nothing can be certified."
+        )
+
+
+def scores_of(given: Any, dimensions: int = 1) -> NDArray[np.float64]:
+    """Scores, (n,) or (n, K - 1), as float64, checked and clipped to [-1, 1].
+
+    Args:
+        given: a numpy array, a torch tensor or a list.
+
+    Raises:
+        SettingError: they are none.
+    """
+    if callable(getattr(given, "detach", None)):
+        # numpy knows no bfloat16.
+        given = given.detach().cpu().double().numpy()
+    try:
+        values = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"scores must be numbers, got {type(given).__name__}: {error}.") from error
+    if values.ndim != dimensions:
+        wanted = (
+            "one score per draw, shape (n,)" if dimensions == 1 else "one row of margins per draw, shape (n, K - 1)"
+        )
+        raise SettingError(f"A certificate needs {wanted}, got shape {values.shape}.")
+    if not values.size:
+        raise SettingError("There are no scores to certify with. Draw at least one; a thousand is usual.")
+    low, high = float(values.min()), float(values.max())
+    if math.isnan(low) or math.isnan(high):
+        raise SettingError(
+            f"{int(np.isnan(values).sum())} of {values.size} scores are NaN. "
+            "Count a draw that failed as -1, the sound choice."
+        )
+    if low < -1 - _ROUNDING or high > 1 + _ROUNDING:
+        raise SettingError(
+            f"Scores are inner products of unit vectors and lie in [-1, 1], got {low:.6g} to {high:.6g}. "
+            "Normalise each draw's feature, and the reference, before multiplying."
+        )
+    return np.clip(values, -1.0, 1.0)
+
+
+def distances_of(eps: ArrayLike) -> NDArray[np.float64]:
+    """l2 distances, checked.
+
+    Raises:
+        SettingError: no numbers, or negative ones.
+    """
+    try:
+        values = np.asarray(eps, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"eps must be numbers, got {eps!r}.") from error
+    if not (values >= 0).all():
+        raise SettingError(f"eps is an l2 distance and must be >= 0, got {values.min():g}.")
+    return values
+
+
+def distance_of(eps: ArrayLike) -> NDArray[np.float64]:
+    """One l2 distance, of shape ().
+
+    Raises:
+        SettingError: several, no number, or a negative one.
+    """
+    if np.ndim(eps):
+        raise SettingError(
+            f"eps must be one number here, got shape {np.shape(eps)}. For many, use Certificate.curve(eps)."
+        )
+    return distances_of(eps)
