@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import fs_plugins
-from fs_plugins import evaluation, training
+from fs_plugins import evaluation, hooks, training
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation.datasets import open_dataset
 from fs_plugins.settings import build, read
@@ -177,6 +177,11 @@ def test_the_page_of_the_command_line_is_what_its_options_say():
     from tools.command_line import page
 
     assert (DOCS / "reference" / "command-line.md").read_text() == page()
+
+
+def test_the_page_of_hooks_lists_those_there_are():
+    listed = re.findall(r"^\| `(fs_\w+)\(", (DOCS / "reference" / "hooks.md").read_text(), re.MULTILINE)
+    assert set(listed) == {name for name in vars(hooks) if name.startswith("fs_")}
 
 
 def test_every_environment_variable_is_on_their_page():
