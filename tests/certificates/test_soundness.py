@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 import pytest
+from line_encoders import SIGN_FLIP, LineEncoder, half_space, random_encoder, table_scores, unit
 from scipy.special import ndtri
-from test_bounds import SIGN_FLIP, LineEncoder, half_space, random_encoder, table_scores, unit
 
 from fs_plugins.certificates import Angular, Certificate, PredictionCertificate
 from fs_plugins.certificates.bounds import (
