@@ -18,7 +18,7 @@ CONFIG = "config"
 
 
 def command(kind: type[S], run: Callable[[S], None], *, argument: str | None = None) -> Callable[..., None]:
-    """A function for ``typer.Typer.command`` that takes ``kind``'s knobs as options and calls ``run`` with the settings.
+    """A function for ``typer.Typer.command`` with ``kind``'s knobs as options, that calls ``run`` with the settings.
 
     What a flag says wins over what the file says, and that over the defaults.
 

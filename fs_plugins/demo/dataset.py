@@ -6,12 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image
-
 from fs_plugins.demo import world
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import SAMPLES, SETTINGS, Prompts, Sample
-from fs_plugins.files import atomically
+from fs_plugins.files import filling, replace
 
 _OFFER = " Output one: "
 
@@ -30,8 +28,8 @@ PROMPTS = Prompts(
 def write(folder: str | os.PathLike[str], count: int, *, start: int = 0) -> Path:
     """Write ``count`` held-out scenes, each with a scene of the attack's shape to aim at; returns the folder.
 
-    Scene 17 is images/0017.png and targets/0017.png. samples.jsonl comes last, so a folder that has it is whole: after an
-    interruption, write again.
+    Scene 17 is images/0017.png and targets/0017.png. samples.jsonl comes last, so a folder that has it is whole: after
+    an interruption, write again.
 
     Raises:
         SettingError: the folder holds another dataset, or the numbers are out of range.
@@ -50,17 +48,14 @@ def write(folder: str | os.PathLike[str], count: int, *, start: int = 0) -> Path
     kept = (root / SETTINGS).read_bytes() if (root / SETTINGS).exists() else None
     if kept not in (None, told) or (kept is None and (root / SAMPLES).exists()):
         raise SettingError(f"{root} holds another dataset; choose a folder that is new or empty.")
-    for part in ("images", "targets"):
-        (root / part).mkdir(parents=True, exist_ok=True)
-    atomically(root / SETTINGS, lambda file: file.write(told))
-    samples = []
-    for index in range(start, start + count):
-        sample = _sample(world.scene("heldout", index))
-        samples.append(sample)
-        _draw(root / sample.image, world.scene("heldout", index).draw())
-        _draw(root / str(sample.target), world.scene("target", index).draw())
-    lines = "".join(f"{sample.model_dump_json(exclude_none=True)}\n" for sample in samples)
-    atomically(root / SAMPLES, lambda file: file.write(lines.encode()))
+    replace(root / SETTINGS, told)
+    scenes = world.scenes("heldout", count, start)
+    for part, some in (("images", scenes), ("targets", world.scenes("target", count, start))):
+        with filling(root / part) as fresh:
+            for scene in some:
+                scene.draw().save(fresh / f"{scene.index:04d}.png")
+    lines = [_sample(scene).model_dump_json(exclude_none=True) for scene in scenes]
+    replace(root / SAMPLES, "".join(f"{line}\n" for line in lines))
     return root
 
 
@@ -77,10 +72,3 @@ def _sample(scene: world.Scene) -> Sample:
         options=tuple(offered.split(", ")),
         answer=question.answer,
     )
-
-
-def _draw(path: Path, picture: Image.Image) -> None:
-    """Not flushed to the disk one by one, which would take longer than all the rest."""
-    fresh = path.with_name(f".{path.name}")
-    picture.save(fresh, "PNG")
-    os.replace(fresh, path)

@@ -16,7 +16,6 @@ from fs_plugins.demo.suites import attack
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.plan import answers_key, attacked_key
 from fs_plugins.evaluation.results import Results
-from fs_plugins.evaluation.store import SHOWN
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence
 
@@ -45,7 +44,7 @@ class Panel:
 
     @property
     def radii(self) -> dict[str, float | None]:
-        """The l2 radius for cosine >= .5 by the paper's formula, by its bound with confidence, and ours; the same draws."""
+        """The l2 radius for cosine >= .5 by the paper's formula, by its bound with confidence, and ours; same draws."""
         one = self.certificate
         if one is None:
             return {}
@@ -56,7 +55,7 @@ class Panel:
 def panels(
     results: Results, data: Dataset, subject: Subject, shown: Sequence[Sample], attacked: Condition
 ) -> list[Panel]:
-    """What an evaluation of this data has of these samples, and one noisy draw of each attacked picture as the encoder would see it."""
+    """What an evaluation of this data has of these samples, and one noisy draw of each attacked picture."""
     setup, store = results.plan.setup, results.store
     smoother = fs_plugins.smoothers(subject.model, psm=setup.psm)[0]
     size = size_of(subject.call)
@@ -96,12 +95,12 @@ def draw(drawn: Sequence[Panel], settings: Settings, path: Path) -> None:
     figure = Figure(figsize=(14.5, 1.95 * rows + 0.9), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        rows, 6, width_ratios=(1, 1, 1, 1, 1, 2.9), left=0.01, right=0.99, top=1 - 0.95 / (1.95 * rows + 0.9), bottom=0.02,
-        wspace=0.05, hspace=0.08,
+        rows, 6, width_ratios=(1, 1, 1, 1, 1, 2.9), left=0.01, right=0.99, top=1 - 0.95 / (1.95 * rows + 0.9),
+        bottom=0.02, wspace=0.05, hspace=0.08,
     )  # fmt: skip
     figure.suptitle(
-        f"A targeted attack on the vision tower (l-inf {attack(settings.eps).eps255:g}/255, {settings.steps} steps), and the same "
-        f"model with fs_plugins.enable (sigma {drawn[0].sigma:g}, n0 {settings.n0})",
+        f"A targeted attack on the vision tower (l-inf {attack(settings.eps).eps255:g}/255, {settings.steps} steps), "
+        f"and the same model with fs_plugins.enable (sigma {drawn[0].sigma:g}, n0 {settings.n0})",
         fontsize=12.5, x=0.01, ha="left", color=_INK,
     )  # fmt: skip
     for i, panel in enumerate(drawn):

@@ -96,11 +96,12 @@ class Demo:
                 count = len(self._answers(defence, condition, "classification"))
                 lines.append((_named(condition), defence.title, count, row["acc"], row["asr"], row["fcs"]))
         note = (
-            "ACC: right answers to the eleven-way question. ASR: the attacker's class. FCS: cosine between what is served for the "
-            "clean and for the attacked picture by the same defence; for clean rows, between two servings of the clean picture, "
-            "with independent draws. 95 % intervals. The attack is made against each tower itself, without smoothing. FARE and "
-            f"TeCoA towers were trained against 4/255; theirs are the first {self.settings.robust_count} scenes. FS-PSM with them is "
-            "the vanilla tower's. Empirical robustness is not a certificate."
+            "ACC: right answers to the eleven-way question. ASR: the attacker's class. FCS: cosine between what is "
+            "served for the clean and for the attacked picture by the same defence; for clean rows, between two "
+            "servings of the clean picture, with independent draws. 95 % intervals. The attack is made against each "
+            "tower itself, without smoothing. FARE and TeCoA towers were trained against 4/255; theirs are the "
+            f"first {self.settings.robust_count} scenes. FS-PSM with them is the vanilla tower's. Empirical "
+            "robustness is not a certificate."
         )
         columns = ("pictures", "defence", "n", "ACC", "ASR", "FCS")
         return Table("classes", "Which shape is it?", columns, tuple(lines), note)
@@ -128,10 +129,10 @@ class Demo:
         alpha = next(panel.certificate.alpha for panel in self.pictures if panel.certificate)
         furthest = self.attacked.eps * self.pictures[0].clean.numel() ** 0.5
         note = (
-            "The l2 distance in [0, 1] pixels within which the cosine to the clean feature stays at least .5: by the paper's "
-            f"formula, which holds at no confidence, by the same formula with a confidence of {1 - alpha:g}, and by "
-            "fs_plugins.certify with that confidence (its mean bound, at the quarter of alpha that it has there, is the column "
-            f"before). The attack above moves a picture by up to {furthest:.1f}."
+            "The l2 distance in [0, 1] pixels within which the cosine to the clean feature stays at least .5: by "
+            "the paper's formula, which holds at no confidence, by the same formula with a confidence of "
+            f"{1 - alpha:g}, and by fs_plugins.certify with that confidence (its mean bound, at the quarter of alpha "
+            f"that it has there, is the column before). The attack above moves a picture by up to {furthest:.1f}."
         )
         title = f"What is proven of four of the pictures, from the same {self.settings.draws:,} draws of each"
         return Table("certificates", title, ("picture", "paper's estimate", "mean bound", "ours"), lines, note)

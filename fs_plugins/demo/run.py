@@ -1,7 +1,7 @@
 """The demo: ask the small LLaVA about held-out scenes, attack its vision tower, watch the plugin hold.
 
-The same with the tower fine-tuned by FARE and by TeCoA; each tower is attacked itself. It is an evaluation of its own suites
-on the embedded world, and a picture. Everything is computed while it runs; only the scenes are fixed.
+The same with the tower fine-tuned by FARE and by TeCoA; each tower is attacked itself. It is an evaluation of its own
+suites on the embedded world, and a picture. Everything is computed while it runs; only the scenes are fixed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(
         data = open_dataset(dataset.write(out / f"scenes-{settings.count}", settings.count))
         own = load("", data)
         shown = [sample for sample in data.samples if sample.label is not None][:8:2]  # not chosen by outcome
-        _glimpse(settings, own, data, shown, attacked, first)
+        _glimpse(settings, own, data, shown[:2], attacked, first)
         plan = Plan(suites(attacked), data, _setup(settings), ("none", *shipped.ROBUST))
         kept = {**fixed("demo", {"none": "", **shipped.ROBUST}, data, plan.setup), "made_by": MADE_BY}
         evaluation = Evaluation(
@@ -109,7 +109,7 @@ def _glimpse(
     attacked: Condition,
     first: Callable[[Path, Panel], None],
 ) -> None:
-    """Attack the shown pictures and ask about them before all others; nothing of it is used later."""
+    """Attack a few pictures and ask about them before all others; nothing of it is used later."""
     few = replace(data, samples=tuple(shown))
     plan = Plan((glimpse(attacked),), few, _setup(settings))
     with TemporaryDirectory() as folder:

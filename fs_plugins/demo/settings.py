@@ -14,7 +14,9 @@ QUICK, FULL = 110, 220
 class Settings:
     """One demo run."""
 
-    full: bool = knob(False, f"{FULL} scenes for every tower instead of {QUICK}, and half of them for robust ones.")
+    full: bool = knob(
+        False, f"{FULL} scenes for every tower, as evaluate has them; otherwise {QUICK}, robust ones a quarter of them."
+    )
     images: int | None = knob(None, "How many held-out scenes (every eleventh has no shape).", least=11)
     robust_images: int | None = knob(
         None, "How many of them, from the first on, the FARE and TeCoA towers get.", least=11
@@ -34,4 +36,4 @@ class Settings:
     @property
     def robust_count(self) -> int:
         """How many of them robust towers get."""
-        return min(self.count, self.robust_images or (self.count if self.full else max(11, self.count // 2)))
+        return min(self.count, self.robust_images or (self.count if self.full else max(11, self.count // 4)))

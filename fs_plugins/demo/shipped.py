@@ -24,4 +24,6 @@ def belongings(model: str) -> Belongings:
     """Robust towers of a model that ships, and a mapper that was trained without a purifier; nothing for others."""
     if model not in MODELS:
         return {}
-    return {"robust": ROBUST} | ({"mapper_only": assets.PSM_NO_PURIFIER} if model == "demo" else {})
+    if model != "demo":
+        return {"robust": ROBUST}
+    return {"robust": ROBUST, "mapper_only": assets.PSM_NO_PURIFIER}

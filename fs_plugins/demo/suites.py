@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fs_plugins.evaluation.suites import ABLATION, DEFENCES, FS_PSM, NONE, Condition, Suite, radius
 
 
@@ -17,13 +19,17 @@ def attack(eps: str) -> Condition:
 def suites(attacked: Condition) -> tuple[Suite, ...]:
     """All that is measured."""
     return (
-        Suite("classes", "Which shape is it?", "classification", DEFENCES, (attacked,), twice=True),
-        Suite("captions", "What does the picture show?", "captioning", DEFENCES, (attacked,)),
-        Suite("questions", "Questions about the picture", "vqa", DEFENCES, (attacked,)),
-        Suite("parts", "What each part does", "classification", ABLATION, (attacked,), plain=False),
+        replace(_asked("classes", "Which shape is it?", "classification", attacked), twice=True),
+        _asked("captions", "What does the picture show?", "captioning", attacked),
+        _asked("questions", "Questions about the picture", "vqa", attacked),
+        Suite("parts", "What each part does", "classification", ABLATION, (attacked,), plain=False, compared=False),
     )
+
+
+def _asked(name: str, title: str, task: str, attacked: Condition) -> Suite:
+    return Suite(name, title, task, DEFENCES, (attacked,), compared=False)
 
 
 def glimpse(attacked: Condition) -> Suite:
     """What is shown first, of a few pictures."""
-    return Suite("first", "The first pictures", "captioning", (NONE, FS_PSM), (attacked,))
+    return Suite("first", "The first pictures", "captioning", (NONE, FS_PSM), (attacked,), compared=False)

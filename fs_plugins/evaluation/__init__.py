@@ -1,4 +1,7 @@
-"""Asking models and scoring what they say. The public names, listed in ``__init__.pyi``, are loaded when they are first used."""
+"""Asking models and scoring what they say.
+
+The public names, listed in ``__init__.pyi``, are loaded when they are first used.
+"""
 
 import lazy_loader
 

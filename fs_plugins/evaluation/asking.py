@@ -80,7 +80,8 @@ class Asking:
         found = self.means.store.attacked(attacked_key(self.defence, condition), sample.image)
         if found is None:
             raise SettingError(
-                f"The attacked picture of {sample.image} is missing in {self.means.store.folder}. Run the same command again."
+                f"The attacked picture of {sample.image} is missing in {self.means.store.folder}. Run the same "
+                "command again."
             )
         return found
 
@@ -92,8 +93,7 @@ class Asking:
             yield {"image": sample.image, "task": task.name, "reply": reply, "seconds": seconds}
 
     def _cosines(self, name: str, condition: Condition, images: Tensor, samples: Sequence[Sample]) -> Iterator[Row]:
-        """Of an attacked picture to the clean one; of a clean one to the attack's target, a picture of something else, or to
-        itself as it is served again."""
+        """Of an attacked picture to the clean one; of a clean one to the attack's target, or to itself, served again."""
         again = name == AGAIN
         read = self.plan.dataset.target if condition == CLEAN and not again else self.plan.dataset.image
         beside = torch.stack([read(sample, self.size) for sample in samples]).to(self.device)

@@ -23,7 +23,8 @@ class Caption(NamedTuple):
 def captions(store: Store, defence: Defence, condition: Condition, samples: Iterable[Sample]) -> Iterator[Caption]:
     """The captions that are there, of these samples.
 
-    What should be said is the dataset's caption where it has one, else what the undefended model says of the clean picture.
+    What should be said is the dataset's caption where it has one, else what the undefended model says of the clean
+    picture.
     """
     said = store.rows(answers_key(defence, condition))
     clean, targets = (store.rows(answers_key(NONE, one)) for one in (CLEAN, TARGET))

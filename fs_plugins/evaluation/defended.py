@@ -40,7 +40,10 @@ def options(
     sigma: float | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> Options:
-    """How ``enable`` is told to smooth. A picture's draws follow from seed and content, so that a resumed run serves the same.
+    """How ``enable`` is told to smooth.
+
+    A picture's draws follow from seed and content: a run that is resumed, shared or asked about other pictures as well
+    serves the same.
 
     Args:
         sigma: in place of the setup's.

@@ -13,7 +13,7 @@ from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
 
 FEATURES, AGAIN = "features", "again"
-"""Beside the tasks: the row of a picture's feature, and that of a second serving of the clean picture, with other draws."""
+"""Beside the tasks: the row of a picture's feature, and that of a second serving of a clean picture, with other draws."""
 
 SHOWN = 6
 """How many pictures a report shows."""
@@ -29,7 +29,8 @@ class Setup:
 
     Args:
         steps: of the attacks on bare encoders (the papers: 300).
-        adaptive_steps, adaptive_draws: of those on defences, and draws that each step's gradient is averaged over (EOT).
+        adaptive_steps, adaptive_draws: of those on defences, and draws that each step's gradient is averaged over
+            (EOT).
         adaptive_images: how many pictures defences are attacked on; all if None.
         aside_images: how many pictures the supplement's tables get; all if None.
         psm, light: the PSM of the smoothed defences, and of their light form, as ``enable`` takes them.
@@ -99,11 +100,13 @@ class Plan:
             return
         for defence in suite.defences:
             samples = self.pictures(suite, defence)
-            yield (defence, CLEAN), FEATURES, samples  # what little a cosine means
+            if suite.compared:
+                yield (defence, CLEAN), FEATURES, samples
             if suite.twice:
                 yield (defence, CLEAN), AGAIN, samples
             for condition in suite.asked:
-                yield (defence, condition), FEATURES, samples
+                if condition != CLEAN:
+                    yield (defence, condition), FEATURES, samples
                 yield (defence, condition), suite.task, samples
         if suite.task == "captioning":  # what captions are compared with
             for condition in (CLEAN, TARGET):
@@ -147,7 +150,7 @@ class Plan:
 
 
 def attacked_key(defence: Defence, condition: Condition) -> str:
-    """Where a cell's attacked pictures lie: by tower, as the paper shares them, unless they were made for the defence."""
+    """Where a cell's attacked pictures lie: by tower, as the paper shares them, unless made through the defence."""
     return f"{defence.name if condition.adaptive else defence.tower}/{condition.name}"
 
 

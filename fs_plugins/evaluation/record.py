@@ -69,27 +69,37 @@ class Record:
         kept = settings_of(folder)
         if not (folder / RECORD).is_file():
             raise SettingError(
-                f"{folder} was written by an earlier version of fs-plugins, or its run was stopped before it began: it has "
-                f"answers but no {RECORD}, which says what they are about. Run the same command again with the same "
-                "folder; what is there is not asked again, and the folder can be read afterwards."
+                f"{folder} was written by an earlier version of fs-plugins, or its run was stopped before it began: "
+                f"it has answers but no {RECORD}, which says what they are about. Run the same command again with "
+                "the same folder; what is there is not asked again, and the folder can be read afterwards."
             )
         told = _json(folder / RECORD)
         if told.get("format") != FORMAT:
             raise SettingError(
-                f"{folder / RECORD} is of format {told.get('format')}; this version of fs-plugins reads {FORMAT}. Read it with the "
-                "version that wrote it, or evaluate into another folder."
+                f"{folder / RECORD} is of format {told.get('format')}; this version of fs-plugins reads {FORMAT}. "
+                "Read it with the version that wrote it, or evaluate into another folder."
             )
         try:
             suites = TypeAdapter(tuple[Suite, ...]).validate_python(told["suites"])
-            data = told["dataset"]
-            samples = tuple(Sample.model_validate(sample) for sample in data["samples"])
-            shared = {name: tuple(v) if isinstance(v := data[name], list) else v for name in _DATASET}
-            dataset = Dataset(root=folder, samples=samples, prompts=Prompts(**data["prompts"]), **shared)
+            dataset = _dataset(folder, told["dataset"])
             tasks = None if told["tasks"] is None else tuple(told["tasks"])
             plan = Plan(suites, dataset, setup_of(kept), tuple(told["towers"]), tasks)
             return cls(plan, told["judge"], tuple(told["notes"]), told["levels"], told["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise SettingError(f"{folder / RECORD} is not what an evaluation wrote: {error}") from None
+
+
+def _dataset(root: Path, told: Mapping[str, Any]) -> Dataset:
+    return Dataset(
+        name=told["name"],
+        root=root,
+        samples=tuple(Sample.model_validate(sample) for sample in told["samples"]),
+        classes=tuple(told["classes"]),
+        target_class=told["target_class"],
+        none_option=told["none_option"],
+        prompts=Prompts(**told["prompts"]),
+        skipped=tuple(told["skipped"]),
+    )
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -53,11 +53,12 @@ def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
     Args:
         results: of an evaluation that has run, or of as much as there is of one.
         path: of the HTML file; it is replaced whole.
-        shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and the answers are of
-            all.
+        shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and the answers are
+            of all.
 
     Raises:
-        SettingError: ``shown`` is negative, or a purified picture in the folder has another shape than the attacked one.
+        SettingError: ``shown`` is negative, or a purified picture in the folder has another shape than the attacked
+            one.
     """
     if shown < 0:
         raise SettingError(f"shown is a number of pictures, 0 or more, got {shown}.")
@@ -98,7 +99,10 @@ def _settings(kept: Mapping[str, Any], results: Results) -> list[tuple[str, str]
 
 
 def _grouped(table: Table) -> dict[str, Any]:
-    """A table with its row headers: two where words stand in the second column too, and then rows with the same first one together."""
+    """A table with its row headers.
+
+    Two where words stand in the second column too, and then rows with the same first one are together.
+    """
     nested = bool(table.rows) and all(len(row) > 1 and isinstance(row[1], str) for row in table.rows)
     groups = []
     for head, some in groupby(table.rows, key=lambda row: row[0] if nested else ""):
@@ -162,7 +166,7 @@ class _Said:
         return Reply(answer.reply, None if means == answer.reply else means, _mark(answer.verdict))
 
     def wanted(self, task: str, sample: Sample) -> tuple[str, str]:
-        """The right answer and the attacker's; empty where there is none, or where it is the truth and does not count."""
+        """The right answer and the attacker's; empty where there is none, or where it is the truth and counts not."""
         dataset = self.plan.dataset
         if task == "captioning":
             return self.references().get(sample.image, (sample.caption or "", ""))
@@ -227,7 +231,8 @@ def _purified(said: _Said, key: str, sample: Sample, attacked: Tensor) -> str | 
     if view is not None and view.shape != attacked.shape:
         raise SettingError(
             f"The purified picture of {sample.image} in {said.results.folder} must have the attacked one's shape, "
-            f"{tuple(attacked.shape)}, and has {tuple(view.shape)}. Delete the folder {PICTURES} in it and evaluate again."
+            f"{tuple(attacked.shape)}, and has {tuple(view.shape)}. Delete the folder {PICTURES} in it and evaluate "
+            "again."
         )
     return None if view is None else _png(view)
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, read back from its folder: tables, per-picture answers, certificates. No model is needed."""
+"""What an evaluation found, read back from its folder without any model: tables, per-picture answers, certificates."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ class Results:
         Args:
             condition: for ``CLEAN``, the cosine is to the attack's target, a picture of something else.
             of: "cosine" of all that the model consumes, or "pooled".
-            kind: ``AGAIN``, with ``CLEAN``: the cosine between two servings of the clean picture, with independent draws.
+            kind: ``AGAIN``, with ``CLEAN``: the cosine between two servings of the clean picture, with independent
+                draws.
         """
         rows = self.rows(defence, condition)
         found = [rows.get((sample.image, kind)) for sample in samples]
@@ -198,16 +199,17 @@ class Results:
     def _note(self, suite: Suite) -> str:
         said = "ACC: right answers. ASR: the attacker's answers. Of n pictures, with 95 % intervals (Wilson). "
         said += (
-            "FCS: cosine between what is served for the clean and for the attacked picture, of all that the model consumes, "
-            "and (in CSV and report) of pooled features, with Student's intervals; unrelated: of a clean picture and its attack's "
-            "target, by the same defence. A cosine that is no higher than that says nothing."
+            "FCS: cosine between what is served for the clean and for the attacked picture, of all that the model "
+            "consumes, and (in CSV and report) of pooled features, with Student's intervals; unrelated: of a clean "
+            "picture and its attack's target, by the same defence. A cosine that is no higher than that says "
+            "nothing."
         )
         if suite.timed:
             said += " Seconds are of pictures in batches."
         if suite.task == Captioning.name:
             said += (
-                f" Captions by the judge {self.record.judge}: right from .5 to the clean caption, the attacker's from .3 to the "
-                "target's."
+                f" Captions by the judge {self.record.judge}: right from .5 to the clean caption, the attacker's "
+                "from .3 to the target's."
             )
         return said
 
@@ -248,9 +250,9 @@ class Results:
         lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
         verdict = " ".join(found["problems"]) or "Nothing speaks for masked gradients."
         note = (
-            f"{verdict} l-inf {suite.conditions[0].eps255:g}/255. Margin: cosine of the served feature to the target's less "
-            "that to the picture's own; above 0 the attack has succeeded. The adaptive attack must not be weaker than the others, "
-            "and without a bound it must reach every picture."
+            f"{verdict} l-inf {suite.conditions[0].eps255:g}/255. Margin: cosine of the served feature to the "
+            "target's less that to the picture's own; above 0 the attack has succeeded. The adaptive attack must "
+            "not be weaker than the others, and without a bound it must reach every picture."
         )
         return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)
 
@@ -268,7 +270,7 @@ def success(answers: Iterable[Answer]) -> Figure:
 
 def _certificates_note(one: Certificate) -> str:
     return (
-        "The cosine certified within an l2 distance eps in [0, 1] pixels, and the distance within which it stays .5 or more; "
-        f"averages over n pictures, each certificate wrong with probability at most {one.alpha:g}, from {one.n:,} draws; where "
-        "nothing is promised, 0 counts."
+        "The cosine certified within an l2 distance eps in [0, 1] pixels, and the distance within which it stays .5 "
+        f"or more; averages over n pictures, each certificate wrong with probability at most {one.alpha:g}, from "
+        f"{one.n:,} draws; where nothing is promised, 0 counts."
     )

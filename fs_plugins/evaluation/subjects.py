@@ -18,7 +18,10 @@ class Subject(Protocol):
 
     model: nn.Module
     call: VisionCall
-    tasks: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it can be asked, by the names of ``TASKS``."""
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         """(B, C, H, W) images in [0, 1] at the encoder's size, and what is asked of each -> the replies."""
@@ -32,7 +35,7 @@ def size_of(call: VisionCall) -> tuple[int, int]:
     """
     if call.image_size is None:
         raise ModelError(
-            "This encoder takes pictures of any size, so what was attacked would not be what is asked about. Evaluation is for "
-            "encoders of a fixed size."
+            "This encoder takes pictures of any size, so what was attacked would not be what is asked about. "
+            "Evaluation is for encoders of a fixed size."
         )
     return call.image_size

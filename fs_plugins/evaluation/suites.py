@@ -124,6 +124,7 @@ class Suite:
         masking: whether the first smoothed defence is searched for masked gradients.
         plain: whether clean pictures are shown first.
         aside: whether a part of the pictures is enough.
+        compared: whether FCS stands beside the cosine of unrelated pictures, which says how little a cosine means.
         twice: whether clean pictures are served twice, with other draws, to see how steady that is.
     """
 
@@ -138,6 +139,7 @@ class Suite:
     masking: bool = False
     plain: bool = True
     aside: bool = False
+    compared: bool = True
     twice: bool = False
 
     @property
@@ -152,14 +154,19 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("table1", "Captioning under three attacks (Table 1)", "captioning", DEFENCES, THREE),
-        Suite("table2", "Certified cosine of features (Table 2)", None, (FS, FS_PSM), certified=True, sigmas=(0.25, 0.5)),
+        Suite(
+            "table2", "Certified cosine of features (Table 2)", None, (FS, FS_PSM), certified=True, sigmas=(0.25, 0.5)
+        ),
         Suite("table3", "Classification under three attacks (Table 3)", "classification", DEFENCES, THREE),
         Suite("table4", "Visual question answering under three attacks (Table 4)", "vqa", DEFENCES, THREE),
         Suite(
             "table5", "The parts of the defence (Table 5)", "classification", ABLATION, (FOA,), certified=True
         ),
         Suite("s6", "A light purifier (Table S.6)", "classification", tuple(map(_light, DEFENCES)), THREE, aside=True),
-        Suite("s7", "Twice the radius (Table S.7)", "classification", DEFENCES, (Condition("foa", 32),), plain=False, aside=True),
+        Suite(
+            "s7", "Twice the radius (Table S.7)", "classification", DEFENCES, (Condition("foa", 32),),
+            plain=False, aside=True,
+        ),
         Suite(
             "s8",
             "Draws per picture (Table S.8)",
@@ -178,7 +185,10 @@ SUITES = {
             tuple(replace(one, adaptive=adaptive) for one in THREE for adaptive in (False, True)),
             plain=False,
         ),
-        Suite("masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,), (Condition("attackvlm", 16),), masking=True),
+        Suite(
+            "masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,),
+            (Condition("attackvlm", 16),), masking=True,
+        ),
     )
 }  # fmt: skip
 
@@ -187,7 +197,7 @@ def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
     """Suites by name; ``all`` stands for all of them.
 
     Args:
-        eps: another radius in place of the suites' usual 16/255, as people write it; the others grow and shrink with it.
+        eps: another radius in place of the suites' usual 16/255, as people write it; other ones grow and shrink with it.
 
     Raises:
         SettingError: there is no such suite, or ``eps`` is no radius in [0, 1] pixels.

@@ -1,7 +1,7 @@
 """Captioning, classification and visual question answering: the question, and what an answer is worth.
 
-A reply counts only if it is the answer and nothing else. Taking the first number out of a sentence would make answers out
-of refusals ("I see 2 animals"), and an attack that makes a model babble would look like one that does nothing.
+A reply counts only if it is the answer and nothing else. Taking the first number out of a sentence would make answers
+out of refusals ("I see 2 animals"), and an attack that makes a model babble would look like one that does nothing.
 """
 
 from __future__ import annotations

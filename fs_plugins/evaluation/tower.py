@@ -81,8 +81,8 @@ class Tower:
     def _ready(self, cells: Sequence[tuple[Defence, Condition]]) -> dict[Defence, Options | None]:
         """Those defences that can be had, and how; asked before anything that takes long.
 
-        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for, by name or by its
-        noise level, is an error.
+        A PSM that is there by default and does not fit leaves its rows out; one that somebody asked for, by name or by
+        its noise level, is an error.
         """
         unasked = [
             d for suite in self.plan.suites if suite.task is None for d in suite.defences if d.tower == self.name

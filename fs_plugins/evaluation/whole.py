@@ -61,7 +61,8 @@ def evaluate(
         ready: called by the first process with what is written, also where a judge failed.
 
     Raises:
-        SettingError: a setting out of range, or a folder of something else or in use by another run; see ``open_dataset``.
+        SettingError: a setting out of range, or a folder of something else or in use by another run; see
+            ``open_dataset``.
         JudgeError: the judge failed; all that needs none is written all the same, and the same call goes on from there.
         FSPluginsError: see ``Evaluation.run``.
     """
@@ -141,8 +142,9 @@ def _dataset(settings: Settings, folder: Path, suites: tuple[Suite, ...]) -> Dat
         dataset = dataset.some(count, settings.seed)
     if not any(suite.task is None or suite.task in dataset.tasks for suite in suites):
         raise SettingError(
-            f"{dataset.name} can be asked for {', '.join(dataset.tasks)}, and {', '.join(one.name for one in suites)} asks "
-            "for something else (docs/reference/dataset-format.md says what each task needs)."
+            f"{dataset.name} can be asked for {', '.join(dataset.tasks)}, and "
+            f"{', '.join(one.name for one in suites)} asks for something else (docs/reference/dataset-format.md says "
+            "what each task needs)."
         )
     return dataset
 

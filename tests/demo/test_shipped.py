@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 import fs_plugins
 from fs_plugins import registry
-from fs_plugins.demo import assets, run, text, world
-from fs_plugins.pictures import to_unit
+from fs_plugins.demo import assets, text, world
 from fs_plugins.plugins import known_encoders
 from tools.world import robust
 from tools.world.llava import Dialogues, questions_and_answers
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,117 +116,6 @@ def test_packed_dialogues_train_what_is_served(llava):
                 inputs = tokenizer.encode(f"{prompt} {answer}").ids
                 alone = model(input_ids=torch.tensor([inputs]), pixel_values=pixels[row : row + 1]).logits[0, -1]
                 assert torch.allclose(packed[row, end - 1], alone, atol=1e-3)
-
-
-def test_a_short_demo_has_the_promised_summary_and_picture(tmp_path):
-    from fs_plugins.demo import picture
-
-    result = run.run(run.Settings(images=11, steps=2, n0=2, draws=100), lambda what, total: lambda done: None)
-    summary = json.loads(run.write_summary(result, tmp_path).read_text())
-    assert list(summary["clean"]) == list(summary["attacked"]) == list(DEFENCES.values())
-    for rows in (summary["clean"], summary["attacked"]):
-        for row in rows.values():
-            assert set(row) == {"acc", "asr", "fcs", "caption_acc", "vqa_acc"}
-            assert all(0 <= value <= 1 for name, value in row.items() if name != "fcs")
-    assert list(summary["ablation"]) == ["none", "fs", "fs_m", "fs_p", "fs_pm"]
-    assert all(set(row) == {"acc", "asr", "fcs"} for row in summary["ablation"].values())
-    assert len(summary["certificates"]) == 4
-    for row, panel in zip(summary["certificates"], result.pictures, strict=True):
-        assert row["picture"] == panel.truth
-        assert row["certified"] == pytest.approx(panel.certificate.radius(), abs=1e-4)
-        assert row["plugin"] > row["certified"] > row["mean"] > 0
-    assert (summary["images"], summary["robust_images"], summary["seed"]) == (11, 11, 0)
-    assert summary["seconds"] > 0
-    picture.draw(result, tmp_path / "demo.png")
-    assert (tmp_path / "demo.png").stat().st_size > 20_000
-
-
-def test_panels_show_the_scenes_that_were_attacked():
-    result = run.run(run.Settings(images=11, steps=1, n0=1, draws=10), lambda what, total: lambda done: None)
-    assert len(result.pictures) == 4
-    for panel in result.pictures:
-        assert (panel.attacked - panel.clean).abs().max().item() == pytest.approx(result.settings.eps, abs=1e-6)
-    first = world.scene("heldout", 0)
-    assert torch.equal(result.pictures[0].clean, to_unit(first.draw()))
-
-
-DEFENCES = {
-    "none": "none",
-    "FS-PSM": "fs_psm",
-    "FARE": "fare",
-    "FARE + FS-PSM": "fare_fs_psm",
-    "TeCoA": "tecoa",
-    "TeCoA + FS-PSM": "tecoa_fs_psm",
-}
-
-
-def documented(page: str) -> dict[tuple[str, str], list[float]]:
-    """The rows of a page's table of results: (pictures, defence) -> ACC, ASR, FCS, caption, question."""
-    rows = {}
-    for line in (ROOT / page).read_text().splitlines():
-        cells = [cell.strip().replace(" %", "") for cell in line.strip("|").split("|")]
-        if cells[0] in ("clean", "attacked") and len(cells) == 7:
-            rows[cells[0], cells[1]] = [float(cell) for cell in cells[2:]]
-    return rows
-
-
-@pytest.mark.slow
-def test_the_demo_holds_what_the_project_promises_and_documents():
-    """The thresholds the project set itself, on the command's own defaults, and the tables that quote it."""
-    summary = run.run(run.Settings(), lambda what, total: lambda done: None).summary()
-    for page in ("README.md", "fs_plugins/demo/assets/README.md"):
-        table = documented(page)
-        assert {which for which, _ in table} == {"clean", "attacked"}
-        assert {defence for _, defence in table} == set(DEFENCES)
-        for (which, defence), quoted in table.items():
-            row = summary[which][DEFENCES[defence]]
-            for name, value in zip(("acc", "asr", "fcs", "caption_acc", "vqa_acc"), quoted, strict=True):
-                # Another processor rounds differently, which may turn a few of 200 answers, or of 50 for robust towers.
-                points = 3 if DEFENCES[defence] in ("none", "fs_psm") else 8
-                measured, slack = (row[name], 0.02) if name == "fcs" else (100 * row[name], points)
-                assert abs(measured - value) <= slack, (page, which, defence, name, measured, value)
-    clean, attacked, ablation = summary["clean"], summary["attacked"], summary["ablation"]
-    assert clean["none"]["acc"] >= 0.95
-    assert clean["none"]["caption_acc"] >= 0.90
-    assert attacked["none"]["acc"] <= 0.15
-    assert attacked["none"]["asr"] >= 0.85
-    assert attacked["fs_psm"]["acc"] >= 0.80
-    assert attacked["fs_psm"]["asr"] <= 0.05
-    assert clean["fs_psm"]["acc"] >= 0.85
-    assert attacked["fs_psm"]["fcs"] > attacked["none"]["fcs"]
-    for tower in ("fare", "tecoa"):
-        assert attacked[tower]["acc"] < attacked["fs_psm"]["acc"], "16/255 is beyond what they were trained against"
-        assert attacked[tower]["asr"] < attacked["none"]["asr"]
-    assert ablation["fs_pm"]["acc"] > ablation["fs"]["acc"]
-    lines = (ROOT / "README.md").read_text().splitlines()
-    for row in summary["certificates"]:
-        [quoted] = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| {row['picture']} |")]
-        measured = [row[name] for name in ("plugin", "mean", "certified")]
-        assert measured == pytest.approx([float(value) for value in quoted], abs=0.01)
-    assert all(row["certified"] > 1.1 * row["mean"] for row in summary["certificates"])
-
-
-@pytest.mark.slow
-def test_fare_and_tecoa_withstand_what_they_were_trained_against(llava):
-    """At 4/255, on 100 scenes with a shape: 2 % for the vanilla tower, 37 % for FARE and 22 % for TeCoA where they were trained.
-
-    Another processor rounds differently, which may turn a few answers.
-    """
-    settings = run.Settings(images=110, eps=4 / 255)
-    facts = world.scenes("heldout", settings.images)
-    clean, targets = (torch.stack([to_unit(s.draw()) for s in some]) for some in (facts, world.scenes("target", 110)))
-    accuracy = {}
-    for tower, source in run.TOWERS.items():
-        model, processor = copy.deepcopy(llava[0]), llava[1]
-        if source is not None:
-            fs_plugins.swap_encoder(model, source)
-        call = fs_plugins.vision_call(model)
-        attacked = run._attack(call, clean, targets, settings, lambda what, total: lambda done: None, tower)
-        row = run.Row()
-        run._classify(model, processor, call, facts, attacked, row)
-        accuracy[tower] = sum(row.acc) / len(row.acc)
-    assert accuracy["fare"] >= accuracy["none"] + 0.2, accuracy
-    assert accuracy["tecoa"] >= accuracy["none"] + 0.15, accuracy
 
 
 @pytest.mark.parametrize("name", ["demo-fare", "demo-tecoa"])

@@ -83,7 +83,8 @@ def test_a_corrupt_picture_is_refused_by_name_or_skipped(tmp_path):
         Image.effect_noise((64, 64), 60).convert("RGB").save(folder / f"{i}.png")
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[: len(whole) // 2])
-    command = ["evaluate", "--suite", "table1", "--quick", "--images", "2", "--steps", "1", "--fare", "none", "--tecoa", "none",
+    command = ["evaluate", "--suite", "table1", "--quick", "--images", "2", "--steps", "1",
+               "--fare", "none", "--tecoa", "none",
                "--data", str(folder), "--out", str(tmp_path / "out")]  # fmt: skip
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 2
@@ -96,8 +97,9 @@ def test_a_corrupt_picture_is_refused_by_name_or_skipped(tmp_path):
 
 
 def test_zero_shot_clip_is_evaluated_by_class_names(tmp_path):
-    command = ["evaluate", "--suite", "table3", "--model", "demo-clip", "--quick", "--images", "4", "--steps", "1", "--fare", "none",
-               "--tecoa", "none", "--class-prompt", "a large red {} in the middle", "--out", str(tmp_path / "out")]  # fmt: skip
+    command = ["evaluate", "--suite", "table3", "--model", "demo-clip", "--quick", "--images", "4", "--steps", "1",
+               "--fare", "none", "--tecoa", "none", "--class-prompt", "a large red {} in the middle",
+               "--out", str(tmp_path / "out")]  # fmt: skip
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]["table3"]
