@@ -1,15 +1,18 @@
-"""``fs-plugins``: the demo, one question to any model, certificates, training, evaluation, and a look at what is installed."""
+"""``fs-plugins``: the demo, one question to any model, certificates, training, evaluation, a look at what is installed.
+
+A command imports torch, and what comes after it, only when it runs: help and version are quick.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
 
-from fs_plugins import errors
+from fs_plugins import __version__, errors
 from fs_plugins.cli.ask import ask
 from fs_plugins.cli.certify import certify
 from fs_plugins.cli.demo import demo
@@ -18,10 +21,27 @@ from fs_plugins.cli.evaluate import evaluate
 from fs_plugins.cli.registry import app as registry
 from fs_plugins.cli.train import train
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 for command in (demo, ask, certify, evaluate, train, doctor):
     app.command()(command)
 app.add_typer(registry, name="registry")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -31,8 +51,14 @@ def main() -> None:
     app()
 
 
-def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours in a sentence; those of others, who speak to programmers, not at all."""
     if issubclass(category, errors.FSPluginsWarning):
         Console(stderr=True).print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
-    elif not sys.warnoptions:
-        return

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fs_plugins import errors
-from fs_plugins.cli.base import console, errors_for_people, load, needs, plain_table, quieten
+from fs_plugins.cli.base import console, errors_for_people, needs, plain_table
 
 
 def doctor(
@@ -33,6 +33,8 @@ def doctor(
         if model is None:
             return
         needs("transformers")
+        from fs_plugins.hf.load import load, quieten
+
         quieten()
         found = consulting.diagnose(load(model))
         lines = [("model", found.model)]
