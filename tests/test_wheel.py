@@ -45,6 +45,15 @@ def test_every_package_is_in_the_list_of_packages():
     assert set(listed) == there | {"fs_plugins.adapters"}
 
 
+def test_every_stub_of_public_names_is_in_the_package_data():
+    """Without it, importing that package from a wheel fails."""
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fs_plugins").rglob("__init__.pyi")}
+    assert there == {package for package, names in listed.items() if "__init__.pyi" in names}
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment_away_from_the_checkout(tmp_path):
     wheel = build(tmp_path)

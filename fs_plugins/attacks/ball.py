@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fs_plugins.checks import is_number
 from fs_plugins.errors import SettingError
 
 Norm = Literal["linf", "l2"]
@@ -35,7 +35,7 @@ class Ball:
             raise SettingError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}.")
         if self.norm == "linf":
             check_distance("eps", self.eps)
-        elif not (_is_number(self.eps) and self.eps > 0):
+        elif not (is_number(self.eps) and self.eps > 0):
             raise SettingError(f"eps is an l2 distance in [0, 1] pixel units and must be above 0, got {self.eps!r}.")
 
     def project(self, images: Tensor, centres: Tensor) -> Tensor:
@@ -59,10 +59,6 @@ class Ball:
 
 def check_distance(name: str, value: float) -> None:
     """Refuse an l-inf distance outside (0, 1], and guess what was meant."""
-    if not (_is_number(value) and 0 < value <= 1):
-        hint = f"; did you mean {value:g}/255?" if _is_number(value) and 1 < value <= 255 else ""
+    if not (is_number(value) and 0 < value <= 1):
+        hint = f"; did you mean {value:g}/255?" if is_number(value) and 1 < value <= 255 else ""
         raise SettingError(f"{name} is in [0, 1] pixel units and must be in (0, 1], got {value!r}{hint}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

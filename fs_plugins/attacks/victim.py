@@ -108,7 +108,7 @@ def victims(models: Attackable | Sequence[Attackable]) -> list[Victim]:
     Raises:
         ModelError: nothing to attack, or something that is no encoder; see ``encoder_of``.
     """
-    several: list[Any] = list(models) if isinstance(models, list | tuple) else [models]
+    several = models if isinstance(models, Sequence) else [models]
     if not several:
         raise ModelError("An attack needs at least one encoder.")
     return [Victim(encoder_of(model)) for model in several]
