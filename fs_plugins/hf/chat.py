@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fs_plugins.api import vision_call
+from fs_plugins.choice import PSMChoice
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
@@ -123,9 +124,10 @@ class Chat:
         if given is None or tuple(given.shape) != tuple(pixels.shape):
             shape = None if given is None else tuple(given.shape)
             raise ModelError(
-                f"Evaluation puts attacked pixels of shape {tuple(pixels.shape)} straight into the model, but its processor "
-                f"makes {shape} of such pictures (tiles or patches). Models that see one picture of a fixed size, as "
-                "LLaVA-1.5 does, can be evaluated; for others use fs_plugins.attacks and fs_plugins.evaluation's parts."
+                f"Evaluation puts attacked pixels of shape {tuple(pixels.shape)} straight into the model, but its "
+                f"processor makes {shape} of such pictures (tiles or patches). Models that see one picture of a fixed "
+                "size, as LLaVA-1.5 does, can be evaluated; for others use fs_plugins.attacks and "
+                "fs_plugins.evaluation's parts."
             )
         inputs["pixel_values"] = pixels
         said = generate(self.model, self.processor, inputs, max_new_tokens=max_new_tokens)

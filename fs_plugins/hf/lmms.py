@@ -43,8 +43,9 @@ def smooth(
 ) -> str:
     """Enable smoothing as the arguments of ``--model_args`` say.
 
-    lmms-eval keeps answers under the arguments as they were typed, resumes from them and spreads requests over processes. So
-    an answer must follow from the arguments and the request alone: the noise has a seed, and belongs to the image.
+    lmms-eval keeps answers under the arguments as they were typed, resumes from them and spreads requests over
+    processes. So an answer must follow from the arguments and the request alone: the noise has a seed, and belongs to
+    the image.
 
     Args:
         psm, sigma, n0, noise, noise_scope, seed: as for ``fs_plugins.enable``; psm and sigma also as the text "none".
@@ -59,7 +60,8 @@ def smooth(
     """
     if isinstance(psm, bool):
         raise SettingError(
-            f"psm={str(psm).lower()} is no PSM. Use auto, none, photo, a folder or a hub id; smooth=false is no smoothing."
+            f"psm={str(psm).lower()} is no PSM. Use auto, none, photo, a folder or a hub id; smooth=false is no "
+            "smoothing."
         )
     draws: dict[str, Any] = {
         "n0": _whole("n0", n0),
@@ -74,9 +76,9 @@ def smooth(
     if pin not in (None, found):
         handle.disable()
         raise SettingError(
-            f"These arguments stand for the smoothing {found} today, not for {pin}: the PSM, the registry, fs-plugins or an "
-            f"argument is another. Answers that lmms-eval has kept under pin={pin} are not of this one; write pin={found}, "
-            "or leave it out, to go on with this one."
+            f"These arguments stand for the smoothing {found} today, not for {pin}: the PSM, the registry, fs-plugins "
+            f"or an argument is another. Answers that lmms-eval has kept under pin={pin} are not of this one; write "
+            f"pin={found}, or leave it out, to go on with this one."
         )
     return arguments({**told, "pin": found})
 

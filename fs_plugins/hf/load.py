@@ -1,6 +1,7 @@
 """Models of transformers, their processors and tokenizers by folder or hub id: the one place that loads them.
 
-``"demo"`` and ``"demo-clip"`` are the models that ship; an encoder of the registry is loaded without the model around it.
+``"demo"`` and ``"demo-clip"`` are the models that ship; an encoder of the registry is loaded without the model around
+it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fs_plugins.demo import assets
+from fs_plugins.demo.shipped import MODELS
 from fs_plugins.errors import ModelError
 from fs_plugins.plugins import known_encoders
-
-SHIPPED = {"demo": assets.LLAVA, "demo-clip": assets.CLIP}
-"""Names of the models that ship -> their folders."""
 
 
 def source(name: str) -> str:
     """What transformers is to be told: a folder or hub id."""
-    return str(SHIPPED.get(name, name))
+    return str(MODELS.get(name, name))
 
 
 def load(name: str) -> nn.Module:
@@ -32,9 +30,9 @@ def load(name: str) -> nn.Module:
     """
     import transformers
 
-    from fs_plugins.hf.towers import load_encoder
+    from fs_plugins.hf.encoders import load_encoder
 
-    if name not in SHIPPED and not Path(name).exists() and name in known_encoders().entries:
+    if name not in MODELS and not Path(name).exists() and name in known_encoders().entries:
         return load_encoder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source(name))

@@ -37,8 +37,8 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
         raise SettingError(f"The prompt must say where the class goes with {{}}, got {prompt!r}.")
     if not hasattr(model, "get_text_features"):
         raise ModelError(
-            f"Zero-shot classification needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} does not. For a "
-            "linear head of your own, pass its weight to fs_plugins.certify_predictions."
+            f"Zero-shot classification needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} "
+            "does not. For a linear head of your own, pass its weight to fs_plugins.certify_predictions."
         )
     tokenizer = load_tokenizer(origin)
     tokens = tokenizer(

@@ -1,0 +1,12 @@
+from .chat import Chat as Chat
+from .chat import ask as ask
+from .conversion import to_open_clip as to_open_clip
+from .conversion import to_transformers as to_transformers
+from .encoders import load_encoder as load_encoder
+from .load import load_chat as load_chat
+from .load import load_processor as load_processor
+from .subjects import loader as loader
+from .towers import EncoderSwap as EncoderSwap
+from .towers import swap_encoder as swap_encoder
+from .zeroshot import ZeroShot as ZeroShot
+from .zeroshot import directions_of as directions_of

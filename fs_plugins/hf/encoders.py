@@ -1,0 +1,68 @@
+"""An encoder of the registry without the large model around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fs_plugins.api import vision_call
+from fs_plugins.errors import RegistryError, SettingError
+from fs_plugins.hf.conversion import PROJECTION
+from fs_plugins.hf.towers import swap_encoder
+from fs_plugins.hf.weights import described, find
+from fs_plugins.identity import fingerprint
+from fs_plugins.plugins import known_encoders
+
+
+def load_encoder(name: str) -> nn.Module:
+    """A CLIP vision encoder of the registry, in the smallest model that consumes what its PSMs are for, in eval mode.
+
+    That is ``CLIPVisionModelWithProjection``, or ``CLIPVisionModel`` where there is no projection, for a pooled
+    readout; for LLaVA's, a LLaVA whose language side is tiny and random. It is for training and certifying, without the
+    rest of the large model.
+
+    Args:
+        name: of the registry; of several readouts the pooled one is taken.
+
+    Raises:
+        SettingError: no such encoder, or one whose readouts neither of these models consumes.
+        ModelError, RegistryError: as for ``swap_encoder``.
+    """
+    import transformers
+
+    known = known_encoders()
+    if name not in known.entries:
+        raise SettingError(f"{name!r} is no encoder of the registry. It has: {', '.join(known.entries)}.")
+    entry, readouts = known.entries[name], [psm.readout for psm in known.psms(name)]
+    pooled, llava = "pooler_output" in readouts, "hidden_states[-2][1:]" in readouts
+    if entry.architecture.family != "clip_vision" or not (pooled or llava):
+        raise SettingError(
+            f"{name!r} ({entry.architecture.family}, {', '.join(readouts)}) cannot be loaded without the model around "
+            "it. Load that, and give it to fs_plugins.training.train_psm (docs/how-to/train-a-psm.md)."
+        )
+    _, said, fetch = find(name, None)
+    weights, _ = fetch()
+    described(weights, name, said)
+    width = len(weights[PROJECTION]) if PROJECTION in weights else 0
+    tower = transformers.CLIPVisionConfig(**{**said, "projection_dim": width})
+    model: nn.Module
+    if pooled:
+        kind = transformers.CLIPVisionModelWithProjection if width else transformers.CLIPVisionModel
+        model = kind(tower)
+    else:
+        tiny: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16)
+        words = transformers.LlamaConfig(**tiny, num_hidden_layers=1, num_attention_heads=1)
+        facts = transformers.LlavaConfig(vision_config=tower, text_config=words, image_token_index=15)
+        model = transformers.LlavaForConditionalGeneration(facts)
+    swap_encoder(model, weights)
+    call = vision_call(model)
+    if entry.verified and not entry.has(fingerprint(call.module)):
+        raise RegistryError(f"The weights of {name} have another fingerprint than the registry says.")
+    pixels = call.pixels
+    if (pixels.mean, pixels.std) != (entry.preprocessing.mean, entry.preprocessing.std):
+        raise SettingError(
+            f"{name!r} has mean {entry.preprocessing.mean} and std {entry.preprocessing.std}, {type(model).__name__} "
+            f"has {pixels.mean} and {pixels.std}. Load the model around it."
+        )
+    return model.eval()
