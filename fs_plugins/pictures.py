@@ -54,6 +54,16 @@ def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
         return fitted(image, size, **fit)
 
 
+def rgb(path: Path) -> Image.Image:
+    """A PNG or JPEG as it is, in RGB.
+
+    Raises:
+        SettingError: no such file, or no image.
+    """
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
 def check(path: Path) -> None:
     """Decode a PNG or JPEG to its end: a header may be fine where the pixels are cut off.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.box import HORIZONTALS
 from rich.table import Table
 
-from fs_plugins import errors
 from fs_plugins.cli.base import console, errors_for_people, needs
 
 
@@ -31,44 +29,22 @@ def ask(
     """The answer without and with smoothing, side by side, with the time each took."""
     with errors_for_people():
         needs("transformers")
-        import fs_plugins
-        from fs_plugins.hf.chat import ask as answer
+        from fs_plugins import pictures
+        from fs_plugins.hf.chat import compare
         from fs_plugins.hf.load import load_chat, quieten
 
         quieten()
-
-        picture = _picture(image)
+        picture = pictures.rgb(image)
         loaded, processor = load_chat(model)
-
-        def timed() -> tuple[str, float]:
-            began = time.perf_counter()
-            return answer(loaded, processor, [picture], [question], max_new_tokens=max_new_tokens)[
-                0
-            ], time.perf_counter() - began
-
-        answer(loaded, processor, [picture], [question], max_new_tokens=1)  # the first call pays for warming up
-        plain, plain_seconds = timed()
-        with fs_plugins.enable(loaded, psm=psm, sigma=sigma, n0=n0, seed=seed) as handle:
-            smoothed, smoothed_seconds = timed()
-            told = handle.status()
+        told = compare(
+            loaded, processor, picture, question, psm=psm, sigma=sigma, n0=n0, seed=seed, max_new_tokens=max_new_tokens
+        )
         console.print(f"{image.name}: {question}", markup=False, highlight=False)
         table = Table(box=HORIZONTALS)
         table.add_column("")
         table.add_column("answer", overflow="fold")
         table.add_column("seconds", justify="right")
-        table.add_row("without", plain or "(nothing)", f"{plain_seconds:.2f}")
-        table.add_row("with fs_plugins", smoothed or "(nothing)", f"{smoothed_seconds:.2f}")
+        for way, answer in (("without", told.without), ("with fs_plugins", told.smoothed)):
+            table.add_row(way, answer.text or "(nothing)", f"{answer.seconds:.2f}")
         console.print(table)
-        console.print(str(told), style="dim", highlight=False, soft_wrap=True)
-
-
-def _picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise errors.SettingError(f"There is no file {path}.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise errors.SettingError(f"{path} is not a readable image: {error}") from None
+        console.print(str(told.status), style="dim", highlight=False, soft_wrap=True)

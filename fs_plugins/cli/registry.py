@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fs_plugins.cli.base import console, errors_for_people, load, needs, plain_table, quieten, source
+from fs_plugins.cli.base import console, errors_for_people, needs, plain_table
 from fs_plugins.errors import FSPluginsError, RegistryError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -112,6 +112,8 @@ def _call_of(model: str, weights: Sequence[float]) -> Any:
     from fs_plugins.plugins import claim
 
     needs("transformers")
+    from fs_plugins.hf.load import load, quieten
+
     quieten()
     calls = claim(load(model))[1]
     return next((call for call in calls if same_encoder(fingerprint(call.module), weights)), None)
@@ -210,6 +212,8 @@ def _encoder(known: Any, encoder: str | None, psm: Any) -> dict[str, Any]:
     if call is None:
         raise RegistryError(f"The PSM was trained for other weights than those of the model {encoder}.")
     psm.check(call, psm.config.sigma)
+    from fs_plugins.hf.load import source
+
     folder = Path(source(encoder))
     local = {"source": "folder", "location": str(folder.resolve())}
     return {

@@ -1,5 +1,7 @@
 from .chat import Chat as Chat
+from .chat import Comparison as Comparison
 from .chat import ask as ask
+from .chat import compare as compare
 from .conversion import to_open_clip as to_open_clip
 from .conversion import to_transformers as to_transformers
 from .encoders import load_encoder as load_encoder

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fs_plugins.api import vision_call
+from fs_plugins.api import enable, vision_call
 from fs_plugins.choice import PSMChoice
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.evaluation.tasks import Task
+from fs_plugins.state import Status
 
 
 def dialogue(processor: Any, question: str) -> str:
@@ -91,6 +94,55 @@ def generate(model: Any, processor: Any, inputs: Any, **settings: Any) -> list[s
     tokens = model.generate(**inputs, pad_token_id=pad, **{"do_sample": False, **settings})
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return list(processor.batch_decode(new, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and the seconds it took."""
+
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same question without and with smoothing; ``status`` says what served the second answer."""
+
+    without: Answer
+    smoothed: Answer
+    status: Status
+
+
+def compare(
+    model: nn.Module,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    *,
+    psm: PSMChoice = "auto",
+    sigma: float | None = None,
+    n0: int = 4,
+    seed: int | None = None,
+    max_new_tokens: int = 64,
+) -> Comparison:
+    """One question about one image, without and with smoothing, each timed; afterwards the model is as it was.
+
+    Args:
+        psm, sigma, n0, seed: as ``fs_plugins.enable`` takes them.
+
+    Raises:
+        FSPluginsError: see ``fs_plugins.enable``, and ``prompt``.
+    """
+
+    def answer() -> Answer:
+        began = time.perf_counter()
+        (text,) = ask(model, processor, [image], [question], max_new_tokens=max_new_tokens)
+        return Answer(text, time.perf_counter() - began)
+
+    ask(model, processor, [image], [question], max_new_tokens=1)  # the first call pays for warming up
+    without = answer()
+    with enable(model, psm=psm, sigma=sigma, n0=n0, seed=seed) as handle:
+        return Comparison(without, answer(), handle.status())
 
 
 class Chat:
