@@ -1,4 +1,4 @@
-"""The CLIP vision encoder's weights in two layouts, open_clip's and transformers': exact conversion in both directions."""
+"""The CLIP vision encoder's weights in two layouts, open_clip's and transformers': exact both ways."""
 
 from __future__ import annotations
 
@@ -97,11 +97,12 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif layer and layer[2] in in_a_layer:
             found[f"transformer.resblocks.{layer[1]}.{in_a_layer[layer[2]]}.{layer[3]}"] = value
         elif layer and re.fullmatch(r"self_attn\.[qkv]_proj", layer[2]):
-            rows = [own.get(f"encoder.layers.{layer[1]}.self_attn.{letter}_proj.{layer[3]}") for letter in "qkv"]
-            if any(part is None for part in rows):
+            names = [f"encoder.layers.{layer[1]}.self_attn.{letter}_proj.{layer[3]}" for letter in "qkv"]
+            if not own.keys() >= set(names):
                 unknown.append(name)
             elif layer[2] == "self_attn.q_proj":
-                found[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat(rows)  # type: ignore[arg-type]
+                whole = torch.cat([own[part] for part in names])
+                found[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = whole
         else:
             unknown.append(name)
     if unknown:
@@ -143,7 +144,7 @@ def some(names: list[str]) -> str:
 
 
 def describe(weights: Mapping[str, Tensor], name: str) -> Architecture:
-    """What weights in transformers' layout say of their encoder; ``image_size`` is the smallest with as many patches."""
+    """What weights in transformers' layout say of their encoder; ``image_size`` is the least with so many patches."""
     patches, inside, positions = (weights.get(key) for key in (PATCHES, _INSIDE, POSITIONS))
     if (
         patches is None

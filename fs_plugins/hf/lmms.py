@@ -114,7 +114,7 @@ def _sigma(handle: fs_plugins.SmoothingHandle) -> dict[str, float]:
 
 
 def _pin(handle: fs_plugins.SmoothingHandle, draws: Mapping[str, Any]) -> str:
-    """Stands for everything that smoothing is made of, weights too; no number, so that lmms-eval's parser leaves it alone."""
+    """Stands for all that smoothing is made of, weights too; no number, so that lmms-eval's parser leaves it alone."""
     parts = [
         [smoother.sigma, (digest(smoother.psm), smoother.psm.config.structure) if smoother.psm else None]
         for smoother in handle.smoothers
@@ -124,7 +124,7 @@ def _pin(handle: fs_plugins.SmoothingHandle, draws: Mapping[str, Any]) -> str:
 
 
 def generation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's generation settings -> those of ``generate``; like lmms-eval's models it samples only above temperature 0."""
+    """A task's generation settings -> those of ``generate``; it samples only above temperature 0, as lmms-eval's do."""
     temperature = settings.get("temperature") or 0
     sampled = temperature > 0
     repetition = settings.get("repetition_penalty")

@@ -21,7 +21,8 @@ from fs_plugins.vision import is_a, unwrapped
 
 # Models in which nothing but the encoder, the configuration and the processor knows the resolution.
 _ANY_RESOLUTION = (
-    "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer", "CLIPForImageClassification",
+    "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer",
+    "CLIPForImageClassification",
     "LlavaModel", "LlavaForConditionalGeneration", "VipLlavaModel", "VipLlavaForConditionalGeneration",
 )  # fmt: skip
 
@@ -273,7 +274,7 @@ def _resize(target: _Target, positions: Tensor, size: int) -> None:
 
 
 def _configure(model: nn.Module, size: int, tokens: int) -> None:
-    """Write the resolution into every configuration that a part of the model holds; some share one, some have copies."""
+    """Write the resolution into every configuration that a part of the model holds: some share one, some do not."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for part in (config, getattr(config, "vision_config", None)):

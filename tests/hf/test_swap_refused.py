@@ -40,7 +40,10 @@ def snapshot(model: nn.Module, processor) -> object:
     """Everything that a swap could change."""
     images = getattr(processor, "image_processor", None)
     return (
-        {name: (value.dtype, value.device.type, value.shape, value if value.is_meta else value.clone()) for name, value in model.state_dict().items()},
+        {
+            name: (value.dtype, value.device.type, value.shape, value if value.is_meta else value.clone())
+            for name, value in model.state_dict().items()
+        },
         [id(parameter) for parameter in model.parameters()],
         [m.config.to_dict() for m in model.modules() if hasattr(m, "config")],
         [(m.image_size, m.num_patches, m.num_positions, m.position_ids.tolist()) for m in model.modules()
@@ -71,9 +74,15 @@ SOURCES = {
     "embedding": (lambda: tower(size=8, out=20).state_dict(), r"visual_projection.weight.*\(20, 32\).*\(24, 32\)"),
     "lacks": (lambda: replaced({"ln_post.bias": None}), r"lacks post_layernorm\.bias"),
     "more": (lambda: replaced({"transformer.resblocks.0.ls_1.gamma": torch.ones(32)}), r"ls_1\.gamma"),
-    "more in transformers' layout": (lambda: as_saved(to_transformers(tower().state_dict())) | {"vision_model.head.weight": torch.ones(1)}, r"has head\.weight"),
+    "more in transformers' layout": (
+        lambda: as_saved(to_transformers(tower().state_dict())) | {"vision_model.head.weight": torch.ones(1)},
+        r"has head\.weight",
+    ),
     "a wrong shape": (lambda: replaced({"ln_pre.bias": torch.ones(31)}), r"pre_layrnorm\.bias.*\(31,\).*\(32,\)"),
-    "not square": (lambda: replaced({"positional_embedding": torch.ones(16, 32)}), r"no whole CLIP vision encoder of square"),
+    "not square": (
+        lambda: replaced({"positional_embedding": torch.ones(16, 32)}),
+        r"no whole CLIP vision encoder of square",
+    ),
     "no positions": (lambda: replaced({"positional_embedding": None}), r"no whole CLIP vision encoder"),
     "not finite": (lambda: replaced({"ln_pre.bias": torch.full((32,), torch.nan)}), r"pre_layrnorm\.bias.*not finite"),
     "quantised": (lambda: replaced({"ln_pre.bias": torch.ones(32, dtype=torch.int8)}), r"pre_layrnorm\.bias.*int8"),
