@@ -165,7 +165,7 @@ def test_the_page_of_public_names_is_the_list_of_them():
     assert set(rows) == set(fs_plugins.__all__)
 
 
-@pytest.mark.parametrize("package", ["attacks", "certificates", "evaluation", "training"])
+@pytest.mark.parametrize("package", ["attacks", "certificates", "evaluation", "hf", "training"])
 def test_the_reference_of_a_package_has_all_its_names(package):
     """Of packages whose names are loaded lazily, mkdocstrings cannot tell which are public."""
     page = (DOCS / "reference" / f"{package}.md").read_text()
