@@ -57,7 +57,7 @@ class Certifier(Protocol[C_co]):
         """The same from at most so many draws of one image, to see how long they take."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Each image's feature is certified.
 
@@ -86,7 +86,7 @@ class Features:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None), background=())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Labels:
     """Each image's label is certified.
 

@@ -46,7 +46,7 @@ class Method:
     Args:
         name: what users write.
         title: what tables and plots call it.
-        parts: see Part.
+        parts: see Part; each with a field of its own.
         is_estimate: it promises nothing at any confidence, spends no alpha and takes no angular statistics.
     """
 
