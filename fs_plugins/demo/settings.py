@@ -8,6 +8,7 @@ from pathlib import Path
 from fs_plugins.settings import knob
 
 QUICK, FULL = 110, 220
+_FOLDER = Path("runs/demo")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Settings:
     n0: int = knob(4, "Noisy draws per image.", least=1)
     draws: int = knob(1000, "Draws that each of four pictures is certified with.", least=1)
     seed: int = knob(0, "Seed of the serving noise, so that a run can be repeated.")
-    out: Path = knob(Path("runs/demo"), "Folder for summary.json, demo.png and all answers.")
+    out: Path = knob(_FOLDER, "Folder for summary.json, demo.png and all answers.")
 
     @property
     def count(self) -> int:

@@ -93,7 +93,7 @@ class Asking:
             yield {"image": sample.image, "task": task.name, "reply": reply, "seconds": seconds}
 
     def _cosines(self, name: str, condition: Condition, images: Tensor, samples: Sequence[Sample]) -> Iterator[Row]:
-        """Of an attacked picture to the clean one; of a clean one to the attack's target, or to itself, served again."""
+        """Of an attacked picture to the clean one; of a clean one to the attack's target, or to itself served again."""
         again = name == AGAIN
         read = self.plan.dataset.target if condition == CLEAN and not again else self.plan.dataset.image
         beside = torch.stack([read(sample, self.size) for sample in samples]).to(self.device)

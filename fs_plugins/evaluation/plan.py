@@ -13,7 +13,7 @@ from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
 
 FEATURES, AGAIN = "features", "again"
-"""Beside the tasks: the row of a picture's feature, and that of a second serving of a clean picture, with other draws."""
+"""Beside the tasks: the row of a picture's feature, and that of a second serving of it with other draws."""
 
 SHOWN = 6
 """How many pictures a report shows."""

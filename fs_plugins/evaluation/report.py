@@ -53,8 +53,8 @@ def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
     Args:
         results: of an evaluation that has run, or of as much as there is of one.
         path: of the HTML file; it is replaced whole.
-        shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and the answers are
-            of all.
+        shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and answers are of
+            all.
 
     Raises:
         SettingError: ``shown`` is negative, or a purified picture in the folder has another shape than the attacked

@@ -197,7 +197,7 @@ def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
     """Suites by name; ``all`` stands for all of them.
 
     Args:
-        eps: another radius in place of the suites' usual 16/255, as people write it; other ones grow and shrink with it.
+        eps: another radius in place of the suites' usual 16/255, as people write it; others grow and shrink with it.
 
     Raises:
         SettingError: there is no such suite, or ``eps`` is no radius in [0, 1] pixels.

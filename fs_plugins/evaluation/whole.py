@@ -72,10 +72,7 @@ def evaluate(
         check_sigma(settings.sigma)
     compares = _judge(settings)
     with ExitStack() as held:
-        if settings.data is None:
-            data = _scenes(settings, scenes, held if first else None, wait)
-        else:
-            data = settings.data
+        data = settings.data or _scenes(settings, scenes, held if first else None, wait)
         dataset = _dataset(settings, data, suites)
         if settings.data is not None and first:  # a picture that cannot be read is told before anything is begun
             held.enter_context(locked(folder, "this evaluation"))

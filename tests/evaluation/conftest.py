@@ -53,13 +53,23 @@ def psm(tmp_path):
 
 @pytest.fixture
 def start(data, psm, tmp_path):
-    """Suites -> an evaluation of them in a folder of its own; ``subjects`` of it are the models it loaded."""
+    """Suites -> an evaluation of them; ``load.painters`` of it are the models it loaded."""
 
     def started(*suites, folder="out", share=(0, 1), judge=None, towers=("none",), load=None, **changes):
-        setup = Setup(
-            **{"steps": 2, "adaptive_steps": 1, "adaptive_draws": 1, "adaptive_images": 2, "psm": psm, "light": psm,
-               "n0": 2, "certified_images": 2, "certified_draws": 20, "masking_images": 3, "masking_queries": 2, **changes}
-        )  # fmt: skip
+        usual = {
+            "steps": 2,
+            "n0": 2,
+            "psm": psm,
+            "light": psm,
+            "adaptive_steps": 1,
+            "adaptive_draws": 1,
+            "adaptive_images": 2,
+            "certified_images": 2,
+            "certified_draws": 20,
+            "masking_images": 3,
+            "masking_queries": 2,
+        }
+        setup = Setup(**{**usual, **changes})
         store = Store.begin(tmp_path / folder, fixed("tiny", dict.fromkeys(towers, ""), data, setup), share[0])
         loaded = Loaded(load)
         plan = Plan(suites or (SUITE,), data, setup, tuple(towers))
