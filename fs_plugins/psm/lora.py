@@ -54,12 +54,15 @@ class LoRAPurifier(nn.Module):
             layers = [re.escape(name) for name, part in parts if isinstance(part, nn.Linear | nn.Conv2d)]
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=f"(?:{'|'.join(layers)})")
             inject_adapter_in_model(config, self.purifier.net)
-        self.denoising_loss = self.purifier.denoising_loss
         self.register_load_state_dict_post_hook(_base_is_here)
 
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) noisy images and sigma -> images, in [0, 1] pixel units."""
         return self.purifier(images, sigma)
+
+    def denoising_loss(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """As for ``DiffusionPurifier``."""
+        return self.purifier.denoising_loss(clean, noise, level)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The updates alone."""

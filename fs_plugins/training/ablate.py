@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fs_plugins.noise import keyed
 from fs_plugins.psm import PSM
+from fs_plugins.psm.protocols import Denoises
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.psm import robustness_score, train_psm
 from fs_plugins.training.stages import MapperTerms, PurifierTerms
@@ -67,7 +68,7 @@ def ablate(
             base = replace(config, purifier_stage=replace(config.purifier_stage, steps=0))
         whole: PSM | None = None
         for without in (None, *TERMS[stage]):
-            if without == "l_diff" and not hasattr(whole and whole.purifier, "denoising_loss"):
+            if without == "l_diff" and not isinstance(whole and whole.purifier, Denoises):
                 continue
             trial = base if without is None else replace(base, **{TERMS[stage][without]: 0.0})  # type: ignore[arg-type]
             peak: dict[str, float] = {}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,30 @@ from fs_plugins.errors import SettingError
 from fs_plugins.noise import keyed
 from fs_plugins.pictures import EXTENSIONS, pictures_below, read
 from fs_plugins.training.config import Stage, TrainingConfig
+
+
+class Pictures(Protocol):
+    """What is trained on: (C, H, W) floats in [0, 1], no labels. Any ``torch.utils.data.Dataset`` of a known length."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Varied(Protocol):
+    """Pictures that can be cropped and mirrored at random (``TrainingConfig.augment``)."""
+
+    def varied(self, index: int, generator: torch.Generator) -> Tensor:
+        """A picture's view that the generator chooses, of the same size."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """Pictures that say which they are: a training goes on only with pictures of the same digest."""
+
+    @property
+    def digest(self) -> str: ...
 
 
 class ImageFolder(Dataset[Tensor]):
@@ -116,10 +140,10 @@ def samples(
             ]
 
 
-def drawn(images: Any, config: TrainingConfig, name: str, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(images: Pictures, config: TrainingConfig, name: str, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
     """A sample's picture (C, H, W) in [0, 1], its standard normal noise (draws, C, H, W), and a number in [0, 1)."""
     step, place, index = sample
-    if config.augment and hasattr(images, "varied"):
+    if config.augment and isinstance(images, Varied):
         image = images.varied(index, keyed(config.seed, name, step, place, "view"))
     else:
         image = images[index]
@@ -152,7 +176,7 @@ def _stacked(futures: list[Any]) -> tuple[Tensor, ...]:
     return tuple(map(torch.stack, zip(*(future.result() for future in futures), strict=True)))
 
 
-def check(images: ImageFolder, config: TrainingConfig, *, processes: int = 1, workers: int = 8) -> None:
+def check(images: Pictures, config: TrainingConfig, *, processes: int = 1, workers: int = 8) -> None:
     """Read every picture that the training will look at.
 
     Raises:

@@ -1,6 +1,6 @@
 """The losses of PSM training (arXiv 2601.16200, eqs. 7 to 13). Each is to be minimised.
 
-The denoising loss l_diff is the purifier's own where it has one: ``purifier.denoising_loss``, see ``stages.py``.
+The denoising loss l_diff is the purifier's own where it has one: see ``fs_plugins.psm.protocols.Denoises``.
 """
 
 from __future__ import annotations

@@ -7,21 +7,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
-from fs_plugins.errors import SettingError
+from fs_plugins.choice import Smoothable
+from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint
-from fs_plugins.plugins import plugin_parts
+from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig
-from fs_plugins.training.data import check_count
+from fs_plugins.training.crew import Alone, Crew
+from fs_plugins.training.data import Identified, Pictures, check_count
 from fs_plugins.training.folder import DONE, TrainingFolder
-from fs_plugins.training.stages import Alone, Optimisation, calibrate, own_random
+from fs_plugins.training.stages import Optimisation, calibrate, own_random
 from fs_plugins.vision import VisionCall
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -29,8 +29,8 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 def train_psm(
-    call: VisionCall,
-    images: Dataset[Tensor],
+    model: Smoothable,
+    images: Pictures,
     config: TrainingConfig,
     *,
     name: str,
@@ -38,15 +38,15 @@ def train_psm(
     start: PSM | None = None,
     report: Report | None = None,
     out: str | os.PathLike[str] | TrainingFolder | None = None,
-    accelerator: Any = None,
+    accelerator: Crew | None = None,
     workers: int = 1,
 ) -> PSM:
-    """Train a PSM for ``call``, self-supervised.
+    """Train a PSM for a model's vision encoder, self-supervised.
 
     On a CPU the result follows from the arguments bit for bit; torch's global generators play no part and are left alone.
 
     Args:
-        call: the encoder, frozen; from ``fs_plugins.vision_call(model)``.
+        model: any model with one vision encoder that an adapter claims, or a VisionCall; frozen meanwhile.
         images: (C, H, W) floats in [0, 1], no labels, at ``call.image_size``; where the encoder takes any
             size, all at the one size that the PSM is to serve.
         config: see TrainingConfig.
@@ -61,8 +61,10 @@ def train_psm(
 
     Raises:
         SettingError: images of another size or range, too few, or ``out`` holds something else or another training.
+        ModelError: no adapter claims the model, or it has several vision encoders.
     """
-    crew: Any = accelerator or Alone()
+    call = one_call(model)
+    crew = accelerator or Alone()
     size = _image_size(call, images, config, crew.num_processes)
     folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
     device = next(call.module.parameters()).device
@@ -110,9 +112,14 @@ def train_psm(
 
 
 def robustness_score(
-    call: VisionCall, psm: PSM | None, images: Tensor, sigma: float, *, draws: int = 8, seed: int = 0
+    model: Smoothable, psm: PSM | None, images: Tensor, sigma: float, *, draws: int = 8, seed: int = 0
 ) -> float:
-    """Mean cosine between single smoothed draws and the clean feature, over (B, C, H, W) images in [0, 1]."""
+    """Mean cosine between single smoothed draws and the clean feature, over (B, C, H, W) images in [0, 1].
+
+    Args:
+        model: as for ``train_psm``.
+    """
+    call = one_call(model)
     smoother = FeatureSmoother(call, psm=psm, sigma=sigma, n0=1, noise="iid", seed=seed)
     with torch.no_grad():
         clean = torch.cat([call.embed(call.encode(some)) for some in images.split(smoother.chunk_size)])
@@ -120,7 +127,23 @@ def robustness_score(
     return torch.stack(scores).mean().item()
 
 
-def _image_size(call: VisionCall, images: Dataset[Tensor], config: TrainingConfig, processes: int) -> tuple[int, int]:
+def one_call(model: Smoothable) -> VisionCall:
+    """A VisionCall itself, or a model's only one.
+
+    Raises:
+        ModelError: no adapter, or several, claim the model, or it has several vision encoders.
+    """
+    if isinstance(model, VisionCall):
+        return model
+    calls = claim(model)[1]
+    if len(calls) > 1:
+        raise ModelError(
+            f"This model has {len(calls)} vision encoders, and a PSM is for one: pass vision_call(model, encoder=0), say."
+        )
+    return calls[0]
+
+
+def _image_size(call: VisionCall, images: Pictures, config: TrainingConfig, processes: int) -> tuple[int, int]:
     first = images[0]
     height, width = call.image_size or first.shape[-2:]
     if tuple(first.shape[-2:]) != (height, width) or first.min() < 0 or first.max() > 1:
@@ -129,13 +152,13 @@ def _image_size(call: VisionCall, images: Dataset[Tensor], config: TrainingConfi
             f"{tuple(first.shape)} in [{first.min():.2f}, {first.max():.2f}]."
         )
     for stage in config.stages.values():
-        check_count(len(images), stage, processes)  # type: ignore[arg-type]
+        check_count(len(images), stage, processes)
     return height, width
 
 
 def _initial(
     call: VisionCall,
-    images: Dataset[Tensor],
+    images: Pictures,
     config: TrainingConfig,
     size: tuple[int, int],
     name: str,
@@ -205,23 +228,20 @@ def _without_mappers(psm: PSM) -> PSM:
     return alone
 
 
-def _digest(images: Any) -> str:
+def _digest(images: Pictures) -> str:
     """What the images are: their own ``digest``, or that of the first and the last and how many they are."""
-    if own := getattr(images, "digest", None):
-        return str(own)
+    if isinstance(images, Identified):
+        return images.digest
     ends = b"".join(image.detach().cpu().numpy().tobytes() for image in (images[0], images[len(images) - 1]))
     return f"{len(images)} images, {hashlib.sha256(ends).hexdigest()[:16]}"
 
 
 @contextmanager
 def _frozen(call: VisionCall) -> Iterator[None]:
-    """The encoder in eval mode, it and a linear embedding without parameter gradients; all is put back."""
-    modules: list[nn.Module] = [call.module]
-    if isinstance(linear := getattr(call.embed, "linear", None), nn.Module):
-        modules.append(linear)
-    modes = {m: m.training for module in modules for m in module.modules()}
-    wanted = {p: p.requires_grad for module in modules for p in module.parameters()}
-    for module in modules:
+    """The encoder and what its features are embedded by, in eval mode and without parameter gradients; all is put back."""
+    modes = {m: m.training for module in call.modules for m in module.modules()}
+    wanted = {p: p.requires_grad for module in call.modules for p in module.parameters()}
+    for module in call.modules:
         module.eval().requires_grad_(False)
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from fs_plugins.errors import SettingError
 from fs_plugins.noise import keyed
-from fs_plugins.psm import PSM, ResidualMapper
+from fs_plugins.psm import PSM
+from fs_plugins.psm.protocols import Calibrates, Denoises
+from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training import losses
 from fs_plugins.training.config import TrainingConfig
-from fs_plugins.training.data import batches, drawn, samples
+from fs_plugins.training.crew import Crew
+from fs_plugins.training.data import Pictures, batches, drawn, samples
 from fs_plugins.vision import VisionCall
 
 Terms = dict[str, Tensor]
@@ -23,30 +26,25 @@ Terms = dict[str, Tensor]
 
 
 class PurifierTerms(nn.Module):
-    """l_rb, l_mse and, of purifiers that have one, l_diff (eqs. 7 to 9).
-
-    Such a purifier has ``denoising_loss(clean, noise, level)``: (N, 3, H, W) images in [0, 1], standard normal noise of the
-    same shape, and (N,) uniform numbers in [0, 1) that choose a step of its diffusion; it returns a scalar.
-    """
+    """l_rb, l_mse and, of purifiers that have a loss of their own (``Denoises``), l_diff (eqs. 7 to 9)."""
 
     def __init__(self, psm: PSM, call: VisionCall, processes: int) -> None:
         super().__init__()
-        self.purifier: Any = psm.purifier
-        self.call = call
+        self.purifier = psm.purifier
+        self.road = FeatureSmoother(call, psm=psm, sigma=psm.config.sigma)
 
     def forward(self, clean: Tensor, noise: Tensor, sigma: float, level: Tensor) -> Terms:
         """(B, C, H, W) images in [0, 1], (B, n0, C, H, W) standard normal noise, (B,) in [0, 1) -> the terms."""
+        call, draws = self.road.call, noise.shape[1]
         with torch.no_grad():
-            reference = self.call.embed(self.call.encode(clean))
-        repeated = clean.repeat_interleave(noise.shape[1], 0)
-        purified = self.purifier(repeated + sigma * noise.flatten(0, 1), sigma)
+            reference = call.embed(call.encode(clean)).repeat_interleave(draws, 0)
+        repeated = clean.repeat_interleave(draws, 0)
+        purified = self.road.views(repeated, noise.flatten(0, 1), sigma)
         terms = {
-            "l_rb": losses.consistency(
-                self.call.embed(self.call.encode(purified)), reference.repeat_interleave(noise.shape[1], 0)
-            ),
+            "l_rb": losses.consistency(call.embed(call.encode(purified)), reference),
             "l_mse": losses.reconstruction(purified, repeated),
         }
-        if hasattr(self.purifier, "denoising_loss"):
+        if isinstance(self.purifier, Denoises):
             terms["l_diff"] = self.purifier.denoising_loss(clean, noise[:, 0], level)
         return terms
 
@@ -57,24 +55,22 @@ class MapperTerms(nn.Module):
     def __init__(self, psm: PSM, call: VisionCall, processes: int) -> None:
         super().__init__()
         self.psm = psm
-        self.call = call
+        self.road = FeatureSmoother(call, psm=psm, sigma=psm.config.sigma)
         self.average = _over_processes if processes > 1 else lambda mean: mean
 
     def forward(self, clean: Tensor, noise: Tensor, sigma: float, level: Tensor) -> Terms:
         """As for ``PurifierTerms``; ``level`` plays no part."""
-        psm = self.psm
+        call, draws, names = self.road.call, noise.shape[1], self.psm.mapped
         with torch.no_grad():
-            features = self.call.encode(clean)
-            reference = self.call.embed(features).repeat_interleave(noise.shape[1], 0)
-            noisy = clean.repeat_interleave(noise.shape[1], 0) + sigma * noise.flatten(0, 1)
-            noised = self.call.encode(psm.purify(noisy, sigma))
-        mapped = {name: psm.map(name, value, sigma) for name, value in noised.items()}
-        stats = [losses.statistics(mapped[name], features[name], self.average) for name in psm.mapped]
-        still = [losses.identity(psm.map(name, noised[name], 0.0) - noised[name]) for name in psm.mapped]
+            features = call.encode(clean)
+            reference = call.embed(features).repeat_interleave(draws, 0)
+            noisy = call.encode(self.road.views(clean.repeat_interleave(draws, 0), noise.flatten(0, 1), sigma))
+        mapped, still = self.road.mapped(noisy, sigma), self.road.mapped(noisy, 0.0)
+        stats = [losses.statistics(mapped[name], features[name], self.average) for name in names]
         return {
-            "l_rb": losses.consistency(self.call.embed(mapped), reference),
+            "l_rb": losses.consistency(call.embed(mapped), reference),
             "l_stats": torch.stack(stats).sum(),
-            "l_id": torch.stack(still).sum(),
+            "l_id": torch.stack([losses.identity(still[name] - noisy[name]) for name in names]).sum(),
         }
 
 
@@ -84,7 +80,7 @@ class Optimisation:
     Args:
         name: "purifier" or "mapper".
         psm: holds what is trained; of its part, those weights that are in its state (an adapter's, say, not its base's).
-        crew: an ``accelerate.Accelerator``, or ``Alone``.
+        crew: the processes that train together.
         kept: what ``state`` returned in an earlier life.
         workers: threads that load images and draw noise.
     """
@@ -94,9 +90,9 @@ class Optimisation:
         name: str,
         psm: PSM,
         call: VisionCall,
-        images: Any,
+        images: Pictures,
         config: TrainingConfig,
-        crew: Any,
+        crew: Crew,
         *,
         kept: dict[str, Any] | None = None,
         workers: int = 1,
@@ -218,41 +214,16 @@ class Optimisation:
             self.trained[key].copy_(value)
 
 
-class Alone:
-    """What is used of ``accelerate.Accelerator``, for one process in full precision without accelerate."""
-
-    process_index, num_processes, is_main_process = 0, 1, True
-    mixed_precision, scaler = "no", None
-
-    def prepare(self, *things: Any) -> tuple[Any, ...]:
-        return things
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def clip_grad_norm_(self, parameters: Any, most: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(list(parameters), most)
-
-    def reduce(self, value: Tensor, how: str) -> Tensor:
-        return value
-
-    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def wait_for_everyone(self) -> None: ...
-
-    def free_memory(self) -> None: ...
-
-
-def calibrate(psm: PSM, call: VisionCall, images: Any, config: TrainingConfig) -> None:
-    """Let mappers that can set their initial scale do so on the features of the first few noisy images."""
+def calibrate(psm: PSM, call: VisionCall, images: Pictures, config: TrainingConfig) -> None:
+    """Let mappers that can set their initial scale (``Calibrates``) do so on the first few images, made noisy."""
     clean = torch.stack([images[i] for i in range(min(len(images), 8))])
     noise = torch.randn(clean.shape, generator=keyed(config.seed, "calibration"))
     device = next(psm.mappers.parameters()).device
+    road = FeatureSmoother(call, psm=psm, sigma=config.sigma)
     with torch.no_grad():
-        features = call.encode(psm.purify((clean + config.sigma * noise).to(device), config.sigma))
+        features = call.encode(road.views(clean.to(device), noise.to(device)))
     for name, mapper in zip(psm.mapped, psm.mappers, strict=True):
-        if isinstance(mapper, ResidualMapper):
+        if isinstance(mapper, Calibrates):
             mapper.calibrate(features[name], config.sigma)
 
 

@@ -308,7 +308,8 @@ def test_batches_come_in_order_however_many_threads_read_them():
 
 
 def test_sigma_is_drawn_from_its_range_a_step_at_a_time(call):
-    from fs_plugins.training.stages import Alone, Optimisation
+    from fs_plugins.training.crew import Alone
+    from fs_plugins.training.stages import Optimisation
 
     def levels(first: int, steps: int = 20):
         chosen = config(sigma_range=(0.2, 0.5), purifier_stage=Stage(steps=steps, batch_size=2, draws=1))
