@@ -84,19 +84,26 @@ def image_size(vision: Any, space: PixelSpace | None = None) -> tuple[int, int] 
     return (int(size[0]), int(size[1])) if size else None
 
 
+PACKAGES = ("transformers", "accelerate", "peft", "bitsandbytes")
+"""What is installed where models of transformers run."""
+
+CLIP_VISION: dict[str, type[int] | type[str]] = {
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "patch_size": int,
+    "image_size": int,
+    "hidden_act": str,
+}
+"""What the family clip_vision says of itself; others say as much of this as their configuration has."""
+
+
 def architecture(vision: Any) -> dict[str, int | str]:
     """A vision configuration in the registry's words, as far as it has them."""
     family = "clip_vision" if vision.model_type == "clip_vision_model" else vision.model_type
     words: dict[str, int | str] = {"family": family}
-    for name in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "image_size",
-        "hidden_act",
-    ):
+    for name in CLIP_VISION:
         value = getattr(vision, name, None)
         if isinstance(value, int | str):
             words[name] = value

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
+from fs_plugins.adapters.hf import CLIP_VISION, PACKAGES, architecture, find, image_size, pixel_space
 from fs_plugins.adapters.hf_layouts import PatchBatch
 from torch import nn
 
@@ -33,6 +33,16 @@ ENCODERS = (
     Encoder(("CLIPVisionModel", "SiglipVisionModel"), module=None),
     Encoder(("Siglip2VisionModel",), module=None, patches=True),
 )
+
+
+@hookimpl
+def fs_packages() -> tuple[str, ...]:
+    return PACKAGES
+
+
+@hookimpl
+def fs_encoder_families() -> dict[str, dict[str, type[int] | type[str]]]:
+    return {"clip_vision": CLIP_VISION}
 
 
 @hookimpl

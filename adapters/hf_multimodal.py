@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fs_plugins.adapters.hf import architecture, find, image_size, pixel_space
+from fs_plugins.adapters.hf import PACKAGES, architecture, find, image_size, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
 from torch import nn
 
@@ -115,6 +115,11 @@ FAMILIES = (
     Family(("Qwen2VL", "Qwen2_5_VL", "Qwen3_5", "Glm4v"), {"visual": (merged, _BOTH)}),
     Family(("Qwen3VL",), {"visual": (deepstack, _BOTH)}),
 )
+
+
+@hookimpl
+def fs_packages() -> tuple[str, ...]:
+    return PACKAGES
 
 
 @hookimpl

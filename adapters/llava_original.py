@@ -12,6 +12,11 @@ from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, unwr
 
 
 @hookimpl
+def fs_packages() -> tuple[str, ...]:
+    return ("llava-torch", "transformers")
+
+
+@hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
     """LlavaLlama, LlavaMpt and LlavaMistral of the package llava: the selected layer, without the class token for "patch".
 

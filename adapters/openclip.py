@@ -13,6 +13,11 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 @hookimpl
+def fs_packages() -> tuple[str, ...]:
+    return ("open_clip_torch",)
+
+
+@hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
     """CLIP, CustomTextCLIP and CoCa of the package open_clip: the projected embedding, and CoCa's tokens beside it."""
     clip = unwrapped(model)

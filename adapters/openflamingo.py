@@ -10,6 +10,11 @@ from fs_plugins.vision import Readout, VisionCall, is_a, unwrapped
 
 
 @hookimpl
+def fs_packages() -> tuple[str, ...]:
+    return ("open_flamingo", "open_clip_torch")
+
+
+@hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
     """Flamingo of the package open_flamingo: item 1 of the tower's answer, the tokens of each of b * T * F frames.
 

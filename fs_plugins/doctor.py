@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 
 from torch import nn
 
@@ -14,29 +14,26 @@ from fs_plugins.hooks import DISABLE, GROUP, disabled, new_manager, plugin_manag
 from fs_plugins.plugins import claims, known_encoders
 from fs_plugins.vision import VisionCall
 
-FRAMEWORKS = (
-    "fs-plugins",
-    "torch",
-    "transformers",
-    "open_clip_torch",
-    "open_flamingo",
-    "llava-torch",
-    "diffusers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-)
+OWN = ("fs-plugins", "torch", "diffusers")
+"""Distributions that are looked for whatever plugins there are."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry of the group ``fs_plugins``. ``problem`` says why it is not in use, if it is not."""
+    """One entry of the group ``fs_plugins``.
+
+    Args:
+        hooks: those that it implements.
+        problem: why it is not in use, if it is not.
+        packages: the distributions that it is for, by its own word.
+    """
 
     name: str
     distribution: str
     location: str
     hooks: tuple[str, ...]
     problem: str | None = None
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,9 @@ class Diagnosis:
 
 
 def frameworks() -> dict[str, str | None]:
-    """Python and the frameworks that matter here -> version, None where it is not installed."""
+    """Python, fs-plugins, what it is built on and what its plugins are for -> version, None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in FRAMEWORKS:
+    for name in (*OWN, *(package for plugin in plugins() for package in plugin.packages)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -74,22 +71,22 @@ def frameworks() -> dict[str, str | None]:
 
 def plugins() -> list[Plugin]:
     """Every plugin that is installed, each loaded on its own so that a broken one hides no other."""
-    found = []
-    for point in entry_points(group=GROUP):
-        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
-        if point.name in disabled():
-            found.append(Plugin(point.name, origin, point.value, (), f"turned off by {DISABLE}"))
-            continue
-        try:
-            plugin = point.load()
-            manager = new_manager()
-            register(manager, plugin, point.name)
-        except Exception as error:
-            found.append(Plugin(point.name, origin, point.value, (), f"{type(error).__name__}: {error}"))
-            continue
-        hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
-        found.append(Plugin(point.name, origin, getattr(plugin, "__file__", None) or point.value, hooks))
-    return found
+    return [_plugin(point) for point in entry_points(group=GROUP)]
+
+
+def _plugin(point: EntryPoint) -> Plugin:
+    origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    if point.name in disabled():
+        return Plugin(point.name, origin, point.value, (), f"turned off by {DISABLE}")
+    try:
+        plugin = point.load()
+        manager = new_manager()
+        register(manager, plugin, point.name)
+        packages = tuple(name for answer in manager.hook.fs_packages() for name in answer)
+    except Exception as error:
+        return Plugin(point.name, origin, point.value, (), f"{type(error).__name__}: {error}")
+    hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
+    return Plugin(point.name, origin, getattr(plugin, "__file__", None) or point.value, hooks, packages=packages)
 
 
 def diagnose(model: nn.Module) -> Diagnosis:

@@ -7,7 +7,7 @@ the entry-point group ``fs_plugins`` of its distribution. The adapters that ship
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -127,6 +127,31 @@ def fs_registries() -> Sequence[Path]:
     user's file and before the one that ships.
 
     :returns: paths of YAML files; folders inside them are relative to the file.
+
+    .. versionadded:: 0.1
+    """
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def fs_encoder_families() -> dict[str, Mapping[str, type[int] | type[str]]]:
+    """Say what a registry has to tell of an encoder's architecture, by family: ``VisionCall.architecture["family"]``.
+
+    An entry of such a family that leaves something out, or says something else, is refused when it is read; one of a
+    family that nobody describes is taken as it is, and an encoder is then not recognised if the entry is wrong.
+
+    :returns: family -> all that ``VisionCall.architecture`` says beside the family, each ``int`` or ``str``.
+
+    .. versionadded:: 0.1
+    """
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def fs_packages() -> Sequence[str]:
+    """Name the packages that your plugin is for: ``fs-plugins doctor`` lists their versions, or that they are missing.
+
+    :returns: names of distributions, as pip knows them.
 
     .. versionadded:: 0.1
     """

@@ -79,7 +79,24 @@ def _ask(name: str, claim: Callable[[nn.Module], Any], model: nn.Module) -> tupl
 def known_encoders() -> registry.Registry:
     """The user's registry, then those of plugins, then the one that ships: the first that has a name wins."""
     plugins = [Path(path) for answer in plugin_manager().hook.fs_registries() for path in answer]
-    return registry.Registry([*registry.user_files(), *plugins, registry.shipped_path()])
+    return registry.Registry([*registry.user_files(), *plugins, registry.shipped_path()], encoder_families())
+
+
+def encoder_families() -> dict[str, Mapping[str, type[int] | type[str]]]:
+    """Families of encoders that plugins describe -> what a registry has to say of their architecture.
+
+    Raises:
+        PluginError: a plugin fails, answers nonsense, or describes a family that another one does.
+    """
+    fields = "what it says, each int or str"
+    return provided("fs_encoder_families", "architecture", fields, _NO_FAMILIES, _describes)
+
+
+_NO_FAMILIES: Mapping[str, Mapping[str, type[int] | type[str]]] = {}
+
+
+def _describes(given: object) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(name, str) and given[name] in (int, str) for name in given)
 
 
 def plugin_parts() -> dict[str, Any]:

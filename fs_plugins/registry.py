@@ -5,190 +5,32 @@ An encoder is found by what it *is*: its architecture, and a fingerprint of its 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fs_plugins import sources
 from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
 from fs_plugins.files import filling
-from fs_plugins.identity import fingerprint, same_encoder
+from fs_plugins.identity import fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
-from fs_plugins.sources import Source, checksum
+from fs_plugins.registry_entries import Entry, Families, PSMEntry, PurifierEntry, Trained
+from fs_plugins.registry_files import USER as USER
+from fs_plugins.registry_files import load as load
+from fs_plugins.registry_files import put as put
+from fs_plugins.registry_files import shipped_path as shipped_path
+from fs_plugins.registry_files import user_files as user_files
+from fs_plugins.registry_files import user_path as user_path
+from fs_plugins.sources import checksum
 from fs_plugins.vision import VisionCall
-
-USER = "FS_PLUGINS_REGISTRY"
-"""Environment variable: the user's registry file."""
 
 STAND_IN = "photo"
 """The purifier that serves encoders without a PSM of their own."""
-
-_CLIP_VISION = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size", "hidden_act",
-)  # fmt: skip
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Architecture(BaseModel):
-    """What kind of network the encoder is, in its adapter's words (``VisionCall.architecture``)."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, int | str]
-
-    family: str
-
-    @model_validator(mode="after")
-    def _whole(self) -> Architecture:
-        said = self.__pydantic_extra__
-        wrong = said.keys() ^ set(_CLIP_VISION)
-        wrong |= {key for key, value in said.items() if isinstance(value, str) != (key == "hidden_act")}
-        if self.family == "clip_vision" and wrong:
-            raise ValueError(
-                f"{', '.join(sorted(wrong))}: clip_vision has {', '.join(_CLIP_VISION)}; all but the last are numbers"
-            )
-        return self
-
-
-class Preprocessing(_Strict):
-    """How images become the encoder's pixels, in [0, 1] units."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bicubic", "bilinear"] | None = None
-
-
-class Weights(_Strict):
-    """Where the encoder's weights come from."""
-
-    source: Literal["shipped", "folder", "hub"]
-    location: str
-    format: Literal["transformers", "open_clip"] = "transformers"
-    training: str | None = None
-
-
-class Trained(Source):
-    """A trained PSM or purifier and where it is, or the statement that there is none yet.
-
-    ``sigma`` is what it serves at when nobody asks for another within ``sigma_range``.
-    """
-
-    sigma: float | None = None
-    sigma_range: tuple[float, float] | None = None
-    licence: str | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Trained:
-        if self.trained != (self.sigma is not None):
-            raise ValueError(f"sigma {self.sigma} does not go with state: {self.state}")
-        if self.sigma_range is not None and not (
-            self.sigma is not None and 0 < self.sigma_range[0] <= self.sigma <= self.sigma_range[1]
-        ):
-            raise ValueError(f"sigma_range {list(self.sigma_range)} does not hold sigma {self.sigma}")
-        return self
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """The sigmas that something trained serves at."""
-        assert self.sigma is not None
-        return self.sigma_range or (self.sigma, self.sigma)
-
-    def covers(self, sigma: float | None) -> bool:
-        """Whether it is trained and serves at this sigma; None asks for any."""
-        return self.trained and (sigma is None or self.span[0] - 1e-9 <= sigma <= self.span[1] + 1e-9)
-
-    @property
-    def sigmas(self) -> str:
-        """The sigmas it serves at, in words."""
-        if not self.trained:
-            return ""
-        low, high = self.span
-        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-    @property
-    def origin(self) -> str:
-        """Where it comes from, in words."""
-        at = f"@{self.revision[:7]}" if self.revision else ""
-        return f"{self.state} {self.path}{at}" if self.trained else self.state
-
-
-class PSMEntry(Trained):
-    """A PSM for one readout of the encoder."""
-
-    readout: str
-
-
-class PurifierEntry(Trained):
-    """A purifier for any encoder: a PSM without mappers, or guided-diffusion's public checkpoint (.pt).
-
-    Args:
-        kind, args: as in a PSM's config.json.
-    """
-
-    kind: str
-    args: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _readable(self) -> PurifierEntry:
-        if self.one_file and self.kind != "diffusion":
-            raise ValueError("a .pt file is read for kind: diffusion only; give the folder of a PSM")
-        return self
-
-
-class Entry(_Strict):
-    """One encoder. ``psm_of`` names the entry whose PSMs it uses unchanged (FARE and TeCoA use the vanilla one's)."""
-
-    kind: Literal["vanilla", "fare", "tecoa"]
-    used_by: tuple[str, ...] = ()
-    architecture: Architecture
-    weights: Weights
-    preprocessing: Preprocessing
-    fingerprint: tuple[float, ...] | Literal["unverified"]
-    psms: tuple[PSMEntry, ...] = ()
-    psm_of: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Entry:
-        if bool(self.psms) == (self.psm_of is not None):
-            raise ValueError("give either psms or psm_of")
-        return self
-
-    @property
-    def verified(self) -> bool:
-        """Whether its fingerprint is known."""
-        return self.fingerprint != "unverified"
-
-    def has(self, weights: Sequence[float] | str) -> bool:
-        """Whether its fingerprint is known to be of these weights."""
-        own = self.fingerprint
-        if isinstance(own, str) or isinstance(weights, str) or len(own) != len(weights):
-            return False
-        return same_encoder(own, weights)
-
-
-class _File(_Strict):
-    version: Literal[1]
-    encoders: dict[str, Entry] = Field(default_factory=dict)
-    purifiers: dict[str, PurifierEntry] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _references(self) -> _File:
-        for name, entry in self.encoders.items():
-            if entry.psm_of is not None and entry.psm_of not in self.encoders:
-                raise ValueError(f"{name}.psm_of names {entry.psm_of!r}, which is no entry")
-        if both := self.encoders.keys() & self.purifiers.keys():
-            raise ValueError(f"{', '.join(both)} is the name of an encoder and of a purifier")
-        return self
 
 
 @dataclass(frozen=True)
@@ -260,14 +102,19 @@ class Registry:
     """Encoders and purifiers by name, from one or several files; the first file that has a name wins.
 
     ``files`` has all files that define a name, the winner first.
+
+    Args:
+        files: the first has the first word.
+        families: what the architectures of known families must say; plugins know
+            (``fs_plugins.plugins.encoder_families``).
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], families: Families | None = None) -> None:
         self.entries: dict[str, Entry] = {}
         self.purifiers: dict[str, PurifierEntry] = {}
         self.files: dict[str, list[Path]] = {}
         for path in dict.fromkeys(files):
-            content = load(path)
+            content = load(path, families)
             for name in (*content.encoders, *content.purifiers):
                 self.files.setdefault(name, []).append(path)
             self.entries |= {name: e for name, e in content.encoders.items() if self.files[name] == [path]}
@@ -466,75 +313,7 @@ def _convert(entry: PurifierEntry, checkpoint: Path, folder: Path) -> None:
         psm.save_pretrained(fresh)
 
 
-def load(path: Path) -> _File:
-    """Read and validate one registry file.
-
-    Raises:
-        RegistryError: unreadable, not YAML, an unknown key or a wrong type, with its place in the file.
-    """
-    return _valid(_read(path), path)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text()) or {"version": 1}  # an empty file is an empty registry
-    except OSError as error:
-        raise RegistryError(f"Cannot read the registry {path}: {error}.") from None
-    except yaml.YAMLError as error:
-        raise RegistryError(f"The registry {path} is not YAML: {error}") from None
-
-
-def _valid(data: Any, path: Path) -> _File:
-    try:
-        return _File.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()[:5])
-        raise RegistryError(f"The registry {path} breaks its schema: {problems}.") from None
-
-
-def put(path: Path, section: Literal["encoders", "purifiers"], name: str, entry: dict[str, Any]) -> None:
-    """Put an entry at the top of a file's section, in place of any of its name; the file is replaced whole.
-
-    Comments in the file are lost.
-
-    Raises:
-        RegistryError: the file, or the entry, breaks the schema; the file is as it was.
-    """
-    path = path.resolve()
-    if not path.is_file():
-        raise RegistryError(f"{path} is no file to write a registry to.")
-    data = _read(path)
-    _valid(data, path)
-    for entries in (data.get("encoders", {}), data.get("purifiers", {})):
-        entries.pop(name, None)
-    data[section] = {name: entry, **data.get(section, {})}
-    _valid(data, path)
-    with filling(path.parent) as fresh:
-        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
-        (fresh / path.name).write_text(text)
-
-
-def user_path() -> Path:
-    """The user's registry file: FS_PLUGINS_REGISTRY, or ~/.config/fs-plugins/registry.yaml."""
-    if given := os.environ.get(USER):
-        return Path(given).expanduser().absolute()
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return folder / "fs-plugins" / "registry.yaml"
-
-
-def user_files() -> list[Path]:
-    """The user's registry file, if there is one; what FS_PLUGINS_REGISTRY names has to be there, if only as /dev/null."""
-    path = user_path()
-    return [path] if path.exists() or os.environ.get(USER) else []
-
-
-def shipped_path() -> Path:
-    """registry.yaml: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).parent
-    inside = package / "registry.yaml"
-    return inside if inside.exists() else package.parent / "registry.yaml"
-
-
 @cache
 def shipped() -> Registry:
+    """The registry that ships, alone."""
     return Registry([shipped_path()])

@@ -20,6 +20,9 @@ def told(*arguments: str) -> str:
 
 def test_frameworks_are_told_with_versions_or_their_absence():
     found = doctor.frameworks()
+    assert list(found)[:3] == ["python", "fs-plugins", "torch"]
+    adapters_are_for = {"transformers", "open_clip_torch", "open_flamingo", "llava-torch", "peft", "accelerate"}
+    assert adapters_are_for | {"bitsandbytes", "diffusers"} <= set(found)
     assert found["torch"] == importlib.metadata.version("torch")
     assert found["transformers"] == importlib.metadata.version("transformers")
     if "open_flamingo" not in {d.metadata["Name"] for d in importlib.metadata.distributions()}:
@@ -31,7 +34,7 @@ def test_the_adapters_that_ship_are_listed_with_their_files():
     listed = {plugin.name: plugin for plugin in doctor.plugins()}
     assert {"hf_clip", "hf_multimodal", "openclip", "openflamingo", "llava_original"} <= set(listed)
     assert listed["openclip"].location.endswith("openclip.py")
-    assert listed["openclip"].hooks == ("fs_vision_call",)
+    assert listed["openclip"].hooks == ("fs_packages", "fs_vision_call")
     assert listed["openclip"].distribution.startswith("fs-plugins ")
     assert all(plugin.problem is None for plugin in listed.values())
 

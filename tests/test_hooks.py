@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import pickle
 import re
 import types
@@ -13,7 +14,7 @@ from PIL import Image
 from support import TinyEncoder, make_psm, plugin, tiny_call
 
 import fs_plugins
-from fs_plugins import ModelError, PluginError, SettingError, hooks
+from fs_plugins import ModelError, PluginError, RegistryError, SettingError, doctor, hooks
 from fs_plugins.attacks import METHODS, Ascent, attack, known_attacks
 from fs_plugins.evaluation.datasets import Dataset, Reader, open_dataset, sample_of
 from fs_plugins.evaluation.judges import judge
@@ -265,6 +266,59 @@ def test_fs_registries_add_entries(manager, tmp_path):
     (tmp_path / "more.yaml").write_text(shipped.replace("  llava-1.5:", "  mine:"))
     hooks.register(manager, plugin(fs_registries=lambda: [tmp_path / "more.yaml"]), "more")
     assert "mine" in known_encoders().entries
+
+
+def entry_of(**architecture):
+    """A registry file's text with one encoder of another family."""
+    psm = {"readout": "tokens", "state": "not trained yet"}
+    entry = {
+        "kind": "mine",
+        "architecture": architecture,
+        "weights": {"source": "hub", "location": "someone/eye"},
+        "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        "fingerprint": "unverified",
+        "psms": [psm],
+    }
+    return json.dumps({"version": 1, "encoders": {"mine": entry}})
+
+
+def test_fs_encoder_families_say_what_a_registry_has_to_tell(manager, monkeypatch, tmp_path):
+    path = tmp_path / "mine.yaml"
+    monkeypatch.setenv("FS_PLUGINS_REGISTRY", str(path))
+    path.write_text(entry_of(family="eye", lenses=2))
+    assert "mine" in known_encoders().entries, "a family that nobody describes is taken as it is"
+    eye = plugin(fs_encoder_families=lambda: {"eye": {"lenses": int, "glass": str}})
+    hooks.register(manager, eye, "eye")
+    path.write_text(entry_of(family="eye", lenses=2, glass="flint"))
+    assert known_encoders().entries["mine"].architecture.model_dump()["glass"] == "flint"
+    for wrong in ({"lenses": 2}, {"lenses": 2, "glass": 3}, {"lenses": 2, "glass": "flint", "colour": "red"}):
+        path.write_text(entry_of(family="eye", **wrong))
+        with pytest.raises(RegistryError, match=r"(glass|colour): eye has lenses \(a number\), glass \(a word\)"):
+            known_encoders()
+
+
+def test_fs_encoder_families_that_are_none_or_taken_are_refused(manager):
+    for answer, told in (
+        ({"clip_vision": {"width": int}}, "'mine' provides an architecture 'clip_vision', and so does hf_clip"),
+        (
+            {"eye": {"width": float}},
+            "'mine' must answer fs_encoder_families with name -> what it says, each int or str",
+        ),
+    ):
+        hooks.register(manager, plugin(fs_encoder_families=lambda answer=answer: answer), "mine")
+        with pytest.raises(PluginError, match=told):
+            known_encoders()
+        manager.unregister(name="mine")
+
+
+def test_fs_packages_are_listed_by_doctor(monkeypatch):
+    module = plugin(fs_packages=lambda: ["pluggy", "flux-capacitor"])
+    point = types.SimpleNamespace(name="mine", value="mine", dist=None, load=lambda: module)
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [point])
+    found = doctor.frameworks()
+    assert found["pluggy"] == importlib.metadata.version("pluggy")
+    assert found["flux-capacitor"] is None
+    assert "transformers" not in found, "only what plugins are for"
 
 
 def test_fs_after_smoothing_observes_every_call(manager, llava, images):

@@ -17,7 +17,7 @@ FLOORS = (
     ("sources", "psm"),
     ("smoothing",),
     ("patch",),
-    ("hooks", "registry", "state"),
+    ("hooks", "registry", "registry_entries", "registry_files", "state"),
     ("plugins",),
     ("choice",),
     ("certificates", "attacks"),

@@ -32,7 +32,7 @@ from fs_plugins import PSM, FSPluginsWarning, PSMError, RegistryError, hooks, re
 from fs_plugins.choice import find_psm
 from fs_plugins.cli import app
 from fs_plugins.identity import fingerprint
-from fs_plugins.plugins import known_encoders
+from fs_plugins.plugins import encoder_families, known_encoders
 from fs_plugins.psm import PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
 from fs_plugins.smoothing import FeatureSmoother
@@ -203,7 +203,24 @@ def test_schema_violations_are_refused_with_their_place(tmp_path, change, messag
     data = copy.deepcopy(DATA)
     change(data)
     with pytest.raises(RegistryError, match=message):
-        registry.load(write(tmp_path / "r.yaml", data))
+        registry.load(write(tmp_path / "r.yaml", data), encoder_families())
+
+
+def test_kinds_are_words_and_others_may_have_their_own(tmp_path):
+    data = copy.deepcopy(DATA)
+    data["encoders"]["fare4-clip"]["kind"] = "sim-clip"
+    assert registry.load(write(tmp_path / "r.yaml", data)).encoders["fare4-clip"].kind == "sim-clip"
+    for kind in ("FARE", "4", "", "two words"):
+        data["encoders"]["fare4-clip"]["kind"] = kind
+        with pytest.raises(RegistryError, match=r"encoders\.fare4-clip\.kind"):
+            registry.load(write(tmp_path / "r.yaml", data))
+
+
+def test_an_architecture_of_a_family_that_nobody_describes_is_taken_as_it_is(tmp_path):
+    data = copy.deepcopy(DATA)
+    data["encoders"]["demo-clip"]["architecture"] = {"family": "eye", "lenses": 2}
+    found = registry.load(write(tmp_path / "r.yaml", data), encoder_families())
+    assert found.encoders["demo-clip"].architecture.model_dump() == {"family": "eye", "lenses": 2}
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -212,6 +229,9 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("encoders: [")
     with pytest.raises(RegistryError, match="not YAML"):
         registry.load(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes("# é".encode("latin-1"))
+    with pytest.raises(RegistryError, match="not text in UTF-8"):
+        registry.load(tmp_path / "latin.yaml")
 
 
 def test_a_psm_given_by_hand_for_a_lora_or_foreign_encoder_warns(llava, tmp_path):

@@ -134,14 +134,13 @@ def add(
 ) -> None:
     """Put a trained PSM at the top of your registry file, where psm="auto" finds it. Comments in the file are lost."""
     with errors_for_people():
-        from fs_plugins import registry
-        from fs_plugins.plugins import plugin_parts
+        from fs_plugins import files, registry
+        from fs_plugins.plugins import encoder_families, plugin_parts
         from fs_plugins.psm import PSM
 
         path = registry.user_path()
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            files.replace(path, "")
         known = _known()
         where = _source(psm, sha256)
         found = PSM.from_pretrained(where.fetch(Path(), f"The PSM {psm!r}"), **plugin_parts())
@@ -156,7 +155,7 @@ def add(
         if config.readouts:
             entry = _encoder(known, encoder, found) | {"fingerprint": list(config.fingerprint)}
             entry["psms"] = [{"readout": readout.name, **facts} for readout in config.readouts]
-            registry.put(path, "encoders", name, entry)
+            registry.put(path, "encoders", name, entry, encoder_families())
         elif config.purifier is not None:
             registry.put(path, "purifiers", name, {"kind": config.purifier.kind, **facts})
         else:
