@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -10,7 +11,9 @@ from support import command_line
 from typer.testing import CliRunner
 
 from fs_plugins.cli import app
+from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.suites import DEFENCES
+from fs_plugins.files import locked
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,33 @@ def test_zero_shot_clip_is_evaluated_by_class_names(tmp_path):
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]["table3"]
     assert rows[0]["n"] == 4
+
+
+def test_settings_come_from_a_file_and_flags_win(tmp_path):
+    (tmp_path / "run.yaml").write_text("suite: [table3]\nimages: 4\nsteps: 1\nquick: true\nfare: none\ntecoa: none\n")
+    command = ["evaluate", "--config", str(tmp_path / "run.yaml"), "--images", "3", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]["table3"]
+    assert rows[0]["n"] == 3
+    assert Results(tmp_path / "out").plan.setup.steps == 1
+    (tmp_path / "run.yaml").write_text("stepps: 1\n")
+    wrong = CliRunner().invoke(app, command)
+    assert wrong.exit_code == 2
+    assert "there is no setting 'stepps'" in " ".join(wrong.output.split())
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "{pictures}"]])
+def test_a_second_process_is_told_who_has_the_folder(tmp_path, data):
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
+    given = [one.format(pictures=tmp_path / "pictures") for one in data]
+    with locked(tmp_path / "out", "this test"):
+        command = ["evaluate", "--suite", "table1", "--quick", "--images", "2", "--out", str(tmp_path / "out"), *given]
+        result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert f"is in use by process {os.getpid()}" in " ".join(result.output.split())
 
 
 @pytest.mark.slow
