@@ -2,6 +2,19 @@
 
 from fs_plugins.psm.bundle import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.psm.mapper import ResidualMapper
+from fs_plugins.psm.protocols import Calibrates, Denoises, Mapper, Purifier
 from fs_plugins.psm.purifier import PAPER_UNET, UNetPurifier
 
-__all__ = ["PAPER_UNET", "PSM", "PSMConfig", "Part", "ReadoutSpec", "ResidualMapper", "UNetPurifier"]
+__all__ = [
+    "PAPER_UNET",
+    "PSM",
+    "Calibrates",
+    "Denoises",
+    "Mapper",
+    "PSMConfig",
+    "Part",
+    "Purifier",
+    "ReadoutSpec",
+    "ResidualMapper",
+    "UNetPurifier",
+]

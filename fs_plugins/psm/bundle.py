@@ -6,8 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fs_plugins.errors import PSMError
+from fs_plugins.files import filling
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
+from fs_plugins.psm.protocols import Mapper, Purifier
 from fs_plugins.psm.purifier import UNetPurifier
-from fs_plugins.sources import CONFIG_NAME, WEIGHTS_NAME, checksum, psm_folder
+from fs_plugins.sources import CONFIG_NAME, WEIGHTS_NAME, psm_folder
 
 if TYPE_CHECKING:
     from fs_plugins.vision import VisionCall
@@ -98,7 +98,8 @@ _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
 def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Module:
     if part.kind not in known:
         raise PSMError(
-            f"No {what} of kind {part.kind!r} is known; known are {sorted(known)}. Is the plugin that provides it installed?"
+            f"No {what} of kind {part.kind!r} is known; known are {sorted(known)}. Is the plugin that provides it "
+            "installed?"
         )
     try:
         return known[part.kind](**part.args)
@@ -195,8 +196,15 @@ class PSM(nn.Module):
                     f"this model's is {_shape(tokens, readout.width)}."
                 )
 
+    def files(self, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
+        """What ``psm.safetensors`` and then ``config.json`` hold, by their names; see ``save_pretrained``."""
+        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        data = save(weights, metadata={"format": "pt"})
+        config = self.config.model_copy(update={"weights_sha256": _sha256(data)})
+        return {WEIGHTS_NAME: data, CONFIG_NAME: f"{config.model_dump_json(indent=2)}\n".encode()}
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``psm.safetensors``; the folder is replaced whole or not at all.
+        """Write ``config.json`` and ``psm.safetensors``, each in its place once both are on disk; other files stay.
 
         ``dtype=torch.float16`` halves the file; weights are loaded as fp32 whatever they are stored as.
 
@@ -206,29 +214,10 @@ class PSM(nn.Module):
         target = Path(folder)
         if target.exists() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
             raise PSMError(f"{target} exists and is not a PSM folder; choose another or empty it.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-            save_file(weights, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-            config = self.config.model_copy(update={"weights_sha256": checksum(fresh, (WEIGHTS_NAME,))})
-            (fresh / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n")
-            fresh.chmod(0o755)
-            (fresh / WEIGHTS_NAME).chmod(0o644)
-            kept = (
-                [path for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME)]
-                if target.exists()
-                else []
-            )
-            for path in kept:
-                shutil.copy2(path, fresh / path.name)
-            old = fresh.with_name(fresh.name + "-old")
-            if target.exists():
-                os.replace(target, old)
-            os.replace(fresh, target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        contents = self.files(dtype=dtype)
+        with filling(target) as fresh:
+            for name, data in contents.items():
+                (fresh / name).write_bytes(data)
 
     @classmethod
     def from_pretrained(
@@ -269,7 +258,7 @@ class PSM(nn.Module):
         return psm
 
 
-def _at_most_fp32(part: nn.Module, value: Tensor, sigma: float) -> Tensor:
+def _at_most_fp32(part: Purifier | Mapper, value: Tensor, sigma: float) -> Tensor:
     """A part's answer in the value's type; parts do not work in fp64, encoders may."""
     return part(value.float(), sigma).double() if value.dtype == torch.float64 else part(value, sigma)
 
