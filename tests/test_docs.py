@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import fs_plugins
-from fs_plugins import evaluation, hooks, training
+from fs_plugins import hooks
 from fs_plugins.demo import assets, world
 from fs_plugins.evaluation.datasets import open_dataset
 from fs_plugins.settings import build, read
@@ -86,7 +86,8 @@ def test_settings_in_a_file_are_settings(code, tmp_path):
         assert yaml.safe_load(code)["version"] == 1
         return
     (tmp_path / "settings.yaml").write_text(code)
-    kind = {"evaluate": evaluation, "train": training}[command[1]].Settings
+    package = {"evaluate": "evaluation", "train": "training"}[command[1]]
+    kind = importlib.import_module(f"fs_plugins.{package}.settings").Settings
     assert build(kind, read(kind, tmp_path / "settings.yaml"))
 
 
