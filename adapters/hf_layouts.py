@@ -1,4 +1,4 @@
-"""How some families of transformers hold images: Mllama's tiles, Pixtral's packed sequence, rows and batches of patches.
+"""How families of transformers hold images: Mllama's tiles, Pixtral's packed sequence, rows and batches of patches.
 
 Shapes as in ``fs_plugins.layouts``; P is the side of a patch.
 """

@@ -18,7 +18,7 @@ def fs_packages() -> tuple[str, ...]:
 
 @hookimpl
 def fs_vision_call(model: nn.Module) -> VisionCall | None:
-    """LlavaLlama, LlavaMpt and LlavaMistral of the package llava: the selected layer, without the class token for "patch".
+    """LlavaLlama, LlavaMpt and LlavaMistral of the package llava: the selected layer, without class token for "patch".
 
     Its tower's ``forward`` is decorated with ``no_grad``, so the tower is the gradient scope.
 

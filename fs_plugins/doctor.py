@@ -59,7 +59,7 @@ class Diagnosis:
 
 
 def frameworks() -> dict[str, str | None]:
-    """Python, fs-plugins, what it is built on and what its plugins are for -> version, None where it is not installed."""
+    """Python, fs-plugins, what it is built on and what plugins are for -> version, None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in (*OWN, *(package for plugin in plugins() for package in plugin.packages)):
         try:

@@ -32,8 +32,8 @@ def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[Visi
     if not found:
         asked = adapter or ", ".join(sorted(names))
         raise ModelError(
-            f"No adapter claims {kind} (asked: {asked}). docs/how-to/write-an-adapter.md shows how to write one, in about "
-            "40 lines."
+            f"No adapter claims {kind} (asked: {asked}). docs/how-to/write-an-adapter.md shows how to write one, in "
+            "about 40 lines."
         )
     if len(found) > 1:
         raise ModelError(
@@ -145,8 +145,9 @@ def provided(
             if other := owners.get(name):
                 article = "an" if noun[0] in "aeiou" else "a"
                 raise PluginError(
-                    f"Plugin {plugin!r} provides {article} {noun} {name!r}, and so does {other}. A name has one meaning "
-                    f"in every result file: rename the plugin's {noun}, or turn a plugin off with {DISABLE}=<its name>."
+                    f"Plugin {plugin!r} provides {article} {noun} {name!r}, and so does {other}. A name has one "
+                    f"meaning in every result file: rename the plugin's {noun}, or turn a plugin off with "
+                    f"{DISABLE}=<its name>."
                 )
             found[name], owners[name] = given, plugin
     return found

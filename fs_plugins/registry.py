@@ -56,8 +56,8 @@ class Match:
         borrowed = f" of {self.psm_name}, used unchanged" if self.name != self.psm_name else ""
         passed_over = f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else ""
         return (
-            f"{self.name} (by its {how}): PSM{borrowed}, {self.psm.readout}, sigma {self.psm.sigmas}, {self.psm.origin}, "
-            f"as {self.file} says{passed_over}"
+            f"{self.name} (by its {how}): PSM{borrowed}, {self.psm.readout}, sigma {self.psm.sigmas}, "
+            f"{self.psm.origin}, as {self.file} says{passed_over}"
         )
 
 
@@ -83,9 +83,9 @@ class StandIn:
             "pass psm=FOLDER."
         )
         return (
-            f"{self.reason} The purifier {self.name!r} stands in, without a mapper: it knows pictures, not this encoder, so accuracy "
-            f"and certificates are usually lower than with a PSM of its own. {exact} psm={self.name!r} is the same without this "
-            "warning."
+            f"{self.reason} The purifier {self.name!r} stands in, without a mapper: it knows pictures, not this "
+            f"encoder, so accuracy and certificates are usually lower than with a PSM of its own. {exact} "
+            f"psm={self.name!r} is the same without this warning."
         )
 
 
@@ -140,8 +140,16 @@ class Registry:
                 found[other] = both
         return found
 
+    def notes(self, name: str) -> list[str]:
+        """What of an entry is not in use, in sentences without their subject."""
+        first, *hidden = self.files[name]
+        others = self.passed_over(name) if name in self.entries else {}
+        return [f"{first} hides what {file} says of it" for file in hidden] + [
+            f"{other} comes first for {', '.join(readouts)} of the same weights" for other, readouts in others.items()
+        ]
+
     def recognise(self, call: VisionCall) -> list[str]:
-        """Names of the entries with this encoder's weights; else of those of its architecture that nobody could verify."""
+        """Names of the entries with this encoder's weights; else of those of its architecture that nobody verified."""
         alike = [
             name for name, entry in self.entries.items() if entry.architecture.model_dump() == dict(call.architecture)
         ]
@@ -282,10 +290,10 @@ class Registry:
         architecture = ", ".join(f"{key} {value}" for key, value in call.architecture.items())
         known = f"It has the architecture of {', '.join(names)}. " if names else ""
         return (
-            f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. {known}"
-            f"Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
-            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) for "
-            "plain smoothing."
+            f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. "
+            f"{known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
+            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) "
+            "for plain smoothing."
         )
 
 

@@ -91,7 +91,7 @@ def user_path() -> Path:
 
 
 def user_files() -> list[Path]:
-    """The user's registry file, if there is one; what FS_PLUGINS_REGISTRY names has to be there, if only as /dev/null."""
+    """The user's registry file, if there is one; what FS_PLUGINS_REGISTRY names has to be there, if only /dev/null."""
     path = user_path()
     return [path] if path.exists() or os.environ.get(USER) else []
 

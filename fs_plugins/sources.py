@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.error import URLError
 from urllib.request import HTTPRedirectHandler, build_opener
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fs_plugins.errors import PSMError, RegistryError
 from fs_plugins.files import filling
@@ -84,7 +84,11 @@ class Source(BaseModel):
         return str(self.path).endswith(".pt")
 
     def here(self, root: Path) -> Path | None:
-        """The folder that has its files on this machine, unverified; None if it is elsewhere. ``root``: the registry's folder."""
+        """The folder that has its files on this machine, unverified; None if it is elsewhere.
+
+        Args:
+            root: the registry's folder.
+        """
         folder = None
         if self.state == "hub":
             from huggingface_hub import try_to_load_from_cache
@@ -118,8 +122,8 @@ class Source(BaseModel):
             if variable := offline():
                 into = f" to {cache() / str(self.sha256)}" if self.state == "url" else ""
                 raise RegistryError(
-                    f"{what} is not on this machine, and while {variable} is set nothing is fetched. Unset it, or bring "
-                    f"{' and '.join(self.names)} of {self.path}{into}."
+                    f"{what} is not on this machine, and while {variable} is set nothing is fetched. Unset it, or "
+                    f"bring {' and '.join(self.names)} of {self.path}{into}."
                 )
             again = folder is not None
             folder = (
@@ -128,9 +132,9 @@ class Source(BaseModel):
             found = checksum(folder, self.names)
         if found != self.sha256:
             raise PSMError(
-                f"{what} in {folder} does not have the registry's checksum (found {found}, expected {self.sha256}): damaged, "
-                "or changed by somebody. Restore it (reinstall, or fetch it again online); if the change is yours, use "
-                "fs-plugins registry add --replace."
+                f"{what} in {folder} does not have the registry's checksum (found {found}, expected {self.sha256}): "
+                "damaged, or changed by somebody. Restore it (reinstall, or fetch it again online); if the change is yours, "
+                "use fs-plugins registry add --replace."
             )
         return folder
 
@@ -150,8 +154,8 @@ class Source(BaseModel):
                 if digest.hexdigest() != self.sha256 or self.size not in (None, size):
                     raise PSMError(
                         f"{what}: {self.path} gave {size:,} bytes with SHA-256 {digest.hexdigest()}, not "
-                        f"{self.size or size:,} with {self.sha256}: broken off, damaged, or another file. Nothing of it "
-                        "is kept; try again."
+                        f"{self.size or size:,} with {self.sha256}: broken off, damaged, or another file. Nothing "
+                        "of it is kept; try again."
                     )
         except (OSError, HTTPException) as error:
             raise RegistryError(
@@ -181,6 +185,28 @@ def _reading(url: str, size: int | None) -> Iterator[Iterator[bytes]]:
     bar = partial(wrap_file, console=Console(stderr=True), disable=not sys.stderr.isatty())
     with _open(url) as response, bar(response, size or 0, description=url.rpartition("/")[2]) as stream:
         yield iter(lambda: stream.read(_BLOCK), b"")
+
+
+def source_of(psm: str, sha256: str | None = None) -> Source:
+    """Where a PSM is, as people write it: a folder, owner/name@commit on the hub, or a url that ends in /.
+
+    Args:
+        sha256: its checksum; left out, the one it has now. A url needs it.
+
+    Raises:
+        RegistryError: not pinned, not secure, or not to be had.
+        PSMError: no PSM there.
+    """
+    facts = {"state": "folder", "path": str(Path(psm).absolute())}
+    if "://" in psm:
+        facts = {"state": "url", "path": psm}
+    elif "@" in psm and not Path(psm).exists():
+        facts = dict(zip(("state", "path", "revision"), ("hub", *psm.split("@", 1)), strict=True))
+    try:
+        found = Source.model_validate({**facts, "sha256": sha256 or ("0" * 64 if facts["state"] != "url" else None)})
+    except ValidationError as error:
+        raise RegistryError(f"{psm!r}: {error.errors()[0]['msg']}.") from None
+    return found if sha256 else found.model_copy(update={"sha256": checksum(psm_folder(facts["path"], found.revision))})
 
 
 def psm_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -73,7 +73,8 @@ def test_doctor_says_who_claims_a_model_and_what_enable_would_find():
         "the image processor of",
         "hidden_states[-2][1:]",
         "recognised demo-clip",
-        "demo-clip (by its fingerprint): PSM, hidden_states[-2][1:], sigma 0.25 to 0.5, shipped package:demo/assets/psm-llava",
+        "demo-clip (by its fingerprint): PSM, hidden_states[-2][1:], sigma 0.25 to 0.5, shipped package:demo/assets/"
+        "psm-llava",
     ):
         assert part in answer
 

@@ -5,7 +5,6 @@ A command imports torch, and what comes after it, only when it runs: help and ve
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Annotated, TextIO
 

@@ -88,7 +88,11 @@ def ask(
 
 @torch.no_grad()
 def generate(model: Any, processor: Any, inputs: Any, **settings: Any) -> list[str]:
-    """The new text for what ``encode`` gave; ``settings`` are those of the model's ``generate``, greedy if they say nothing."""
+    """The new text for what ``encode`` gave.
+
+    Args:
+        settings: those of the model's ``generate``; greedy if they say nothing.
+    """
     inputs = inputs.to(model.device, model.dtype)
     pad = processor.tokenizer.pad_token_id
     tokens = model.generate(**inputs, pad_token_id=pad, **{"do_sample": False, **settings})
