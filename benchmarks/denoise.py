@@ -1,8 +1,8 @@
 """How well a purifier denoises, beside scikit-image's denoisers: PSNR in dB on photographs.
 
-    pip install scikit-image PyWavelets            # the peers; and bm3d for one column more (its licence is
-    non-commercial) python benchmarks/denoise.py --psm PSM                   # on photographs that scikit-image ships
-    python benchmarks/denoise.py --psm PSM --photos FOLDER   # on those of a folder that training.photo held out
+    pip install scikit-image PyWavelets     # the peers; with bm3d, whose licence is non-commercial, one column more
+    python -m benchmarks.denoise --psm PSM  # from the repository's root: photographs that scikit-image ships
+    python -m benchmarks.denoise --psm PSM --photos FOLDER  # those of a folder that tools.photo held out
 
 Centre crops of at most 288 x 288, noise of sigma in [0, 1] pixels, not clamped; results are. The peers are told sigma,
 and get the setting that is best for them on these very photographs, one per sigma.
@@ -75,7 +75,8 @@ def held_out(folder: Path) -> Iterable[torch.Tensor]:
     from PIL import Image
 
     for path in ImageFolder(folder, (SIDE, SIDE)).paths[::HELD_OUT]:
-        yield to_unit(Image.open(path))
+        with Image.open(path) as photo:
+            yield to_unit(photo)
 
 
 def cropped(photo: torch.Tensor) -> torch.Tensor:

@@ -3,23 +3,27 @@
     python -m tools.photo PHOTOS --out FOLDER --credits images.csv
 
 Trained on crops of the photographs in a folder but for every twentieth, which are held out. It goes on from its last
-checkpoint; every step's crops and noise follow from the seed and the step's number. ``images.csv`` is the list that comes
-with the photographs of the NIPS 2017 adversarial competition; whom it names is named beside the purifier.
+checkpoint; every step's crops and noise follow from the seed and the step's number. ``images.csv`` is the list that
+comes with the photographs of the NIPS 2017 adversarial competition; whom it names is named beside the purifier.
+
+No encoder has a say in it, so this is no stage of ``fs_plugins.training``: the loss is l1 alone, each crop has a sigma
+of its own, the rate is one cycle, and the average forgets faster at first.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
+import io
 import re
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fs_plugins.files import atomically, replace
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.purifier import UNetPurifier
 from fs_plugins.training.data import ImageFolder
@@ -27,7 +31,7 @@ from fs_plugins.training.data import ImageFolder
 PURIFIER = Part(kind="unet", args={"channels": [48, 96, 192], "layers": 1, "unshuffle": 2})
 SIGMAS = (0.05, 0.5)
 HELD_OUT = 20
-"""Every so manieth photograph, in the order of their names, is never trained on."""
+"""One photograph in so many, in the order of their names and from the first on, is never trained on."""
 
 
 def crops(photos: list[Tensor], size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -43,55 +47,78 @@ def crops(photos: list[Tensor], size: int, count: int, generator: torch.Generato
 
 
 def train(photos: Path, out: Path, *, steps: int, batch: int, size: int, lr: float, seed: int, side: int) -> None:
+    """``steps`` steps in all, or those that are left of them; the moving average is in ``ema.safetensors``."""
     folder = ImageFolder(photos, (side, side))
     pictures = [(folder[i] * 255).round().byte() for i in range(len(folder)) if i % HELD_OUT]
-    torch.manual_seed(seed)
-    net = UNetPurifier(**PURIFIER.args).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
-    checkpoint = out / "checkpoint.pt"
-    done = 0
-    if checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
-        done = kept["step"]
-        net.load_state_dict(kept["net"])
-        ema = kept["ema"]
-        optimizer.load_state_dict(kept["optimizer"])
-        schedule.load_state_dict(kept["schedule"])
-        print(f"going on from step {done}", flush=True)
+    work = Work(seed, lr, steps, out / "checkpoint.pt")
     began = time.time()
-    for step in range(done + 1, steps + 1):
+    for step in range(work.done + 1, steps + 1):
         generator = torch.Generator().manual_seed((seed << 32) + step)
         clean = crops(pictures, size, batch, generator).contiguous(memory_format=torch.channels_last)
         low, high = SIGMAS
         sigma = low + (high - low) * torch.rand(batch, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        with torch.autocast(clean.device.type, torch.bfloat16):
-            purified = net(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
-        loss = (purified.float() - clean).abs().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for name, value in net.state_dict().items():
-                ema[name].lerp_(value, 1 - min(0.999, step / (step + 10)))
+        purified, loss = work.advance(clean, sigma, torch.randn(clean.shape, generator=generator))
         if step % 100 == 0 or step == steps:
             error = (purified.float() - clean).square().mean().item()
             print(f"{step}/{steps} l1 {loss.item():.4f} mse {error:.5f} {time.time() - began:.0f}s", flush=True)
         if step % 200 == 0 or step == steps:
-            state = {"step": step, "net": net.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-            _write({**state, "schedule": schedule.state_dict()}, checkpoint)
-            save_file({name: value.contiguous() for name, value in ema.items()}, out / "ema.safetensors")
+            work.save()
+            replace(out / "ema.safetensors", save({name: value.contiguous() for name, value in work.ema.items()}))
 
 
-def _write(state: dict[str, object], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    torch.save(state, fresh)
-    os.replace(fresh, path)
+class Work:
+    """The net, its moving average and its optimiser, as they are after ``done`` steps.
+
+    Args:
+        steps: how many there will be.
+        checkpoint: the file to go on from, if it is there.
+    """
+
+    def __init__(self, seed: int, lr: float, steps: int, checkpoint: Path) -> None:
+        torch.manual_seed(seed)
+        self.net = UNetPurifier(**PURIFIER.args).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps, pct_start=0.03)
+        self.done, self.checkpoint = 0, checkpoint
+        if checkpoint.exists():
+            kept = torch.load(checkpoint, weights_only=True)
+            self.done, self.ema = kept["step"], kept["ema"]
+            self.net.load_state_dict(kept["net"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.schedule.load_state_dict(kept["schedule"])
+            print(f"going on from step {self.done}", flush=True)
+
+    def advance(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) crops, (B,) noise levels and standard normal noise -> what the net makes of them, and its loss.
+
+        In bfloat16.
+        """
+        with torch.autocast(clean.device.type, torch.bfloat16):
+            purified = self.net(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
+        loss = (purified.float() - clean).abs().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.done += 1
+        with torch.no_grad():
+            for name, value in self.net.state_dict().items():
+                self.ema[name].lerp_(value, 1 - min(0.999, self.done / (self.done + 10)))
+        return purified, loss
+
+    def save(self) -> None:
+        """Replace the checkpoint."""
+        state = {
+            "step": self.done,
+            "net": self.net.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        atomically(self.checkpoint, lambda file: torch.save(state, file))
 
 
 def credit(photos: Path, listed: Path, out: Path) -> None:
@@ -99,13 +126,14 @@ def credit(photos: Path, listed: Path, out: Path) -> None:
     with listed.open(newline="", encoding="utf-8") as file:
         rows = {row["ImageId"]: row for row in csv.DictReader(file)}
     trained_on = [path.stem for i, path in enumerate(ImageFolder(photos, (1, 1)).paths) if i % HELD_OUT]
-    with (out / "psm" / "photographs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("photograph", "author", "source"))
-        for name in trained_on:
-            author = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), rows[name]["Author"])
-            author = author.encode("latin-1").decode() if author != rows[name]["Author"] else author
-            writer.writerow((name, author, rows[name]["OriginalLandingURL"]))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("photograph", "author", "source"))
+    for name in trained_on:
+        author = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), rows[name]["Author"])
+        author = author.encode("latin-1").decode() if author != rows[name]["Author"] else author
+        writer.writerow((name, author, rows[name]["OriginalLandingURL"]))
+    replace(out / "psm" / "photographs.csv", table.getvalue())
 
 
 def finish(out: Path) -> None:
