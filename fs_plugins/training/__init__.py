@@ -1,8 +1,7 @@
-"""Self-supervised PSM training: two stages, the paper's losses, any image folder."""
+"""Self-supervised PSM training: two stages, the paper's losses, any image folder. The public names, listed in
+``__init__.pyi``, are loaded when they are first used.
+"""
 
-from fs_plugins.training.config import Stage, TrainingConfig
-from fs_plugins.training.data import ImageFolder
-from fs_plugins.training.folder import TrainingFolder
-from fs_plugins.training.psm import robustness_score, train_psm
+import lazy_loader
 
-__all__ = ["ImageFolder", "Stage", "TrainingConfig", "TrainingFolder", "robustness_score", "train_psm"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

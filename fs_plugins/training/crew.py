@@ -89,17 +89,17 @@ def assemble(precision: str) -> Crew:
     """
     cpu = not torch.cuda.is_available()
     if precision not in PRECISIONS:
-        raise SettingError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        raise SettingError(f"--precision is one of {', '.join(PRECISIONS)}, got {precision!r}.")
     if precision == "fp16" and cpu:
-        raise SettingError("precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
+        raise SettingError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32.")
     try:
         from accelerate import Accelerator
     except ImportError:
-        raise SettingError('Training from settings needs accelerate: pip install "fs-plugins[train]".') from None
+        raise SettingError('This training needs accelerate: pip install "fs-plugins[train]".') from None
     try:
         crew = Accelerator(cpu=cpu, mixed_precision={"fp32": "no"}.get(precision, precision))
     except ValueError as error:
-        raise SettingError(f"precision {precision} does not work here: {error}") from None
+        raise SettingError(f"--precision {precision} does not work here: {error}") from None
     if crew.distributed_type.value in _NOT_WHOLE:
         raise SettingError(
             f"Training runs whole in every process (accelerate launch --multi_gpu), not under {crew.distributed_type.value}."

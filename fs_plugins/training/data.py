@@ -11,7 +11,7 @@ import copy
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -57,14 +57,18 @@ class ImageFolder(Dataset[Tensor]):
     Args:
         folder: searched through all its subfolders, in sorted order.
         size: (H, W) to fit and centre-crop to.
+        paths: those below the folder to take, in place of all; subclasses that read elsewhere name theirs.
 
     Raises:
         SettingError: no image found, or a file that is no image (named).
     """
 
-    def __init__(self, folder: str | os.PathLike[str], size: tuple[int, int]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], size: tuple[int, int], paths: Sequence[Path] | None = None
+    ) -> None:
+        super().__init__()
         self.folder = Path(folder)
-        self.paths = pictures_below(self.folder)
+        self.paths = pictures_below(self.folder) if paths is None else list(paths)
         self.size = size
         if not self.paths:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {folder}.")

@@ -10,10 +10,9 @@ README.md, psm.safetensors, config.json    the finished PSM, in this order; with
 from __future__ import annotations
 
 import csv
-import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fs_plugins import files
 from fs_plugins.errors import SettingError
-from fs_plugins.files import atomically, changed, whole_lines
 from fs_plugins.psm import PSM
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
 
@@ -58,12 +57,47 @@ class TrainingFolder:
         self.path = Path(path)
         if save_every < 1 or log_every < 1:
             raise SettingError(f"save_every and log_every are steps >= 1, got {save_every} and {log_every}.")
-        others = [p.name for p in self.path.glob("[!.]*")]
-        if self.path.is_file() or (others and SETTINGS not in others):
-            raise SettingError(f"{self.path} exists and holds no training; choose another folder or empty it.")
+        files.unused(self.path, SETTINGS, "training")
         self.save_every, self.log_every, self.held = save_every, log_every, held
         self._writer: Any = _tensorboard() if tensorboard else None
         self._board: Any = None
+        self._lock, self._users, self._owned = ExitStack(), 0, False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the PSM is here, whole."""
+        return (self.path / CONFIG_NAME).exists()
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """What ``own`` took is given back at the end of the outermost such block."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._owned = False
+                self._lock.close()
+
+    def own(self) -> None:
+        """Keep other trainings out of the folder, until the end of ``using``. The first process of several does this.
+
+        Raises:
+            SettingError: another process has it, which is named.
+        """
+        if not self._owned:
+            self._lock.enter_context(files.locked(self.path, "this training"))
+            self._owned = True
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with a training that has other settings. Writes nothing.
+
+        Raises:
+            SettingError: the folder's training has, and which.
+        """
+        if (self.path / SETTINGS).exists():
+            files.agree(self.path / SETTINGS, settings, "a training")
 
     def load(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The last checkpoint of a training with these settings; None if there is none yet. Writes nothing.
@@ -73,16 +107,8 @@ class TrainingFolder:
         """
         if not (self.path / SETTINGS).exists():
             return None
-        try:
-            different = changed(json.loads((self.path / SETTINGS).read_text()), settings)
-        except ValueError as error:
-            raise SettingError(f"{self.path / SETTINGS} is not what a training wrote: {error}.") from None
-        if different:
-            raise SettingError(
-                f"{self.path} holds a training with other settings: {'; '.join(different[:4])}. Give the same ones, or "
-                "another folder."
-            )
-        if (self.path / CONFIG_NAME).exists():
+        self.agree(settings)
+        if self.finished:
             return {"stage": DONE, "step": 0, "psm": load_file(self.path / WEIGHTS_NAME)}
         if not (self.path / CHECKPOINT).exists():
             return None
@@ -101,14 +127,15 @@ class TrainingFolder:
         Args:
             stages: names -> their numbers of steps, in order.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / SETTINGS).exists():
-            atomically(self.path / SETTINGS, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
+        files.hold(self.path / SETTINGS, settings, "a training")
         self._before = dict(zip([*stages, DONE], accumulate(stages.values(), initial=0), strict=True))
         now = self._before[stage] + step
-        lines = whole_lines(self.path / LOG) if (self.path / LOG).exists() else []
-        rows = [r for r in csv.DictReader(lines) if self._before[r["stage"]] + int(r["step"]) <= now]
-        atomically(self.path / LOG, lambda file: file.write(_lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])))
+        rows = [
+            r
+            for r in csv.DictReader(files.whole_lines(self.path / LOG))
+            if self._before[r["stage"]] + int(r["step"]) <= now
+        ]
+        files.replace(self.path / LOG, _lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]))
         if self._writer is not None:
             self._board = self._writer(self.path / "tensorboard", purge_step=now + 1)
 
@@ -123,18 +150,12 @@ class TrainingFolder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        atomically(self.path / CHECKPOINT, lambda file: torch.save(dict(state), file))
+        files.atomically(self.path / CHECKPOINT, lambda file: torch.save(dict(state), file))
 
     def publish(self, psm: PSM, card: str) -> None:
         """Put the finished PSM and its model card here; until its configuration is in place, there is none."""
-        place = self.path / ".psm"
-        shutil.rmtree(place, ignore_errors=True)
-        psm.save_pretrained(place / "psm")
-        (place / "psm" / CARD).write_text(card)
-        for name in (WEIGHTS_NAME, CARD, CONFIG_NAME):
-            data = (place / "psm" / name).read_bytes()
-            atomically(self.path / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
-        shutil.rmtree(place)
+        for name, data in {CARD: card.encode(), **psm.files()}.items():
+            files.replace(self.path / name, data)
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +65,11 @@ def train_psm(
         SettingError: images of another size or range, too few, or ``out`` holds something else or another training.
         ModelError: no adapter claims the model, or it has several vision encoders.
     """
-    call = one_call(model)
-    crew = accelerator or Alone()
+    call, crew = one_call(model), accelerator or Alone()
     size = _image_size(call, images, config, crew.num_processes)
     folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
     device = next(call.module.parameters()).device
-    with own_random(device, config.seed), _frozen(call):
+    with own_random(device, config.seed), _frozen(call), folder.using() if folder else nullcontext():
         psm = _initial(call, images, config, size, name, encoder, start).to(device)
         settings = {
             "name": name,
@@ -81,34 +82,64 @@ def train_psm(
             "precision": {"no": "fp32"}.get(crew.mixed_precision, crew.mixed_precision),
             "config": config.as_json(),
         }
-        kept = folder.load(settings) if folder else None
+        kept = _resumed(folder, settings, crew) if folder else None
         if kept:
             psm.load_state_dict(kept["psm"])
-        names = [*config.stages, DONE]
-        at, step = (kept["stage"], kept["step"]) if kept else (names[0], 0)
         crew.wait_for_everyone()  # before one of them writes, all have read
         writes = folder if crew.is_main_process else None
-        if writes:
-            writes.begin(settings, {name: stage.steps for name, stage in config.stages.items()}, at, step)
-        fresh = crew.scaler and crew.scaler.state_dict()
+        _Stages(psm, call, images, config, crew, workers, writes, report).run(kept, settings)
+    return psm.eval().requires_grad_(False)
+
+
+def _resumed(folder: TrainingFolder, settings: Mapping[str, Any], crew: Crew) -> dict[str, Any] | None:
+    """What an earlier run left, if any; the folder is this training's from here on."""
+    folder.agree(settings)
+    if crew.is_main_process:
+        folder.own()
+    return folder.load(settings)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """A training from its start, or from a checkpoint, to its end; arguments as for ``train_psm``."""
+
+    psm: PSM
+    call: VisionCall
+    images: Pictures
+    config: TrainingConfig
+    crew: Crew
+    workers: int
+    folder: TrainingFolder | None
+    report: Report | None
+
+    def run(self, kept: dict[str, Any] | None, settings: Mapping[str, Any]) -> None:
+        names = [*self.config.stages, DONE]
+        at, step = (kept["stage"], kept["step"]) if kept else (names[0], 0)
+        if self.folder:
+            self.folder.begin(settings, {name: stage.steps for name, stage in self.config.stages.items()}, at, step)
+        fresh = self.crew.scaler and self.crew.scaler.state_dict()
         for stage, following in pairwise(names[names.index(at) :]):
             if stage == "mapper" and not step:
-                calibrate(psm, call, images, config)
+                calibrate(self.psm, self.call, self.images, self.config)
             if fresh:  # a stage must not depend on whether the one before ran in this process
-                crew.scaler.load_state_dict(fresh)
-            work = Optimisation(stage, psm, call, images, config, crew, kept=kept if step else None, workers=workers)
+                self.crew.scaler.load_state_dict(fresh)
+            self._stage(stage, kept if step else None)
             kept, step = None, 0
-            while work.done < work.stage.steps:
-                row = {"lr": work.stage.rate(work.done), "sigma": work.sigma()}
-                values = work.advance()
-                if writes:
-                    values |= _keep(writes, work, psm, call, config, row | values)
-                if report:
-                    report(stage, work.done, work.stage.steps, values)
-            work.close()
-            if writes:
-                writes.save({"stage": following, "step": 0, "psm": psm.state_dict()})
-    return psm.eval().requires_grad_(False)
+            if self.folder:
+                self.folder.save({"stage": following, "step": 0, "psm": self.psm.state_dict()})
+
+    def _stage(self, name: str, kept: dict[str, Any] | None) -> None:
+        work = Optimisation(
+            name, self.psm, self.call, self.images, self.config, self.crew, kept=kept, workers=self.workers
+        )
+        while work.done < work.stage.steps:
+            row = {"lr": work.stage.rate(work.done), "sigma": work.sigma()}
+            values = work.advance()
+            if self.folder:
+                values |= _keep(self.folder, work, self.psm, self.call, self.config, row | values)
+            if self.report:
+                self.report(name, work.done, work.stage.steps, values)
+        work.close()
 
 
 def robustness_score(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from fs_plugins.api import certify
+from fs_plugins.certificates.plan import Plan
+from fs_plugins.certificates.run import certify_features
+from fs_plugins.choice import choose
 from fs_plugins.psm import PSM
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.psm import robustness_score
@@ -49,7 +50,6 @@ def parts(psm: PSM) -> dict[str, PSM | None]:
 
 
 def measure(
-    model: nn.Module,
     call: VisionCall,
     psm: PSM,
     images: Tensor,
@@ -67,10 +67,10 @@ def measure(
         for sigma in levels
     }
     radii = {}
+    named = {str(i): image for i, image in enumerate(images[:certified])}
     for name, part in (("plain noise", None), ("this PSM", psm)) if certified else ():
-        found = certify(
-            model, images[:certified], n=n, alpha=alpha, psm=part, sigma=psm.config.sigma, seed=seed, advance=advance
-        )
+        smoother = choose(call, psm=part, sigma=psm.config.sigma)[1][0]
+        found = certify_features(smoother, named, Plan(n=n, alpha=alpha), seed=seed, advance=advance)
         radii[name] = sum(one.radius(THRESHOLD) or 0.0 for one in found) / len(found)
     return Scores(robustness, radii, len(images), min(certified, len(images)), n, alpha)
 
@@ -149,7 +149,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _count(module: Any) -> str:
+def _count(module: nn.Module | None) -> str:
     total = sum(p.numel() for p in module.parameters()) if module is not None else 0
     return f"{total:,} parameters"
 

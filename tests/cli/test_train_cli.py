@@ -19,6 +19,7 @@ from fs_plugins import PSM, PSMError, sources
 from fs_plugins.cli import app
 from fs_plugins.cli.base import load
 from fs_plugins.demo import assets, world
+from fs_plugins.files import LOCK
 from fs_plugins.psm import Part
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
@@ -71,7 +72,8 @@ def test_a_folder_of_photos_becomes_a_psm_that_serves(trained):
     with fs_plugins.enable(load("demo-clip"), psm=out) as handle:
         assert handle.status().vision[0].psm == "my-psm"
     names = {path.name for path in out.iterdir()}
-    assert names == {"README.md", "config.json", "held-out.txt", "log.csv", "psm.safetensors", "training.json"}
+    published = {"README.md", "config.json", "held-out.txt", "psm.safetensors"}
+    assert names == {*published, "log.csv", "training.json", LOCK}
     held = (out / "held-out.txt").read_text().split()
     assert len(held) == 1
     assert held[0] in {f"{i}.png" for i in range(12)}

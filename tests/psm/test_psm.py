@@ -156,7 +156,7 @@ def test_a_failed_save_leaves_the_old_bundle_and_no_litter(call, tmp_path, monke
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fs_plugins.psm.bundle.save_file", full)
+    monkeypatch.setattr("fs_plugins.psm.bundle.save", full)
     with pytest.raises(OSError, match="no space"):
         make_psm(call, sigma=0.5).save_pretrained(tmp_path / "psm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["psm"]

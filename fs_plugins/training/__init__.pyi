@@ -1,0 +1,11 @@
+from .config import Stage as Stage
+from .config import TrainingConfig as TrainingConfig
+from .data import ImageFolder as ImageFolder
+from .folder import TrainingFolder as TrainingFolder
+from .psm import robustness_score as robustness_score
+from .psm import train_psm as train_psm
+from .settings import Settings as Settings
+from .work import Cost as Cost
+from .work import Work as Work
+from .work import dry_run as dry_run
+from .work import train_and_publish as train_and_publish

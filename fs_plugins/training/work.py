@@ -1,0 +1,327 @@
+"""From settings and a model to a PSM that is published: trained, measured, with its card and the list of held-out pictures.
+
+work = Work.of(Settings(photos=Path("photos"), out=Path("my-psm")), lambda: model)
+train_and_publish(work)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from fs_plugins import files
+from fs_plugins.certificates.plan import Plan
+from fs_plugins.certificates.run import check as check_certifiable
+from fs_plugins.choice import Smoothable, choose
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.psm import PSM
+from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.training import data, publish
+from fs_plugins.training.ablate import Trial, ablate
+from fs_plugins.training.config import Stage, TrainingConfig
+from fs_plugins.training.crew import Crew, assemble
+from fs_plugins.training.data import ImageFolder
+from fs_plugins.training.folder import SETTINGS, TrainingFolder
+from fs_plugins.training.psm import Report, train_psm
+from fs_plugins.training.settings import Settings
+from fs_plugins.training.start import configured
+from fs_plugins.vision import VisionCall
+
+HELD_OUT = "held-out.txt"
+MEASURED, WATCHED = 64, 16
+"""Held-out pictures that scores are of in the end, and while training goes on."""
+CERTIFICATES = "certificates"
+"""What ``report`` calls the draws of certificates, after the stages' steps."""
+
+Drawn = Callable[[int, tuple[int, int]], ImageFolder]
+"""So many scenes at a size, (H, W), as pictures."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training that can begin: settings, model and pictures go together, and every picture can be read.
+
+    Args:
+        settings: what was asked for.
+        call: the encoder, on the crew's device, in fp32.
+        pictures, held: what is trained on, and what never is.
+        config, start: as for ``train_psm``.
+        crew: the processes that train; see ``accelerate launch``.
+        folder: where it is kept; None for what writes nothing.
+    """
+
+    settings: Settings
+    call: VisionCall
+    pictures: ImageFolder
+    held: ImageFolder
+    config: TrainingConfig
+    start: PSM | None
+    crew: Crew
+    folder: TrainingFolder | None
+
+    @classmethod
+    def of(cls, settings: Settings, load: Callable[[], Smoothable], *, scenes: Drawn | None = None) -> Work:
+        """Check everything that can be checked before anything is trained or written.
+
+        Args:
+            load: gives the model, in eval mode; called once the settings by themselves are known to be good. It is put
+                on a GPU where there is one, and its encoder in fp32.
+            scenes: draws ``settings.scenes`` of the embedded world (``fs_plugins.demo.scenes.Scenes``).
+
+        Raises:
+            SettingError: a value out of range, settings or pictures that do not go together, or a missing package.
+            PSMError, ModelError: what is to be trained for, or gone on from, cannot be used.
+        """
+        crew = assemble(settings.precision)
+        config, start = configured(settings)
+        trial = settings.dry_run or settings.ablate
+        folder = None if trial else _folder(settings)
+        call = _certifiable(load(), settings)
+        pictures, held = _split(settings, _image_size(call, settings.size), scenes)
+        if trial or not (settings.out / SETTINGS).exists():
+            data.check(pictures, config, processes=crew.num_processes, workers=_threads(settings))
+        for module in call.modules:  # half precision would swallow gradients; a language model need not come along
+            module.to(crew.device, torch.float32)
+        return cls(settings, call, pictures, held, config, start, crew, folder)
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """(B, 3, H, W): the held-out pictures that scores are of."""
+        first = [self.held[i] for i in range(min(MEASURED, len(self.held)))]
+        return torch.stack(first).to(self.crew.device)
+
+    @property
+    def workers(self) -> int:
+        """Threads that load pictures."""
+        return _threads(self.settings)
+
+
+def train_and_publish(work: Work, *, report: Report | None = None, command: str = "") -> publish.Scores | None:
+    """Train, or go on from where it stopped, then measure, certify, and write the PSM with its card and ``held-out.txt``.
+
+    Args:
+        report: called after each step (and then with the stage ``CERTIFICATES``), in the first process.
+        command: that does it again, for the card.
+
+    Returns:
+        the scores; None in other processes than the first, and where the training was finished already.
+
+    Raises:
+        SettingError: as for ``train_psm``; or another process is at work in the folder.
+    """
+    settings, folder = work.settings, work.folder
+    if folder is None:
+        raise SettingError("A dry run and an ablation write nothing: leave dry_run and ablate out to train.")
+    finished = folder.finished
+    folder.held = work.shown[:WATCHED]
+    with folder.using():
+        psm = train_psm(
+            work.call,
+            work.pictures,
+            work.config,
+            name=settings.title,
+            encoder=settings.encoder,
+            start=work.start,
+            report=report if work.crew.is_main_process else None,
+            out=folder,
+            accelerator=work.crew,
+            workers=work.workers,
+        )
+        if finished or not work.crew.is_main_process:
+            return None
+        scores = publish.measure(
+            work.call,
+            psm,
+            work.shown,
+            certified=settings.certify,
+            n=settings.n,
+            alpha=settings.alpha,
+            seed=settings.seed,
+            advance=_counted(report, 2 * settings.n * min(settings.certify, len(work.shown))),
+        )
+        card = publish.card(psm, work.config, scores, command=command, model=settings.encoder, data=[_about(work)])
+        files.replace(folder.path / HELD_OUT, "".join(f"{name}\n" for name in work.held.names))
+        folder.publish(psm, card)
+    return scores
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes in one process.
+
+    Args:
+        stage: its name.
+        parameters: of what is trained.
+        memory: bytes of weights, gradients, Adam's two moments and the moving average.
+        step, loading: seconds a step, and seconds to load its pictures, which runs beside it.
+        steps: how many there will be.
+    """
+
+    stage: str
+    parameters: int
+    memory: int
+    step: float
+    loading: float
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole stage."""
+        return self.step * self.steps
+
+
+def dry_run(work: Work, steps: int = 3) -> list[Cost]:
+    """Try a few steps of each stage, in memory; nothing is written."""
+    few = replace(
+        work.config,
+        purifier_stage=_short(work.config.purifier_stage, steps),
+        mapper_stage=_short(work.config.mapper_stage, steps),
+    )
+    marks: dict[str, list[float]] = {}
+
+    def mark(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+        marks.setdefault(stage, []).append(time.perf_counter())
+
+    psm = train_psm(
+        work.call,
+        work.pictures,
+        few,
+        name="dry",
+        encoder="dry",
+        start=work.start,
+        report=mark,
+        accelerator=work.crew,
+        workers=work.workers,
+    )
+    costs = []
+    for name, stage in work.config.stages.items():
+        trained = psm.purifier if name == "purifier" else psm.mappers
+        assert trained is not None
+        count = sum(value.numel() for value in trained.state_dict().values())
+        copies = 4 + (stage.ema is not None)
+        seconds = (marks[name][-1] - marks[name][0]) / max(1, len(marks[name]) - 1)
+        costs.append(Cost(name, count, 4 * copies * count, seconds, _loading(work, few, name), stage.steps))
+    return costs
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes of memory that this process had at the most, on a GPU the GPU's; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def trials(work: Work, *, report: Report | None = None) -> Iterator[Trial]:
+    """Short trainings without each of the losses' terms, scored on held-out pictures; see ``ablate``. Nothing is written."""
+    return ablate(
+        work.call,
+        work.pictures,
+        work.shown,
+        work.config,
+        report=report if work.crew.is_main_process else None,
+        start=work.start,
+        accelerator=work.crew,
+        workers=work.workers,
+    )
+
+
+def _folder(settings: Settings) -> TrainingFolder:
+    return TrainingFolder(
+        settings.out,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        tensorboard=settings.tensorboard,
+    )
+
+
+def _threads(settings: Settings) -> int:
+    return settings.workers or min(8, os.cpu_count() or 1)
+
+
+def _certifiable(model: Smoothable, settings: Settings) -> VisionCall:
+    """The model's one vision call; what could not be certified in the end is refused now."""
+    Plan(n=settings.n, alpha=settings.alpha)
+    smoothers: list[FeatureSmoother] = choose(model, psm=None, sigma=settings.sigma)[1]
+    if len(smoothers) > 1:
+        raise ModelError(f"This model has {len(smoothers)} vision encoders; a PSM is trained for one at a time.")
+    check_certifiable(smoothers[0], {})
+    return smoothers[0].call
+
+
+def _image_size(call: VisionCall, side: int | None) -> tuple[int, int]:
+    if len(call.pixels.mean) != 3:
+        raise SettingError(f"Purifiers take RGB images; this encoder's have {len(call.pixels.mean)} channels.")
+    wanted = call.image_size
+    if wanted is None:
+        if side is None:
+            raise SettingError("This encoder takes images of any size: say which with --size.")
+        return side, side
+    if side is not None and wanted != (side, side):
+        raise SettingError(f"--size {side}: this encoder sees {call.size_in_words} pixels; leave --size out.")
+    return wanted
+
+
+def _split(settings: Settings, size: tuple[int, int], scenes: Drawn | None) -> tuple[ImageFolder, ImageFolder]:
+    """What is trained on, and what is held out."""
+    photos = settings.photos
+    if (photos is None) == (settings.scenes == 0):
+        raise SettingError("Give a folder of pictures, or --scenes, to train on.")
+    if photos is not None and not photos.is_dir():
+        raise SettingError(f"There is no folder {photos}.")
+    if photos is not None:
+        whole = ImageFolder(photos, size)
+    elif scenes is not None:
+        whole = scenes(settings.scenes, size)
+    else:
+        raise SettingError("Nobody said how scenes are drawn: pass scenes=fs_plugins.demo.scenes.Scenes.")
+    count = min(64, max(1, len(whole) // 10)) if settings.held_out is None else settings.held_out
+    if not 1 <= count < len(whole):
+        raise SettingError(f"Cannot hold out {count} of {len(whole)} pictures: hold out at least 1, and leave some.")
+    return whole.split(count, settings.seed)
+
+
+def _about(work: Work) -> str:
+    """The card's sentence on the pictures."""
+    return (
+        f"{len(work.pictures)} pictures to train on ({work.pictures.digest}); {len(work.held)} more are held out "
+        f"(`{HELD_OUT}`), chosen by their names and the seed. Whose they are and what may be done with them is for you "
+        "to say."
+    )
+
+
+def _counted(report: Report | None, whole: int) -> Callable[[int], None] | None:
+    """Draws as they are made -> a report of how many there are."""
+    if report is None:
+        return None
+    done = 0
+
+    def advance(draws: int) -> None:
+        nonlocal done
+        done += draws
+        report(CERTIFICATES, done, whole, {})
+
+    return advance
+
+
+def _short(stage: Stage, steps: int) -> Stage:
+    return replace(stage, steps=min(steps, stage.steps))
+
+
+def _loading(work: Work, config: TrainingConfig, stage: str) -> float:
+    """Seconds to load the pictures of a step."""
+    lists = data.samples(len(work.pictures), config, stage)
+    began = time.perf_counter()
+    for _ in data.batches(partial(data.drawn, work.pictures, config, stage), lists, workers=work.workers):
+        pass
+    return (time.perf_counter() - began) / config.stages[stage].steps
