@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference" / "command-line.md"
 HEAD = """# The command line
 
 What `fs-plugins COMMAND --help` says, on one page. `fs-plugins` and `python -m fs_plugins.cli` are the same. This page is written by
-`python -m tools.command_line`.
+`python -m tools.command_line`. `fs-plugins --version` prints the version.
 """
 
 

@@ -20,18 +20,6 @@ from fs_plugins import errors
 console = Console()
 
 
-def device() -> str:
-    from fs_plugins.hf.load import place
-
-    return place()
-
-
-def source(name: str) -> str:
-    from fs_plugins.hf import load
-
-    return load.source(name)
-
-
 def load(name: str) -> Any:
     from fs_plugins.hf import load
 
@@ -45,6 +33,7 @@ def quieten() -> None:
 
 
 def needs(*packages: str, extra: str = "demo") -> None:
+    """Raise a SettingError if packages are missing that an extra of ours brings."""
     from importlib.util import find_spec
 
     missing = [package for package in packages if find_spec(package) is None]
@@ -53,6 +42,7 @@ def needs(*packages: str, extra: str = "demo") -> None:
 
 
 def plain_table(*columns: str) -> Table:
+    """A table without edges whose cells fold."""
     table = Table(box=HORIZONTALS, show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -82,10 +72,11 @@ def bars(count: str, *more: TextColumn) -> Progress:
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
+def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar for each ``track(what, total)``, which gives what moves it on by so much."""
     with bars("{task.percentage:>3.0f} %") as shown:
 
-        def track(what: str, total: int) -> Any:
+        def track(what: str, total: int) -> Callable[[int], None]:
             task = shown.add_task(what, total=total)
             return lambda done: shown.advance(task, done)
 
@@ -94,6 +85,7 @@ def progress() -> Iterator[Any]:
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
+    """Errors that are a user's to mend are told in a sentence, and the process leaves with 2; others are not hidden."""
     try:
         yield
     except errors.FSPluginsError as error:
@@ -120,13 +112,14 @@ class Crew:
 
     @classmethod
     def assemble(cls) -> Crew:
+        """This process alone, or all that a launcher started."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         needs("accelerate")
         from accelerate import PartialState
 
-        # Shares differ in length: whoever is done first waits for the last.
         from fs_plugins.hf.load import place
 
+        # Shares differ in length: whoever is done first waits for the last.
         state = PartialState(cpu=place() == "cpu", timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)

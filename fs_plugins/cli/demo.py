@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fs_plugins.cli.base import console, duration, needs, progress, quieten
+from fs_plugins.cli.base import console, duration, needs, progress
 from fs_plugins.cli.options import command
 from fs_plugins.demo.settings import Settings
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 def _demo(settings: Settings) -> None:
     """Attack a small real LLaVA live, without and with the plugin. Offline, about a minute and a half on two cores."""
     needs("transformers", "matplotlib")
-    quieten()
     from fs_plugins.cli import tables
     from fs_plugins.demo import run as demos
+    from fs_plugins.hf.load import quieten
     from fs_plugins.hf.subjects import loader
+
+    quieten()
 
     with progress() as track:
         result = demos.run(settings, loader("demo"), track=track, first=_first)

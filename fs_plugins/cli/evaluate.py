@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from fs_plugins.cli.base import Crew, console, duration, needs, progress, quieten
+from fs_plugins.cli.base import Crew, console, duration, needs, progress
 from fs_plugins.cli.options import command
 from fs_plugins.evaluation.settings import Settings
 
@@ -19,12 +19,13 @@ def _evaluate(settings: Settings) -> None:
     Under accelerate launch the pictures are shared among the processes.
     """
     needs("transformers", "matplotlib", "ot", extra="evaluate")
-    quieten()
     from fs_plugins.demo import shipped
     from fs_plugins.demo.dataset import write
     from fs_plugins.evaluation import whole
+    from fs_plugins.hf.load import quieten
     from fs_plugins.hf.subjects import loader
 
+    quieten()
     began, crew = time.time(), Crew.assemble()
     written: list[Results] = []
     try:
