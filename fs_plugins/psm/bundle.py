@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fs_plugins.errors import PSMError
-from fs_plugins.files import filling
+from fs_plugins.files import succeeding
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
@@ -204,7 +204,7 @@ class PSM(nn.Module):
         return {WEIGHTS_NAME: data, CONFIG_NAME: f"{config.model_dump_json(indent=2)}\n".encode()}
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``psm.safetensors``, each in its place once both are on disk; other files stay.
+        """Write ``config.json`` and ``psm.safetensors``; the folder is replaced whole or not at all, other files stay.
 
         ``dtype=torch.float16`` halves the file; weights are loaded as fp32 whatever they are stored as.
 
@@ -215,7 +215,7 @@ class PSM(nn.Module):
         if target.exists() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
             raise PSMError(f"{target} exists and is not a PSM folder; choose another or empty it.")
         contents = self.files(dtype=dtype)
-        with filling(target) as fresh:
+        with succeeding(target) as fresh:
             for name, data in contents.items():
                 (fresh / name).write_bytes(data)
 

@@ -33,7 +33,7 @@ def main() -> None:
         what = arguments.what
         train_robust(what, assets / "clip", assets / what, cache, steps or UPDATES[what], 48, seed)
     else:
-        train_parts(arguments.what, assets, cache, steps, seed)
+        train_parts(arguments.what, assets, steps, seed)
 
 
 if __name__ == "__main__":

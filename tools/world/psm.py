@@ -8,41 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 import fs_plugins
 from fs_plugins.demo import world
+from fs_plugins.demo.scenes import Scenes
 from fs_plugins.pictures import to_unit
 from fs_plugins.psm import PSM, Part
 from fs_plugins.training import Stage, TrainingConfig, robustness_score, train_psm
-from tools.world.data import TRAIN_SCENES, pictures
+from tools.world.data import TRAIN_SCENES
 from tools.world.llava import build_llava
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 128], "layers": 1, "unshuffle": 4})
 PURIFIER_STAGE = Stage(steps=2400, batch_size=16, draws=2, lr=1e-3, ema=0.99)
 WIDER_STAGE = Stage(steps=1600, batch_size=16, draws=2, lr=6e-4, ema=0.99)
 SIGMAS = (0.25, 0.5)
-"""What one PSM covers: the purifier is trained at the lower one first, then over the range; the mappers over the range."""
+"""What one PSM covers: the purifier is trained at the lower one first, then over the range, as the mappers are."""
 MAPPER_STAGE = Stage(steps=400, batch_size=16, draws=4, lr=2e-3)
 LAMBDA3 = 1.0
 """The paper's 100 drowns the consistency loss here: this tower's features are larger than CLIP-L's."""
 
 
-class Scenes(Dataset[Tensor]):
-    """Training pictures for a PSM: (3, 64, 64) floats in [0, 1]."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.pixels[index].float() / 255
-
-
-def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: int) -> None:
+def train_parts(what: str, assets: Path, steps: int | None, seed: int) -> None:
     """One of the demo's PSMs: the shared purifier (trained on LLaVA's readout), then a mapper for each readout."""
     from transformers import CLIPModel, LlavaForConditionalGeneration
 
@@ -68,7 +54,7 @@ def train_parts(what: str, assets: Path, cache: Path, steps: int | None, seed: i
     before = {"purifier-wider": "purifier", "psm-llava": "purifier-wider", "psm-clip": "purifier-wider"}
     start = PSM.from_pretrained(assets / before[what]) if what in before else None
     call = fs_plugins.vision_call(model)
-    images = Scenes(pictures("train", TRAIN_SCENES, cache))
+    images = Scenes(TRAIN_SCENES, (world.IMAGE_SIZE, world.IMAGE_SIZE))
     began = time.time()
 
     def report(name: str, step: int, total: int, values: dict[str, float]) -> None:

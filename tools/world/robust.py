@@ -1,9 +1,9 @@
 """The robust towers: the small CLIP's vision encoder, fine-tuned by FARE and by TeCoA.
 
 Both are adversarial: every update first looks for the worst picture within l-inf eps by projected gradient ascent. FARE
-(Schlarmann et al., ICML 2024, arXiv 2402.12336) keeps the attacked picture's embedding where the frozen encoder has the clean
-one's, without labels. TeCoA (Mao et al., ICLR 2023, arXiv 2212.07016) classifies it right against text embeddings,
-here those of the world's 396 captions of a shape.
+(Schlarmann et al., ICML 2024, arXiv 2402.12336) keeps the attacked picture's embedding where the frozen encoder has the
+clean one's, without labels. TeCoA (Mao et al., ICLR 2023, arXiv 2212.07016) classifies it right against text
+embeddings, here those of the world's 396 captions of a shape.
 """
 
 from __future__ import annotations
