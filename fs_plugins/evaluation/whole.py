@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from fs_plugins.checks import check_sigma
 from fs_plugins.errors import JudgeError, SettingError
 from fs_plugins.evaluation.datasets import Corrupt, Dataset, open_dataset
 from fs_plugins.evaluation.judges import Judge, judge
@@ -21,7 +22,6 @@ from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import NONE, Suite, chosen
 from fs_plugins.files import locked
-from fs_plugins.smoothing import check_sigma
 
 Loader = Callable[[str, Dataset], Subject]
 """(weights of a tower as ``swap_encoder`` takes them, or "" for the model's own; the data) -> the model with it."""

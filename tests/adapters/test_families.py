@@ -12,7 +12,7 @@ from fs_plugins.adapters.hf_layouts import Packed, PatchBatch, PatchRows, Tiles
 from support import make_llava, make_psm, randomise
 
 import fs_plugins
-from fs_plugins import PixelError, PixelSpace, PSMError, SettingError
+from fs_plugins import ModelError, PixelError, PixelSpace, PSMError, SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.vision import FlattenedTokens, LinearEmbedding
 
@@ -305,6 +305,17 @@ def test_encoders_that_are_alike_are_warned_about_once():
     assert len(told) == 1
     assert [vision.psm for vision in handle.status().vision] == ["photo", "photo"]
     assert len({id(smoother.psm) for smoother in handle.smoothers}) == 1, "it is loaded once"
+
+
+def test_a_model_with_several_encoders_is_asked_about_one():
+    model = video_llava()
+    with pytest.raises(ModelError, match=r"has 2 vision encoders \(0: CLIPVision.*, 1: CLIPVision.*\)\. Say which"):
+        fs_plugins.vision_call(model)
+    towers = [fs_plugins.vision_call(model, encoder=i).module for i in range(2)]
+    assert towers == [model.model.image_tower, model.model.video_tower]
+    with pytest.raises(SettingError, match="there is no 2"):
+        fs_plugins.vision_call(model, encoder=2)
+    assert len(fs_plugins.smoothers(model, psm=None, sigma=0.25)) == 2
 
 
 def test_video_llava_takes_a_psm_for_each_of_its_encoders(images):
