@@ -1,4 +1,4 @@
-"""What every command shares: errors and progress for people, models by name."""
+"""What every command shares: errors, tables and progress for people, and the processes of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.box import HORIZONTALS
@@ -18,18 +18,6 @@ from rich.table import Table
 from fs_plugins import errors
 
 console = Console()
-
-
-def load(name: str) -> Any:
-    from fs_plugins.hf import load
-
-    return load.load(name)
-
-
-def quieten() -> None:
-    from fs_plugins.hf import load
-
-    load.quieten()
 
 
 def needs(*packages: str, extra: str = "demo") -> None:

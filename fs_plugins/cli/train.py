@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import TaskID, TextColumn
 
-from fs_plugins.cli.base import bars, console, duration, load, needs, plain_table, quieten
+from fs_plugins.cli.base import bars, console, duration, needs, plain_table
 from fs_plugins.cli.options import command
 from fs_plugins.training.settings import Settings
 
@@ -28,10 +28,11 @@ def _train(settings: Settings) -> None:
     accelerate launch --multi_gpu --num_processes 2 -m fs_plugins.cli train ...
     """
     needs("transformers")
-    quieten()
     from fs_plugins.demo.scenes import Scenes
+    from fs_plugins.hf.load import load, quieten
     from fs_plugins.training.work import Work
 
+    quieten()
     work = Work.of(settings, lambda: load(settings.model), scenes=Scenes)
     _say(work.crew, f"{len(work.pictures)} pictures to train on, {len(work.held)} held out.")
     if settings.dry_run:

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import fs_plugins
 from fs_plugins import PSM, PSMError, sources
 from fs_plugins.cli import app
-from fs_plugins.cli.base import load
 from fs_plugins.demo import assets, world
 from fs_plugins.files import LOCK
+from fs_plugins.hf.load import load
 from fs_plugins.psm import Part
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
