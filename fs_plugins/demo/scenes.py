@@ -18,9 +18,6 @@ class Scenes(ImageFolder):
     Args:
         count: how many.
         size: (H, W) to fit and centre-crop to.
-
-    Raises:
-        SettingError: none.
     """
 
     def __init__(self, count: int, size: tuple[int, int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fs_plugins.checks import check_whole
 from fs_plugins.errors import SettingError
 from fs_plugins.psm import Part
 
@@ -39,9 +40,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("draws", 1), ("warmup", 0), ("accumulate", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingError(f"A stage's {name} must be a whole number >= {least}, got {value!r}.")
+            check_whole(f"A stage's {name}", getattr(self, name), least=least)
         if not 0 < self.lr < math.inf:
             raise SettingError(f"A stage's lr (learning rate) must be positive, got {self.lr!r}.")
         if self.ema is not None and not 0 <= self.ema < 1:

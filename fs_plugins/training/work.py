@@ -144,7 +144,7 @@ def train_and_publish(work: Work, *, report: Report | None = None, command: str 
             n=settings.n,
             alpha=settings.alpha,
             seed=settings.seed,
-            advance=_counted(report, 2 * settings.n * min(settings.certify, len(work.shown))),
+            advance=_counted(report, settings, min(settings.certify, len(work.shown))),
         )
         card = publish.card(psm, work.config, scores, command=command, model=settings.encoder, data=[_about(work)])
         files.replace(folder.path / HELD_OUT, "".join(f"{name}\n" for name in work.held.names))
@@ -300,10 +300,12 @@ def _about(work: Work) -> str:
     )
 
 
-def _counted(report: Report | None, whole: int) -> Callable[[int], None] | None:
-    """Draws as they are made -> a report of how many there are."""
+def _counted(report: Report | None, settings: Settings, certified: int) -> Callable[[int], None] | None:
+    """Draws as they are made, without the PSM and with it -> a report of how many there are."""
     if report is None:
         return None
+    plan = Plan(n=settings.n, alpha=settings.alpha)
+    whole = 2 * certified * (plan.n + plan.pilot)
     done = 0
 
     def advance(draws: int) -> None:
