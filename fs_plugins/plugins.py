@@ -99,18 +99,16 @@ def _describes(given: object) -> bool:
     return isinstance(given, Mapping) and all(isinstance(name, str) and given[name] in (int, str) for name in given)
 
 
-def plugin_parts() -> dict[str, Any]:
+def plugin_parts() -> registry.Parts:
     """Purifiers and mappers that plugins provide, by kind."""
     hook = plugin_manager().hook
-    parts: dict[str, Any] = {"purifiers": {}, "mappers": {}}
-    answers: tuple[tuple[str, Sequence[dict[str, type[nn.Module]]]], ...] = (
-        ("purifiers", hook.fs_purifiers()),
-        ("mappers", hook.fs_mappers()),
-    )
-    for what, given in answers:
-        for kinds in given:
-            parts[what].update(kinds)
-    return parts
+    purifiers: dict[str, type[nn.Module]] = {}
+    mappers: dict[str, type[nn.Module]] = {}
+    for kinds in hook.fs_purifiers():
+        purifiers |= kinds
+    for kinds in hook.fs_mappers():
+        mappers |= kinds
+    return {"purifiers": purifiers, "mappers": mappers}
 
 
 def provided(

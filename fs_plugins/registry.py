@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import nn
 
 from fs_plugins import sources
 from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
@@ -31,6 +32,13 @@ from fs_plugins.vision import VisionCall
 
 STAND_IN = "photo"
 """The purifier that serves encoders without a PSM of their own."""
+
+
+class Parts(TypedDict, total=False):
+    """What plugins add to the purifiers and mappers that ship, by kind."""
+
+    purifiers: dict[str, type[nn.Module]]
+    mappers: dict[str, type[nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class Registry:
             )
             return StandIn(STAND_IN, f"{reason}.", unreadable)
 
-    def load(self, match: Match | StandIn, **parts: Any) -> PSM:
+    def load(self, match: Match | StandIn, **parts: Unpack[Parts]) -> PSM:
         """Fetch what was chosen, its checksum compared before a byte is parsed.
 
         Raises:
@@ -208,7 +216,7 @@ class Registry:
         folder = match.psm.fetch(match.file.parent, f"The PSM of {match.psm_name!r}")
         return PSM.from_pretrained(folder, **parts)
 
-    def purifier(self, name: str, **parts: Any) -> PSM:
+    def purifier(self, name: str, **parts: Unpack[Parts]) -> PSM:
         """A purifier by name, as a PSM without mappers that serves any encoder at any resolution.
 
         A public checkpoint is converted once, into the cache; only tensors are read, no code in it is run.
@@ -237,7 +245,7 @@ class Registry:
         psm.config = psm.config.model_copy(update={"name": name, "sigma": entry.sigma, "sigma_range": entry.span})
         return psm
 
-    def verify(self, name: str | None = None, **parts: Any) -> Iterator[Check]:
+    def verify(self, name: str | None = None, **parts: Unpack[Parts]) -> Iterator[Check]:
         """Compare every PSM and purifier, or those of one entry, with what its entry says, if it is on this machine."""
         for encoder in self.entries if name is None else self.entries.keys() & {name}:
             owner = self.entries[encoder].psm_of or encoder
@@ -246,7 +254,7 @@ class Registry:
         for purifier in self.purifiers if name is None else self.purifiers.keys() & {name}:
             yield from self._checks(purifier, purifier, self.purifiers[purifier], parts)
 
-    def _checks(self, what: str, name: str, trained: Trained, parts: dict[str, Any]) -> Iterator[Check]:
+    def _checks(self, what: str, name: str, trained: Trained, parts: Parts) -> Iterator[Check]:
         if not trained.trained:
             return
         folder = trained.here(self._roots[name])
@@ -262,7 +270,7 @@ class Registry:
         if trained.one_file and _conversion(trained).is_dir():
             yield self._compared(f"{what}, converted", _conversion(trained), name, trained, parts)
 
-    def _compared(self, what: str, folder: Path, name: str, trained: Trained, parts: dict[str, Any]) -> Check:
+    def _compared(self, what: str, folder: Path, name: str, trained: Trained, parts: Parts) -> Check:
         """What a PSM says of itself beside what its entry says."""
         try:
             config = PSM.from_pretrained(folder, **parts).config
@@ -292,8 +300,8 @@ class Registry:
         return (
             f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. "
             f"{known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
-            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is usual) "
-            "for plain smoothing."
+            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is "
+            "usual) for plain smoothing."
         )
 
 
