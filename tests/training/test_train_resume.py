@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import Blobs, config, flat
 from support import TinyEncoder, tiny_call
-from test_training import Blobs, config, flat
 from torch import nn
 
 from fs_plugins import PSM, PSMError, SettingError

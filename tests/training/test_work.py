@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import Blobs, config
 from support import make_llava
-from test_training import Blobs, config
 
 import fs_plugins
 from fs_plugins import PSM, ModelError, SettingError
