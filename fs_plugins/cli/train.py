@@ -91,8 +91,8 @@ def _dry_run(work: Work) -> None:
     _say(
         work.crew,
         f"About {duration(sum(cost.seconds for cost in costs))} and {_bytes(most) if most else 'an unknown amount'} of "
-        "memory at the peak, a process. Loading runs beside the steps and costs no time as long as it is the shorter of "
-        "the two. Nothing was written.",
+        "memory at the peak, a process. Loading runs beside the steps and costs no time as long as it is the shorter "
+        "of the two. Nothing was written.",
     )
 
 

@@ -73,7 +73,8 @@ class DiffusionPurifier(nn.Module):
         levels = range(len(channels))
         if not attention <= set(levels):
             raise SettingError(
-                f"DiffusionPurifier.attention names levels 0 to {levels[-1]} of channels {channels}, got {sorted(attention)}."
+                f"DiffusionPurifier.attention names levels 0 to {levels[-1]} of channels {channels}, "
+                f"got {sorted(attention)}."
             )
         if head_dim < 1 or any(channels[level] % head_dim for level in attention | {levels[-1]}):
             raise SettingError(
@@ -123,7 +124,7 @@ class DiffusionPurifier(nn.Module):
         return (clean if self.training else clean.clamp(0, 1)).to(images.dtype)
 
     def denoising_loss(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """l_diff: mean squared error of the predicted noise, what a diffusion model is trained for (Ho et al. 2020, eq. 14).
+        """l_diff: mean squared error of the predicted noise, what diffusion models are trained for (Ho et al. 2020, eq. 14).
 
         Args:
             clean: (N, 3, H, W) in [0, 1].
@@ -139,7 +140,7 @@ class DiffusionPurifier(nn.Module):
 
 
 def timestep(sigma: float | Tensor) -> Tensor:
-    """The first step t, counted from 0, whose noise is at least that of ``sigma``: sqrt((1 - abar_t) / abar_t) >= 2 sigma.
+    """The first step t, from 0, whose noise is at least that of ``sigma``: sqrt((1 - abar_t) / abar_t) >= 2 sigma.
 
     Twice sigma because the diffusion's pixels are in [-1, 1], and sigma is in [0, 1] pixel units.
 

@@ -45,8 +45,8 @@ class LoRAPurifier(nn.Module):
             place = next(cached.glob("*.pt"), place)
         if not place.is_file():
             raise PSMError(
-                f"The model that this LoRA purifier was trained on is not at {base}, and not in {cached}. Put it there; "
-                'enable(model, psm="diffusion") fetches the public one.'
+                f"The model that this LoRA purifier was trained on is not at {base}, and not in {cached}. Put it "
+                'there; enable(model, psm="diffusion") fetches the public one.'
             )
         with torch.device("cpu"):  # for real, also where a PSM is built on the meta device to be filled from its file
             self.purifier = load_guided_diffusion(place, sha256=sha256, **sizes)

@@ -20,7 +20,7 @@ class Purifier(Protocol):
 
 @runtime_checkable
 class Mapper(Protocol):
-    """Refines a readout's features. An ``nn.Module`` whose ``forward`` is this call; its constructor takes ``width``."""
+    """Refines features. An ``nn.Module`` whose ``forward`` is this call and whose constructor takes ``width``."""
 
     def __call__(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, L, D) tokens or (N, D) pooled vectors, and the pictures' noise level -> features of the same shape."""

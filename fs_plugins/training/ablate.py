@@ -77,7 +77,7 @@ def ablate(
                 for term, value in values.items():
                     peak[term] = max(peak.get(term, 0.0), abs(value))  # noqa: B023
                 if report:
-                    report(f"{stage} {f'without {without}' if without else ''}".strip(), step, steps, values)  # noqa: B023
+                    report(stage if without is None else f"{stage} without {without}", step, steps, values)  # noqa: B023
 
             psm = train_psm(call, images, trial, name="trial", encoder="trial", start=start, report=told, **options)
             if without is None:

@@ -102,7 +102,8 @@ def assemble(precision: str) -> Crew:
         raise SettingError(f"--precision {precision} does not work here: {error}") from None
     if crew.distributed_type.value in _NOT_WHOLE:
         raise SettingError(
-            f"Training runs whole in every process (accelerate launch --multi_gpu), not under {crew.distributed_type.value}."
+            "Training runs whole in every process (accelerate launch --multi_gpu), not under "
+            f"{crew.distributed_type.value}."
         )
     made: Crew = crew
     return made

@@ -27,7 +27,7 @@ def statistics(mapped: Tensor, clean: Tensor, average: Callable[[Tensor], Tensor
     Moments are over batch and tokens: (N, L, D) or (N, D); both arguments may differ in N.
 
     Args:
-        average: a process's mean -> the mean over all processes, differentiable, where the batch is spread over several.
+        average: a process's mean -> the mean over all processes, differentiable, for a batch spread over several.
     """
     (mean, deviation), (clean_mean, clean_deviation) = _moments(mapped, average), _moments(clean, average)
     return ((mean - clean_mean).square() + (deviation - clean_deviation).square()).mean()

@@ -45,7 +45,7 @@ def train_psm(
 ) -> PSM:
     """Train a PSM for a model's vision encoder, self-supervised.
 
-    On a CPU the result follows from the arguments bit for bit; torch's global generators play no part and are left alone.
+    On a CPU the result follows from the arguments bit for bit; torch's global generators play no part.
 
     Args:
         model: any model with one vision encoder that an adapter claims, or a VisionCall; frozen meanwhile.
@@ -169,7 +169,8 @@ def one_call(model: Smoothable) -> VisionCall:
     calls = claim(model)[1]
     if len(calls) > 1:
         raise ModelError(
-            f"This model has {len(calls)} vision encoders, and a PSM is for one: pass vision_call(model, encoder=0), say."
+            f"This model has {len(calls)} vision encoders, and a PSM is for one: pass "
+            "vision_call(model, encoder=0), say."
         )
     return calls[0]
 
@@ -269,7 +270,7 @@ def _digest(images: Pictures) -> str:
 
 @contextmanager
 def _frozen(call: VisionCall) -> Iterator[None]:
-    """The encoder and what its features are embedded by, in eval mode and without parameter gradients; all is put back."""
+    """The encoder and what its features are embedded by, in eval mode, without parameter gradients; all is put back."""
     modes = {m: m.training for module in call.modules for m in module.modules()}
     wanted = {p: p.requires_grad for module in call.modules for p in module.parameters()}
     for module in call.modules:

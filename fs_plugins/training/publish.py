@@ -97,8 +97,8 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
         "",
         f"# {made.name}",
         "",
-        f"A PSM (purifier and smoothness mapper, arXiv 2601.16200) for the vision encoder of `{model}`: readouts with a "
-        f"mapper: {readouts}; {_size(made.image_size)} pixels; sigma {low:g}"
+        f"A PSM (purifier and smoothness mapper, arXiv 2601.16200) for the vision encoder of `{model}`: readouts with "
+        f"a mapper: {readouts}; {_size(made.image_size)} pixels; sigma {low:g}"
         + (f" to {high:g}, served at {made.sigma:g}" if low < high else "")
         + ", in [0, 1] pixel units.",
         "",
@@ -115,8 +115,8 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
         lines += [
             "",
             f"Average certified l2 radius (cosine at least {THRESHOLD:g}, [0, 1] pixels, sigma {made.sigma:g}) of "
-            f"{scores.certified} held-out pictures, {scores.n} draws each; every certificate is wrong with probability at most "
-            f"{scores.alpha:g}, a picture without one counts as 0:",
+            f"{scores.certified} held-out pictures, {scores.n} draws each; every certificate is wrong with probability at "
+            f"most {scores.alpha:g}, a picture without one counts as 0:",
             "",
             *_table(list(scores.radii), [[f"{value:.4f}" for value in scores.radii.values()]]),
         ]
@@ -130,8 +130,8 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
         "",
         *(f"    {name}: {json.dumps(value)}" for name, value in config.as_json().items()),
         "",
-        f"{_count(psm.purifier)} in the purifier, {_count(psm.mappers)} in the mappers. To make it again, with the same "
-        "pictures:",
+        f"{_count(psm.purifier)} in the purifier, {_count(psm.mappers)} in the mappers. To make it again, with the "
+        "same pictures:",
         "",
         f"    {command}",
         "",

@@ -79,7 +79,7 @@ class Optimisation:
 
     Args:
         name: "purifier" or "mapper".
-        psm: holds what is trained; of its part, those weights that are in its state (an adapter's, say, not its base's).
+        psm: holds what is trained; of its part, the weights in its state (an adapter's, say, not its base's).
         crew: the processes that train together.
         kept: what ``state`` returned in an earlier life.
         workers: threads that load images and draw noise.
@@ -164,8 +164,8 @@ class Optimisation:
         values = dict(zip(told, crew.reduce(torch.stack(list(told.values())), "mean").tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             raise SettingError(
-                f"Step {self.done + 1} of the {self.name}'s training gave a loss that is not finite ({values}). Lower its "
-                "learning rate, or train in fp32."
+                f"Step {self.done + 1} of the {self.name}'s training gave a loss that is not finite ({values}). Lower "
+                "its learning rate, or train in fp32."
             )
         crew.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()

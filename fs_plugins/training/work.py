@@ -1,4 +1,4 @@
-"""From settings and a model to a PSM that is published: trained, measured, with its card and the list of held-out pictures.
+"""From settings and a model to a PSM that is published: trained, measured, with card and list of held-out pictures.
 
 work = Work.of(Settings(photos=Path("photos"), out=Path("my-psm")), lambda: model)
 train_and_publish(work)
@@ -104,7 +104,7 @@ class Work:
 
 
 def train_and_publish(work: Work, *, report: Report | None = None, command: str = "") -> publish.Scores | None:
-    """Train, or go on from where it stopped, then measure, certify, and write the PSM with its card and ``held-out.txt``.
+    """Train, or go on from where it stopped; then measure, certify, and write the PSM, its card and ``held-out.txt``.
 
     Args:
         report: called after each step (and then with the stage ``CERTIFICATES``), in the first process.
@@ -223,7 +223,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def trials(work: Work, *, report: Report | None = None) -> Iterator[Trial]:
-    """Short trainings without each of the losses' terms, scored on held-out pictures; see ``ablate``. Nothing is written."""
+    """Short trainings without each of the losses' terms, scored on held-out pictures (``ablate``). Nothing is written."""
     return ablate(
         work.call,
         work.pictures,
