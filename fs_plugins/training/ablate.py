@@ -71,13 +71,14 @@ def ablate(
             if without == "l_diff" and not isinstance(whole and whole.purifier, Denoises):
                 continue
             trial = base if without is None else replace(base, **{TERMS[stage][without]: 0.0})  # type: ignore[arg-type]
+            label = stage if without is None else f"{stage} without {without}"
             peak: dict[str, float] = {}
 
             def told(name: str, step: int, steps: int, values: dict[str, float]) -> None:
                 for term, value in values.items():
                     peak[term] = max(peak.get(term, 0.0), abs(value))  # noqa: B023
                 if report:
-                    report(stage if without is None else f"{stage} without {without}", step, steps, values)  # noqa: B023
+                    report(label, step, steps, values)  # noqa: B023
 
             psm = train_psm(call, images, trial, name="trial", encoder="trial", start=start, report=told, **options)
             if without is None:

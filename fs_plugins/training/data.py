@@ -1,8 +1,8 @@
 """Image folders as training data, and the order in which training looks at them.
 
 Nothing here depends on the state of a random generator: an epoch's order, an image's crop and its noise each follow
-from the seed and from which sample it is. So a resumed run draws what the uninterrupted one would have drawn, and several
-processes draw together what one would.
+from the seed and from which sample it is. So a resumed run draws what the uninterrupted one would have drawn, and
+several processes draw together what one would.
 """
 
 from __future__ import annotations

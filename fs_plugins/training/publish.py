@@ -115,8 +115,8 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
         lines += [
             "",
             f"Average certified l2 radius (cosine at least {THRESHOLD:g}, [0, 1] pixels, sigma {made.sigma:g}) of "
-            f"{scores.certified} held-out pictures, {scores.n} draws each; every certificate is wrong with probability at "
-            f"most {scores.alpha:g}, a picture without one counts as 0:",
+            f"{scores.certified} held-out pictures, {scores.n} draws each; every certificate is wrong with probability "
+            f"at most {scores.alpha:g}, a picture without one counts as 0:",
             "",
             *_table(list(scores.radii), [[f"{value:.4f}" for value in scores.radii.values()]]),
         ]

@@ -223,7 +223,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def trials(work: Work, *, report: Report | None = None) -> Iterator[Trial]:
-    """Short trainings without each of the losses' terms, scored on held-out pictures (``ablate``). Nothing is written."""
+    """Short trainings without each of the losses' terms, scored on held-out pictures (``ablate``)."""
     return ablate(
         work.call,
         work.pictures,
