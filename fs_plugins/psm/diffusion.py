@@ -124,7 +124,7 @@ class DiffusionPurifier(nn.Module):
         return (clean if self.training else clean.clamp(0, 1)).to(images.dtype)
 
     def denoising_loss(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """l_diff: mean squared error of the predicted noise, what diffusion models are trained for (Ho et al. 2020, (14)).
+        """l_diff: mean squared error of the predicted noise, as diffusion models are trained (Ho et al. 2020, eq. 14).
 
         Args:
             clean: (N, 3, H, W) in [0, 1].
