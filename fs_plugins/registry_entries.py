@@ -13,6 +13,9 @@ from fs_plugins.sources import Source
 Families = Mapping[str, Mapping[str, type[int] | type[str]]]
 """Families of encoders -> what their architecture must say, and whether that is a number or a word."""
 
+Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+"""A lower-case word: what a file may say is open to those who use it."""
+
 _WORDS: dict[type, str] = {int: "a number", str: "a word"}
 
 
@@ -55,11 +58,16 @@ class Preprocessing(_Strict):
 
 
 class Weights(_Strict):
-    """Where the encoder's weights come from."""
+    """Where the encoder's weights come from.
+
+    Args:
+        format: whose names and shapes they have, a lower-case word that the loader of such encoders knows; left out,
+            the loader's own.
+    """
 
     source: Literal["shipped", "folder", "hub"]
     location: str
-    format: Literal["transformers", "open_clip"] = "transformers"
+    format: Word | None = None
     training: str | None = None
 
 
@@ -140,7 +148,7 @@ class Entry(_Strict):
         psm_of: the entry whose PSMs it uses unchanged (FARE and TeCoA use the vanilla one's).
     """
 
-    kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+    kind: Word
     used_by: tuple[str, ...] = ()
     architecture: Architecture
     weights: Weights

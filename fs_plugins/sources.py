@@ -133,8 +133,8 @@ class Source(BaseModel):
         if found != self.sha256:
             raise PSMError(
                 f"{what} in {folder} does not have the registry's checksum (found {found}, expected {self.sha256}): "
-                "damaged, or changed by somebody. Restore it (reinstall, or fetch it again online); if the change is yours, "
-                "use fs-plugins registry add --replace."
+                "damaged, or changed by somebody. Restore it (reinstall, or fetch it again online); if the change is "
+                "yours, use fs-plugins registry add --replace."
             )
         return folder
 

@@ -6,8 +6,8 @@ computes the same function from the same numbers under other names (see ``conver
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -107,12 +107,8 @@ def swap_encoder(
     old, tokens_before, tokens = target.architecture["image_size"], _tokens(target.architecture), _tokens(found)
     resized = tokens != tokens_before
     size = found["image_size"] if resized else old
-    if resized and not is_a(target.whole, "transformers", *_ANY_RESOLUTION):
-        raise ModelError(
-            f"{name} sees {size} pixels, {type(target.whole).__name__} has an encoder of {old}, and nobody knows what "
-            f"else in it counts on that (LLaVA-NeXT cuts tiles of this size). Take an encoder of {old} pixels, or one "
-            f"of {', '.join(_ANY_RESOLUTION)}."
-        )
+    if resized:
+        _resizable(target, name, size)
     settings = _processor_settings(processor, old, size) if processor is not None else []
     place = target.parameters[POSITIONS]
     positions = weights[POSITIONS].to(place.device, place.dtype, copy=True) if resized else None
@@ -125,31 +121,16 @@ def swap_encoder(
         _configure(model, size, tokens)
     for images, attribute, value in settings:
         setattr(images, attribute, value)
-    projection = PROJECTION in weights and PROJECTION in target.parameters
-    remaining = []
-    if PROJECTION in target.parameters and not projection:
-        remaining.append(
-            "The source has no projection: the model's visual_projection is still that of its old encoder."
-        )
-    if resized and processor is None:
-        remaining.append(
-            f"Set size and crop_size of the model's image processor to {size}: the encoder refuses images of {old}, "
-            f"and a prompt has {tokens} image tokens instead of {tokens_before}."
-        )
-    if resized:
-        remaining.append(
-            "The processor saved beside the checkpoint knows nothing of this: save the changed one with the model."
-        )
-    return EncoderSwap(
+    done = EncoderSwap(
         source=name,
         encoder=target.name,
         size_before=old,
         size=size,
         tokens_before=tokens_before,
         tokens=tokens,
-        projection=projection,
-        remaining=tuple(remaining),
+        projection=PROJECTION in weights and PROJECTION in target.parameters,
     )
+    return replace(done, remaining=tuple(_remaining(done, target, with_processor=processor is not None)))
 
 
 def _same_architecture(theirs: Architecture, name: str, ours: Architecture) -> None:
@@ -197,7 +178,7 @@ def _target(model: nn.Module) -> _Target:
         raise ModelError(
             f"swap_encoder changes the one CLIP vision encoder of a transformers model; {type(whole).__name__} {has}. "
             "open_clip's own towers take such weights by model.visual.load_state_dict(...); "
-            "fs_plugins.hf.towers.to_open_clip converts them."
+            "fs_plugins.hf.to_open_clip converts them."
         )
     (name, core), *_ = cores.items()
     parameters = dict(core.named_parameters())
@@ -263,6 +244,18 @@ def _changes(target: _Target, weights: Mapping[str, Tensor], name: str) -> list[
     return [(ours[key], value) for key, value in theirs.items() if value.shape == ours[key].shape]
 
 
+def _resizable(target: _Target, name: str, size: int) -> None:
+    """Refuse another resolution in a model that is not known to allow it."""
+    if is_a(target.whole, "transformers", *_ANY_RESOLUTION):
+        return
+    old = target.architecture["image_size"]
+    raise ModelError(
+        f"{name} sees {size} pixels, {type(target.whole).__name__} has an encoder of {old}, and nobody knows what "
+        f"else in it counts on that (LLaVA-NeXT cuts tiles of this size). Take an encoder of {old} pixels, or one "
+        f"of {', '.join(_ANY_RESOLUTION)}."
+    )
+
+
 def _resize(target: _Target, positions: Tensor, size: int) -> None:
     embeddings = target.core.embeddings
     old = target.parameters[POSITIONS]
@@ -304,3 +297,17 @@ def _processor_settings(processor: Any, old: int, new: int) -> list[tuple[Any, s
         sides = {side: length and new for side, length in sides.items()}
         settings.append((images, name, new if isinstance(value, int) else type(value)(**sides)))
     return settings
+
+
+def _remaining(done: EncoderSwap, target: _Target, *, with_processor: bool) -> Iterator[str]:
+    """What the caller still has to see to, in sentences."""
+    if PROJECTION in target.parameters and not done.projection:
+        yield "The source has no projection: the model's visual_projection is still that of its old encoder."
+    if done.tokens == done.tokens_before:
+        return
+    if not with_processor:
+        yield (
+            f"Set size and crop_size of the model's image processor to {done.size}: the encoder refuses images of "
+            f"{done.size_before}, and a prompt has {done.tokens} image tokens instead of {done.tokens_before}."
+        )
+    yield "The processor saved beside the checkpoint knows nothing of this: save the changed one with the model."

@@ -56,7 +56,11 @@ def find(source: EncoderSource, revision: str | None) -> tuple[str, Architecture
         )
     entry = known.entries[name]
     said = entry.architecture.model_dump(exclude={"family"})
-    location, layout = entry.weights.location, entry.weights.format
+    location, layout = entry.weights.location, entry.weights.format or "transformers"
+    if layout not in _FILES:
+        raise RegistryError(
+            f"The registry says that the weights of {name} are in the format {layout!r}; {' and '.join(_FILES)} are read."
+        )
     if entry.weights.source != "hub":
         folder = known.place(name, location)
         return name, said, lambda: _read(folder, name)

@@ -68,6 +68,13 @@ def test_registry_names_and_their_beginnings_are_fetched_from_the_hub(known, hub
     assert hub.asked[0] == ("someone/robust", "open_clip_model.safetensors", "v1")
 
 
+def test_weights_in_a_format_that_nobody_here_reads_are_refused_before_anything_is_fetched(known, hub, llava):
+    known(small_fare={"weights": "{source: hub, location: someone/robust, format: jax}"})
+    with pytest.raises(RegistryError, match="small-fare are in the format 'jax'; open_clip and transformers are read"):
+        swap_encoder(llava, "small-fare")
+    assert not hub.asked
+
+
 def test_hub_ids_are_fetched_and_their_activation_compared(hub, tmp_path):
     ours = tower(size=8)
     state = as_saved(to_transformers(ours.state_dict()))

@@ -100,6 +100,17 @@ def test_schema_violations_are_refused_with_their_place(tmp_path, change, messag
         registry.load(write(tmp_path / "r.yaml", data), encoder_families())
 
 
+def test_formats_of_weights_are_words_and_others_may_have_their_own(tmp_path):
+    data = copy.deepcopy(DATA)
+    weights = data["encoders"]["fare4-clip"]["weights"]
+    weights["format"] = "jax"
+    assert registry.load(write(tmp_path / "r.yaml", data)).encoders["fare4-clip"].weights.format == "jax"
+    for wrong in ("JAX", "", "two words", 4):
+        weights["format"] = wrong
+        with pytest.raises(RegistryError, match=r"encoders\.fare4-clip\.weights\.format"):
+            registry.load(write(tmp_path / "r.yaml", data))
+
+
 def test_kinds_are_words_and_others_may_have_their_own(tmp_path):
     data = copy.deepcopy(DATA)
     data["encoders"]["fare4-clip"]["kind"] = "sim-clip"
