@@ -185,8 +185,8 @@ def filling(folder: Path) -> Iterator[Path]:
 def succeeding(folder: Path) -> Iterator[Path]:
     """A scratch folder; if the block ends well it takes ``folder``'s place, with the other files that were there.
 
-    Whenever it fails, the old folder is there as it was. A kill between two renames, no longer, leaves it beside its
-    place, under a hidden name.
+    Where it fails, the old folder is there as it was. Only a kill between two renames, one after the other, leaves it
+    beside its place under a hidden name.
 
     Raises:
         OSError: it cannot be written.
@@ -210,8 +210,10 @@ def succeeding(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(fresh, folder)
         _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(fresh, ignore_errors=True)
 
 

@@ -123,6 +123,18 @@ def test_a_finished_training_is_found_and_another_refused(trained, photos):
     assert (trained[0] / "README.md").read_bytes() == before
 
 
+def test_settings_come_from_a_file_and_flags_win_over_it(trained, photos, tmp_path):
+    asked = dict(zip(SHORT[::2], SHORT[1::2], strict=True))
+    filed = {flag.removeprefix("--").replace("-", "_"): int(value) for flag, value in asked.items()}
+    filed |= {"photos": str(photos), "model": "demo-clip", "out": str(trained[0]), "sigma_range": [0.2, 0.3]}
+    (tmp_path / "psm.yaml").write_text(yaml.safe_dump(filed))
+    assert "Finished already" in invoke("--config", tmp_path / "psm.yaml")
+    told = invoke("--config", tmp_path / "psm.yaml", "--lambda2", "0.5", code=2)
+    assert "config.lambda2 was 0.25 and is 0.5 now" in told
+    (tmp_path / "psm.yaml").write_text("stepps: 3")
+    assert "there is no setting 'stepps'" in invoke("--config", tmp_path / "psm.yaml", code=2)
+
+
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = invoke(photos, "--model", "demo-clip", "--out", "psm", "--dry-run", "--batch-size", "4", "--draws", "1")

@@ -293,7 +293,10 @@ def test_every_weight_arrives_and_only_attention_is_copied(original):
         (lambda s: s.pop("middle_block.1.qkv.bias"), r"\. missing: middle_block\.1\.qkv\.bias\. "),
         (lambda s: s.update({"label_emb.weight": torch.zeros(9, 9)}), r"\. unexpected: label_emb\.weight\. "),
         (lambda s: s.update({"out.2.bias": torch.zeros(3)}), r"out\.2\.bias \(3,\) instead of \(6,\)"),
-        (lambda s: s.update({"middle_block.1.qkv.weight": torch.zeros(64, 192, 1)}), r"\(64, 192, 1\) instead of \(192, 64, 1\)"),
+        (
+            lambda s: s.update({"middle_block.1.qkv.weight": torch.zeros(64, 192, 1)}),
+            r"\(64, 192, 1\) instead of \(192, 64, 1\)",
+        ),
         (lambda s: s.clear(), r"missing: .* and \d+ more"),
     ],
 )  # fmt: skip

@@ -14,8 +14,10 @@ from support import make_llava
 
 import fs_plugins
 from fs_plugins import PSM, ModelError, SettingError
+from fs_plugins.demo import world
 from fs_plugins.demo.scenes import Scenes
 from fs_plugins.files import locked
+from fs_plugins.pictures import to_unit
 from fs_plugins.settings import build, read
 from fs_plugins.training import Settings, Stage, TrainingFolder, Work, robustness_score, train_and_publish, train_psm
 from fs_plugins.training.psm import one_call
@@ -65,6 +67,7 @@ def test_scenes_are_pictures_like_any(tmp_path):
     train, held = scenes.split(2, 0)
     assert sorted(train.paths + held.paths) == scenes.paths
     assert scenes.digest == Scenes(5, (64, 64)).digest
+    assert torch.equal(Scenes(5, (64, 64))[4], to_unit(world.scene("train", 4).draw())), "at their own size, as drawn"
 
 
 def test_two_trainings_do_not_share_a_folder(call, tmp_path):
