@@ -59,7 +59,8 @@ def find(source: EncoderSource, revision: str | None) -> tuple[str, Architecture
     location, layout = entry.weights.location, entry.weights.format or "transformers"
     if layout not in _FILES:
         raise RegistryError(
-            f"The registry says that the weights of {name} are in the format {layout!r}; {' and '.join(_FILES)} are read."
+            f"The registry says that the weights of {name} are in the format {layout!r}; "
+            f"{' and '.join(_FILES)} are read."
         )
     if entry.weights.source != "hub":
         folder = known.place(name, location)
