@@ -74,13 +74,13 @@ def certify(
         from fs_plugins.certificates.certifiers import Features, Labels
         from fs_plugins.certificates.folder import ROWS, FolderRun
         from fs_plugins.choice import choose
-        from fs_plugins.hf.load import load, place, quieten, source
+        from fs_plugins.hf.load import load_model, place, quieten, source
 
         quieten()
         crew = Crew.assemble()
         if crew.size > 1 and seed is None:
             raise SettingError("Several processes need --seed, so that their draws are one run's.")
-        loaded = load(model).to(place())
+        loaded = load_model(model).to(place())
         wanted = vision_call(loaded, encoder=0).image_size or ((size, size) if size else None)
         if wanted is None:
             raise SettingError("This encoder takes images of any size: say which with --size.")

@@ -33,10 +33,10 @@ def doctor(
         if model is None:
             return
         needs("transformers")
-        from fs_plugins.hf.load import load, quieten
+        from fs_plugins.hf.load import load_model, quieten
 
         quieten()
-        found = consulting.diagnose(load(model))
+        found = consulting.diagnose(load_model(model))
         lines = [("model", found.model)]
         lines += [("claimed by", f"{name}: {rule}") for name, rule in found.rules.items()]
         for encoder in found.encoders:

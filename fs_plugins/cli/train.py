@@ -29,11 +29,11 @@ def _train(settings: Settings) -> None:
     """
     needs("transformers")
     from fs_plugins.demo.scenes import Scenes
-    from fs_plugins.hf.load import load, quieten
+    from fs_plugins.hf.load import load_model, quieten
     from fs_plugins.training.work import Work
 
     quieten()
-    work = Work.of(settings, lambda: load(settings.model), scenes=Scenes)
+    work = Work.of(settings, lambda: load_model(settings.model), scenes=Scenes)
     _say(work.crew, f"{len(work.pictures)} pictures to train on, {len(work.held)} held out.")
     if settings.dry_run:
         _dry_run(work)

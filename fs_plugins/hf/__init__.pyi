@@ -6,6 +6,7 @@ from .conversion import to_open_clip as to_open_clip
 from .conversion import to_transformers as to_transformers
 from .encoders import load_encoder as load_encoder
 from .load import load_chat as load_chat
+from .load import load_model as load_model
 from .load import load_processor as load_processor
 from .subjects import loader as loader
 from .towers import EncoderSwap as EncoderSwap

@@ -22,7 +22,7 @@ def source(name: str) -> str:
     return str(MODELS.get(name, name))
 
 
-def load(name: str) -> nn.Module:
+def load_model(name: str) -> nn.Module:
     """A model of whatever class its configuration names, or an encoder of the registry; in eval mode.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fs_plugins.evaluation.datasets import Dataset
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.hf.chat import Chat
-from fs_plugins.hf.load import load, load_processor, place, source
+from fs_plugins.hf.load import load_model, load_processor, place, source
 from fs_plugins.hf.towers import swap_encoder
 from fs_plugins.hf.zeroshot import ZeroShot, directions_of
 
@@ -24,11 +24,11 @@ def loader(
 
     Returns:
         (weights of an encoder as ``swap_encoder`` takes them, "" for the model's own; the data) -> the subject, which
-        raises ModelError, RegistryError or SettingError as ``load``, ``swap_encoder`` and ``directions_of`` do.
+        raises ModelError, RegistryError or SettingError as ``load_model``, ``swap_encoder`` and ``directions_of`` do.
     """
 
     def loaded(encoder: str, dataset: Dataset) -> Subject:
-        model = load(name).to(device or place()).requires_grad_(False)
+        model = load_model(name).to(device or place()).requires_grad_(False)
         processor = load_processor(name) if callable(getattr(model, "generate", None)) else None
         if encoder:
             swap_encoder(model, encoder, processor=processor)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fs_plugins import files, registry
 from fs_plugins.errors import FSPluginsError, RegistryError, SettingError
-from fs_plugins.hf.load import load, source
+from fs_plugins.hf.load import load_model, source
 from fs_plugins.identity import fingerprint, same_encoder
 from fs_plugins.plugins import claim, encoder_families, known_encoders, plugin_parts
 from fs_plugins.psm import PSM
@@ -129,5 +129,5 @@ def _call_of(model: str, weights: Sequence[float]) -> VisionCall | None:
     """The vision call of the model's encoder that has this fingerprint, if one does."""
     if find_spec("transformers") is None:
         raise SettingError('Loading a model needs transformers: pip install "fs-plugins[demo]".')
-    calls = claim(load(model))[1]
+    calls = claim(load_model(model))[1]
     return next((call for call in calls if same_encoder(fingerprint(call.module), weights)), None)

@@ -19,7 +19,7 @@ from fs_plugins import PSM, PSMError, sources
 from fs_plugins.cli import app
 from fs_plugins.demo import assets, world
 from fs_plugins.files import LOCK
-from fs_plugins.hf.load import load
+from fs_plugins.hf.load import load_model
 from fs_plugins.psm import Part
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
@@ -69,7 +69,7 @@ def test_a_folder_of_photos_becomes_a_psm_that_serves(trained):
     assert psm.config.name == "my-psm"
     assert psm.config.encoder == "demo-clip"
     assert psm.config.sigma_range == (0.2, 0.3)
-    with fs_plugins.enable(load("demo-clip"), psm=out) as handle:
+    with fs_plugins.enable(load_model("demo-clip"), psm=out) as handle:
         assert handle.status().vision[0].psm == "my-psm"
     names = {path.name for path in out.iterdir()}
     published = {"README.md", "config.json", "held-out.txt", "psm.safetensors"}

@@ -59,9 +59,9 @@ def test_an_encoder_of_llavas_readout_comes_in_a_small_llava(known, tmp_path):
 
 
 def test_a_folder_comes_before_an_encoder_of_the_registry_of_its_name(tmp_path, monkeypatch):
-    from fs_plugins.hf.load import load
+    from fs_plugins.hf.load import load_model
 
-    assert type(load("demo-fare")).__name__ == "CLIPVisionModelWithProjection"
+    assert type(load_model("demo-fare")).__name__ == "CLIPVisionModelWithProjection"
     with_projection(size=16).save_pretrained(tmp_path / "demo-fare")
     monkeypatch.chdir(tmp_path)
-    assert load("demo-fare").config.hidden_size == 32
+    assert load_model("demo-fare").config.hidden_size == 32
