@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FS_PLUGINS_REGISTRY"] = os.devnull  # a developer's own file is no part of the tests
+os.environ.pop("COLUMNS", None)  # the command line's console would keep the width that it finds when it is made
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from support import TinyEncoder, make_llava, randomise, tiny_call, vision_config
 from torch import Tensor
 
+import fs_plugins.cli.base  # noqa: F401  (makes that console before a test sets a width of its own)
 from fs_plugins import VisionCall, hooks
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each

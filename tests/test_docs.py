@@ -1,4 +1,4 @@
-"""Every line of code in the README and the docs runs, or is a command that CI runs; links lead somewhere; lists are whole."""
+"""All code in the README and the docs runs, or is a command that CI runs; links lead somewhere; lists are whole."""
 
 from __future__ import annotations
 

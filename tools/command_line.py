@@ -13,8 +13,8 @@ from fs_plugins.cli import app
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "command-line.md"
 HEAD = """# The command line
 
-What `fs-plugins COMMAND --help` says, on one page. `fs-plugins` and `python -m fs_plugins.cli` are the same. This page is written by
-`python -m tools.command_line`. `fs-plugins --version` prints the version.
+What `fs-plugins COMMAND --help` says, on one page. `fs-plugins` and `python -m fs_plugins.cli` are the same. This page
+is written by `python -m tools.command_line`. `fs-plugins --version` prints the version.
 """
 
 

@@ -64,13 +64,13 @@ def video_llava():
 FAMILIES = {
     "SigLIP": (
         lambda: make("SiglipModel", text_config=TEXT, vision_config=SIGLIP),
-        {"readouts": ["pooler_output"], "width": 32, "size": (16, 16), "layout": Layout, "family": "siglip_vision_model",
-         "norm": HALF, "inputs": ()},
+        {"readouts": ["pooler_output"], "width": 32, "size": (16, 16), "layout": Layout,
+         "family": "siglip_vision_model", "norm": HALF, "inputs": ()},
     ),
     "SigLIP vision model": (
         lambda: make("SiglipVisionModel", **VISION),
-        {"readouts": ["pooler_output"], "width": 32, "size": (16, 16), "layout": Layout, "family": "siglip_vision_model",
-         "norm": HALF, "inputs": ()},
+        {"readouts": ["pooler_output"], "width": 32, "size": (16, 16), "layout": Layout,
+         "family": "siglip_vision_model", "norm": HALF, "inputs": ()},
     ),
     "SigLIP vision model without a head": (
         lambda: make("SiglipVisionModel", **VISION, vision_use_head=False),

@@ -138,33 +138,31 @@ DEFENCES = {
 }
 
 
-def documented(page: str) -> dict[tuple[str, str], list[float]]:
-    """The rows of a page's table of results: (pictures, defence) -> ACC, ASR, FCS, caption, question."""
+def documented() -> dict[str, list[float]]:
+    """The README's table of results: defence -> ACC of clean pictures, ACC and ASR of attacked ones."""
     rows = {}
-    for line in (ROOT / page).read_text().splitlines():
-        cells = [cell.strip().replace(" %", "") for cell in line.strip("|").split("|")]
-        if cells[0] in ("clean", "attacked") and len(cells) == 7:
-            rows[cells[0], cells[1]] = [float(cell) for cell in cells[2:]]
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip().removesuffix(" %") for cell in line.strip("|").split("|")]
+        if cells[0] in DEFENCES and len(cells) == 4:
+            rows[cells[0]] = [float(cell) / 100 for cell in cells[1:]]
     return rows
 
 
 @pytest.mark.slow
 def test_the_demo_holds_what_the_project_promises_and_documents(tmp_path):
-    """The thresholds the project set itself, and the tables that quote ``demo --full``; robust towers on a quarter of it."""
+    """The thresholds the project set itself, and the README's table; robust towers on a quarter of its scenes."""
     summary = run(Settings(images=220, robust_images=55, out=tmp_path), loader("demo")).summary()
-    for page in ("README.md", "fs_plugins/demo/assets/README.md"):
-        table = documented(page)
-        assert {which for which, _ in table} == {"clean", "attacked"}
-        assert {defence for _, defence in table} == set(DEFENCES)
-        for (which, defence), quoted in table.items():
-            name_of_row = DEFENCES[defence]
-            row, intervals = summary[which][name_of_row], summary["intervals"][which][name_of_row]
-            for name, value in zip(("acc", "asr", "fcs", "caption_acc", "vqa_acc"), quoted, strict=True):
-                value = value if name == "fcs" else value / 100
-                low, high = intervals[name] if name_of_row not in ("none", "fs_psm") else (row[name], row[name])
-                # Another processor rounds differently, which may turn a few of 200 answers.
-                slack = 0.02 if name == "fcs" else 0.03
-                assert low - slack <= value <= high + slack, (page, which, defence, name, row[name], value)
+    table = documented()
+    assert set(table) == set(DEFENCES)
+    for defence, quoted in table.items():
+        name = DEFENCES[defence]
+        for value, (which, key) in zip(
+            quoted, (("clean", "acc"), ("attacked", "acc"), ("attacked", "asr")), strict=True
+        ):
+            measured = summary[which][name][key]
+            low, high = (measured, measured) if name in ("none", "fs_psm") else summary["intervals"][which][name][key]
+            # Another processor rounds differently, which may turn a few of 200 answers.
+            assert low - 0.03 <= value <= high + 0.03, (which, defence, key, measured, value)
     clean, attacked, ablation = summary["clean"], summary["attacked"], summary["ablation"]
     assert clean["none"]["acc"] >= 0.95
     assert clean["none"]["caption_acc"] >= 0.90
@@ -178,7 +176,7 @@ def test_the_demo_holds_what_the_project_promises_and_documents(tmp_path):
         assert attacked[tower]["acc"] < attacked["fs_psm"]["acc"], "16/255 is beyond what they were trained against"
         assert attacked[tower]["asr"] < attacked["none"]["asr"]
     assert ablation["fs_pm"]["acc"] > ablation["fs"]["acc"]
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "explanation" / "results.md").read_text().splitlines()
     for row in summary["certificates"]:
         [quoted] = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| {row['picture']} |")]
         measured = [row[name] for name in ("plugin", "mean", "certified")]
