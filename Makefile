@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/python $(TEST)
 
 slow: $(VENV)/.dev
-	$(VENV)/bin/python $(TEST) -m slow
+	$(VENV)/bin/python $(TEST) --dist worksteal -m slow
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
