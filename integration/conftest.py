@@ -12,9 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
