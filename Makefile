@@ -5,7 +5,8 @@ WORKERS ?= 2
 PIP = $(VENV)/bin/pip install -q -c constraints.txt
 TEST = -m pytest -n $(WORKERS)
 # What differs by the version of transformers: loading, adapters, enabling, shipped checkpoints, other encoders.
-VERSIONED = tests/adapters tests/demo/test_shipped.py tests/hf tests/test_enable.py tests/test_vision.py
+VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
+    tests/test_enable.py tests/test_vision.py
 
 .PHONY: demo test slow lint docs test-transformers4 integration lmms example clean
 

@@ -35,18 +35,20 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.families: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        self.places: dict[str, int] = {}
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if family := getattr(getattr(item, "cls", None), "family", None):
-            # Travels with the report to the process that writes, where several share the tests.
-            item.user_properties.append(("family", (family, item.originalname)))
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for place, item in enumerate(items):
+            if family := getattr(getattr(item, "cls", None), "family", None):
+                # Travels with the report to the process that writes, where several share the tests.
+                item.user_properties.append(("family", (place, family, item.originalname)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = dict(report.user_properties).get("family")
         if told is None or not (report.when == "call" or report.outcome != "passed"):
             return
-        family, test = told
+        place, family, test = told
+        self.places[family] = min(place, self.places.get(family, place))
         if hasattr(report, "wasxfail"):
             kind, why = ("expected" if report.skipped else "failed"), report.wasxfail
         elif report.skipped:
@@ -62,10 +64,13 @@ class Recorder:
         from test_families import INSTALLED, absent
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        families = sorted(self.families, key=self.places.__getitem__)
         told = {
             "transformers": str(INSTALLED),
             "torch": version("torch"),
-            "families": self.families,
+            "families": {
+                family: self.families[family] for family in sorted(self.families, key=self.places.__getitem__)
+            },
             "absent": {name: exceptions.ABSENT[name] for name in absent()},
         }
         self.path.write_text(json.dumps(told, indent=1))
