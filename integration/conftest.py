@@ -68,9 +68,7 @@ class Recorder:
         told = {
             "transformers": str(INSTALLED),
             "torch": version("torch"),
-            "families": {
-                family: self.families[family] for family in sorted(self.families, key=self.places.__getitem__)
-            },
+            "families": {family: self.families[family] for family in families},
             "absent": {name: exceptions.ABSENT[name] for name in absent()},
         }
         self.path.write_text(json.dumps(told, indent=1))
