@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(
-    str(Path(__file__).parents[1])
-)  # tools and benchmarks; last, so that an installed fs_plugins is the one
+# For tools and benchmarks; last, so that an installed fs_plugins is the one that is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FS_PLUGINS_REGISTRY"] = os.devnull  # a developer's own file is no part of the tests
 os.environ.pop("COLUMNS", None)  # the command line's console would keep the width that it finds when it is made
