@@ -200,7 +200,7 @@ def rate(run: Callable[[], int]) -> float:
 def peak(psm: Path, sigma: float, n: int) -> dict[str, float]:
     """Peak resident memory of one certificate in this process, and above what was resident before it, in MB."""
     model, loaded, images = load_model(), PSM.from_pretrained(psm), scene(0)[None]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = resident("VmRSS")
     fs_plugins.certify(model, images, n=n, psm=loaded, sigma=sigma, chunk_size=ROWS, seed=0)
     highest = resident("VmHWM")
@@ -209,7 +209,7 @@ def peak(psm: Path, sigma: float, n: int) -> dict[str, float]:
 
 def resident(field: str) -> float:
     """A field of /proc/self/status in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 

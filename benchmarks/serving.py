@@ -107,7 +107,7 @@ def peak(name: str, n0: int, chunk_size: int) -> dict[str, float]:
     model, call, psm = tower(name)
     pixels = call.pixels.from_unit(torch.rand(1, 3, *call.image_size), torch.float32)
     with fs_plugins.enable(model, psm=psm, n0=n0, chunk_size=chunk_size):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
         before = resident("VmRSS")
         model(pixels)
         return {"mb": (resident("VmHWM") - before) / 1024}
@@ -115,7 +115,7 @@ def peak(name: str, n0: int, chunk_size: int) -> dict[str, float]:
 
 def resident(field: str) -> int:
     """A field of /proc/self/status in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 

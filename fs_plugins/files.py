@@ -1,7 +1,7 @@
 """The one writer of durable files: whole after a kill at any moment, and one process's at a time where they must be.
 
 Whatever is read again by a later run (ledgers, stores, checkpoints, registries, downloads) or published (PSMs, reports)
-is written here.
+is written here. Text is UTF-8 whatever the platform; readers take a byte order mark.
 """
 
 from __future__ import annotations
@@ -58,6 +58,34 @@ def replace(path: Path, content: str | bytes) -> None:
     atomically(path, lambda file: file.write(data))
 
 
+def text(path: Path) -> str:
+    """What a text file says, in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    return path.read_text("utf-8-sig")
+
+
+def parsed(text: str | bytes) -> Any:
+    """JSON -> what it says; whatever is wrong with it is a ValueError, also nesting deeper than Python goes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def value(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8.
+    """
+    return parsed(text(path))
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -91,7 +119,7 @@ class Lines:
         values = []
         for number, line in enumerate(whole_lines(self.path), start=1):
             try:
-                values.append(json.loads(line))
+                values.append(parsed(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
         return values
@@ -254,7 +282,7 @@ def agree(path: Path, settings: Mapping[str, Any], what: str) -> None:
         SettingError: they differ, or the file holds none.
     """
     try:
-        different = changed(json.loads(path.read_text("utf-8")), settings)
+        different = changed(value(path), settings)
     except (ValueError, AttributeError) as error:
         raise SettingError(f"{path} is not what {what} wrote: {error}.") from None
     if different:

@@ -32,7 +32,7 @@ def main(out: Path, reports: list[Path]) -> None:
         f"does not, a second device where there is none. Everything ran on torch {runs[0]['torch']}.",
         "",
     ]
-    out.write_text("\n".join(lines))
+    out.write_text("\n".join(lines), encoding="utf-8")
     failed = [
         f"{family}: {test}"
         for run in runs

@@ -262,7 +262,7 @@ def test_judges_that_are_none_are_refused(manager, answer, told):
 
 
 def test_fs_registries_add_entries(manager, tmp_path):
-    shipped = Path(fs_plugins.registry.shipped_path()).read_text()
+    shipped = Path(fs_plugins.registry.shipped_path()).read_text(encoding="utf-8")
     (tmp_path / "more.yaml").write_text(shipped.replace("  llava-1.5:", "  mine:"))
     hooks.register(manager, plugin(fs_registries=lambda: [tmp_path / "more.yaml"]), "more")
     assert "mine" in known_encoders().entries
@@ -391,7 +391,7 @@ def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
     assert "versionadded" in doc
     for argument in hook.__code__.co_varnames[: hook.__code__.co_argcount]:
         assert f":param {argument}:" in doc
-    assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(), re.MULTILINE)
+    assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     docs = Path(__file__).parent.parent / "docs" / "reference" / "hooks.md"
     arguments = ", ".join(hook.__code__.co_varnames[: hook.__code__.co_argcount])
     assert f"| `{name}({arguments})` |" in docs.read_text()

@@ -153,7 +153,7 @@ def _configured(file: Path) -> Architecture:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         vision = config.get("vision_config", config)
         return {key: vision[key] for key in ("num_attention_heads", "hidden_act") if key in vision}
     except (ValueError, AttributeError, TypeError) as error:

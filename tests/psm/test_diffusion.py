@@ -329,7 +329,7 @@ def test_a_checkpoint_is_mapped_rather_than_copied_and_never_written(original, c
     purifier = load_guided_diffusion(checkpoint, sha256=before.upper(), **SMALL)
     assert not purifier.training
     maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(checkpoint) in maps.read_text()
+    assert not maps.exists() or str(checkpoint) in maps.read_text(encoding="utf-8")
     assert not any(v.is_meta for v in purifier.state_dict().values())
     expected, found = outputs(original, purifier, 8)
     assert torch.allclose(expected, found, atol=1e-4)

@@ -26,7 +26,7 @@ COMMIT = "c" * 40
 
 
 def write(path: Path, data: object) -> Path:
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return path
 
 
