@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fs_plugins.certificates import Certificate, PredictionCertificate
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import certify_features, certify_labels
-from fs_plugins.choice import Draws, PSMChoice, Smoothable, choose
+from fs_plugins.choice import Draws, PSMChoice, Smoothable, choose, numbered
 from fs_plugins.errors import ModelError, SettingError, warn
 from fs_plugins.hooks import plugin_manager
 from fs_plugins.noise import Noise, NoiseScope
@@ -195,9 +195,7 @@ def vision_call(model: nn.Module, *, adapter: str | None = None, encoder: int | 
     if encoder is None and len(calls) > 1:
         kinds = ", ".join(f"{i}: {type(call.module).__name__}" for i, call in enumerate(calls))
         raise ModelError(f"This model has {len(calls)} vision encoders ({kinds}). Say which with encoder=0, say.")
-    if encoder is not None and not 0 <= encoder < len(calls):
-        raise SettingError(f"This model has {len(calls)} vision encoders, numbered from 0; there is no {encoder}.")
-    return calls[encoder or 0]
+    return numbered(calls, encoder or 0)
 
 
 def certify(

@@ -1,25 +1,37 @@
-"""What a number must be, asked in one place: Python counts True as a whole number, nobody else does."""
+"""What a number must be, asked in one place, and given back as Python's own.
+
+Numbers come from numpy and torch as readily as from Python. What is kept of them is the plain number, so that files,
+digests and seeds are those of the plain number too. Python counts True as a whole number; nobody else does.
+"""
 
 from __future__ import annotations
 
 import math
-from numbers import Real
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 from fs_plugins.errors import SettingError
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value is an integer, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def plain(value: Any) -> int | float | None:
+    """The real number that a value of Python, numpy or torch is; None if it is none, or beyond what a float can hold.
+
+    Arrays and tensors of no dimension are the number they hold. Truth values, text and complex numbers are none.
+    """
+    try:
+        if getattr(value, "shape", None) == ():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return None
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return number if math.isfinite(number) else None
+    except (OverflowError, RuntimeError):  # a whole number beyond 1e308; a tensor on meta, which holds nothing
+        return None
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a finite real number, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_whole(name: str, value: object, *, least: int = 1) -> None:
-    """Refuse what is no whole number from ``least`` on.
+def whole(name: str, value: Any, *, least: int | None = 1) -> int:
+    """A whole number, from ``least`` on, as an int.
 
     Args:
         name: of the setting, with what it means in brackets where that helps.
@@ -27,19 +39,62 @@ def check_whole(name: str, value: object, *, least: int = 1) -> None:
     Raises:
         SettingError: it is none.
     """
-    if not (isinstance(value, int) and is_whole(value) and value >= least):
-        raise SettingError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    found = plain(value)
+    if not isinstance(found, int) or (least is not None and found < least):
+        above = "" if least is None else f" >= {least}"
+        raise SettingError(f"{name} must be a whole number{above}, got {shown(value)}.")
+    return found
 
 
-def check_sigma(sigma: object) -> None:
-    """Refuse what is no noise level in [0, 1] pixel units.
+def number(expected: str, value: Any, fits: Callable[[float], bool] = lambda found: True) -> float:
+    """A finite number that fits, as a float.
+
+    Args:
+        expected: what must be so, as a sentence begins: "threshold must be a cosine in [0, 1]".
+
+    Raises:
+        SettingError: it is none, or does not fit.
+    """
+    found = plain(value)
+    if found is None or not fits(float(found)):
+        raise SettingError(f"{expected}, got {shown(value)}.")
+    return float(found)
+
+
+def sigma(value: Any) -> float:
+    """A noise level in [0, 1] pixel units, as a float.
 
     Raises:
         SettingError: no number, negative, or so large that it must be in 255ths.
     """
-    if not (isinstance(sigma, int | float) and is_number(sigma) and sigma >= 0):
-        raise SettingError(f"sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}.")
-    if sigma > 4:
+    found = number(
+        "sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual)", value, lambda level: level >= 0
+    )
+    if found > 4:
         raise SettingError(
-            f"sigma is in [0, 1] pixel units (0.25 is usual), got {sigma:g}; did you mean {sigma / 255:.3f}?"
+            f"sigma is in [0, 1] pixel units (0.25 is usual), got {found:g}; did you mean {found / 255:.3f}?"
         )
+    return found
+
+
+def seed(value: Any) -> int:
+    """A seed, as an int.
+
+    Raises:
+        SettingError: no whole number.
+    """
+    return whole("seed", value, least=None)
+
+
+def settle(owner: object, **values: Any) -> None:
+    """Put what a frozen value was found to be in place of what it was given as, when it is made."""
+    for name, value in values.items():
+        object.__setattr__(owner, name, value)
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, in errors."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__} of thousands of digits"

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from fs_plugins.checks import check_sigma
+from fs_plugins import checks
 from fs_plugins.errors import ModelError, PluginError, PSMError, SettingError, warn
 from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
@@ -59,8 +59,7 @@ def choose(
         PSMError, RegistryError, PluginError: see their docstrings.
     """
     name, calls = calls_of(model, processor=processor, adapter=adapter, encoder=encoder)
-    if sigma is not None:
-        check_sigma(sigma)
+    sigma = None if sigma is None else checks.sigma(sigma)
     psms: list[PSMChoice] = list(psm) if isinstance(psm, list | tuple) else [cast(PSMChoice, psm)] * len(calls)
     if len(psms) != len(calls):
         raise SettingError(f"This model has {len(calls)} vision encoders; psm is a list of {len(psms)}.")
@@ -98,9 +97,7 @@ def calls_of(
     else:
         name, calls = claim(model, adapter)
     if encoder is not None:
-        if not 0 <= encoder < len(calls):
-            raise SettingError(f"This model has {len(calls)} vision encoders, numbered from 0; there is no {encoder}.")
-        calls = calls[encoder : encoder + 1]
+        calls = (numbered(calls, encoder),)
     if processor is not None:
         pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
         calls = tuple(call.with_pixels(pixels) for call in calls)
@@ -113,6 +110,18 @@ def calls_of(
     if isinstance(model, nn.Module):
         _inside(model, name, calls)
     return name, calls
+
+
+def numbered(calls: Sequence[VisionCall], encoder: int) -> VisionCall:
+    """One of a model's vision calls.
+
+    Raises:
+        SettingError: there is no such.
+    """
+    place = checks.whole("encoder", encoder, least=None)
+    if not 0 <= place < len(calls):
+        raise SettingError(f"This model has {len(calls)} vision encoders, numbered from 0; there is no {place}.")
+    return calls[place]
 
 
 def _inside(model: nn.Module, adapter: str, calls: Sequence[VisionCall]) -> None:

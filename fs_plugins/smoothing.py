@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fs_plugins.checks import check_sigma, check_whole, is_whole
+from fs_plugins import checks
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.layouts import Group, Layout
 from fs_plugins.noise import Noise, NoiseScope, NoiseSource, Source, draws
@@ -97,20 +97,19 @@ class FeatureSmoother(Pickled):
         seed: int | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
-        check_sigma(sigma)
-        check_whole("n0 (draws per image)", n0)
-        check_whole("chunk_size (rows per forward)", chunk_size)
+        level = checks.sigma(sigma)
+        n0 = checks.whole("n0 (draws per image)", n0)
+        chunk_size = checks.whole("chunk_size (rows per forward)", chunk_size)
+        seed = None if seed is None else checks.seed(seed)
         if noise not in get_args(Noise):
             raise SettingError(f"noise must be one of {get_args(Noise)}, got {noise!r}.")
         if noise_scope not in get_args(NoiseScope):
             raise SettingError(f"noise_scope must be one of {get_args(NoiseScope)}, got {noise_scope!r}.")
-        if seed is not None and not is_whole(seed):
-            raise SettingError(f"seed must be an integer or None, got {seed!r}.")
         if psm is not None:
-            psm.check(call, float(sigma))
+            psm.check(call, level)
         self.call = call
         self.psm = psm
-        self.sigma = float(sigma)
+        self.sigma = level
         self.n0 = n0
         self.noise: Noise = noise
         self.chunk_size = chunk_size

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fs_plugins.checks import number, settle
 from fs_plugins.errors import PixelError, SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.outputs import Field, Readout, map_tensors
@@ -60,10 +61,13 @@ class PixelSpace:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean:
+        if len(self.mean) != len(self.std) or not len(self.mean):
             raise SettingError(f"PixelSpace needs one mean and one std per channel, got {self.mean} and {self.std}.")
-        if not all(s > 0 for s in self.std):
-            raise SettingError(f"PixelSpace.std must be positive in every channel, got {self.std}.")
+        settle(
+            self,
+            mean=tuple(number("PixelSpace.mean must hold a number for every channel", one) for one in self.mean),
+            std=tuple(number("PixelSpace.std must be positive in every channel", s, lambda s: s > 0) for s in self.std),
+        )
 
     @classmethod
     def from_processor(cls, processor: Any, *, source: str = "the processor given") -> PixelSpace:

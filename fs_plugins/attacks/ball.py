@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fs_plugins.checks import is_number
+from fs_plugins import checks
 from fs_plugins.errors import SettingError
 
 Norm = Literal["linf", "l2"]
@@ -33,10 +33,24 @@ class Ball:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise SettingError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}.")
-        if self.norm == "linf":
-            check_distance("eps", self.eps)
-        elif not (is_number(self.eps) and self.eps > 0):
-            raise SettingError(f"eps is an l2 distance in [0, 1] pixel units and must be above 0, got {self.eps!r}.")
+        checks.settle(self, eps=self.length("eps", self.eps))
+
+    def length(self, name: str, value: float) -> float:
+        """A positive length in this norm, within [0, 1] for l-inf.
+
+        Raises:
+            SettingError: it is none.
+        """
+        if self.norm == "l2":
+            expected = f"{name} is an l2 distance in [0, 1] pixel units and must be above 0"
+            return checks.number(expected, value, lambda found: found > 0)
+        found = checks.plain(value)
+        if found is None or not 0 < found <= 1:
+            hint = f"; did you mean {found:g}/255?" if found is not None and 1 < found <= 255 else ""
+            raise SettingError(
+                f"{name} is in [0, 1] pixel units and must be in (0, 1], got {checks.shown(value)}{hint}"
+            )
+        return float(found)
 
     def project(self, images: Tensor, centres: Tensor) -> Tensor:
         """(B, C, H, W) images -> those of the balls around ``centres``, in [0, 1], that are nearest by clipping."""
@@ -55,10 +69,3 @@ class Ball:
             return slope.sign()
         length = slope.flatten(1).norm(dim=1).view(-1, *[1] * (slope.ndim - 1))
         return torch.where(length > 0, slope / length.where(length > 0, 1.0), 0.0)
-
-
-def check_distance(name: str, value: float) -> None:
-    """Refuse an l-inf distance outside (0, 1], and guess what was meant."""
-    if not (is_number(value) and 0 < value <= 1):
-        hint = f"; did you mean {value:g}/255?" if is_number(value) and 1 < value <= 255 else ""
-        raise SettingError(f"{name} is in [0, 1] pixel units and must be in (0, 1], got {value!r}{hint}")

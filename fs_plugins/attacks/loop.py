@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fs_plugins.attacks.ball import Ball, check_distance
+from fs_plugins import checks
+from fs_plugins.attacks.ball import Ball
 from fs_plugins.attacks.protocols import Objective, Search
 from fs_plugins.attacks.victim import Stream
-from fs_plugins.checks import check_whole
-from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.errors import ModelError
 
 
 def ascend(
@@ -46,8 +46,7 @@ def ascend(
         SettingError: a value out of range.
         ModelError: the objective has no gradient.
     """
-    check_whole("steps", steps)
-    check_whole("draws", draws)
+    steps, draws = checks.whole("steps", steps), checks.whole("draws", draws)
     step_size = _step_size(step_size, ball, steps)
     attacked = ball.project((images if start is None else start).detach(), images)
     for step in range(1, steps + 1):
@@ -65,11 +64,7 @@ def _step_size(given: float | None, ball: Ball, steps: int) -> float:
     if given is None:
         usual = max(1 / 255 if ball.norm == "linf" else 0.0, 2.5 * ball.eps / steps)
         return min(usual, 1.0) if ball.norm == "linf" else usual
-    if ball.norm == "linf":
-        check_distance("step_size", given)
-    elif not given > 0:
-        raise SettingError(f"step_size is an l2 length in [0, 1] pixel units and must be above 0, got {given!r}.")
-    return given
+    return ball.length("step_size", given)
 
 
 def _slope(objective: Objective, attacked: Tensor, step: int, draw: int) -> Tensor:

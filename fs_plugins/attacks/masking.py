@@ -12,6 +12,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from fs_plugins import checks
+from fs_plugins.attacks.ball import Ball
 from fs_plugins.attacks.methods import attack_of
 from fs_plugins.attacks.protocols import Attack, Objective
 from fs_plugins.attacks.run import attack
@@ -104,6 +106,11 @@ def check_gradients(
         ModelError: nothing is smoothed.
     """
     smoother, chosen = _defence(model), attack_of(method)
+    eps, steps = Ball("linf", eps).eps, checks.whole("steps", steps)
+    draws, queries = checks.whole("draws", draws), checks.whole("queries", queries)
+    seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
+    level = "confidence is that of a test and must be in (0, 1)"
+    confidence = checks.number(level, confidence, lambda found: 0 < found < 1)
     if len(images) < 2:
         raise SettingError(f"Attacks are compared over at least two images, got {len(images)}.")
     if isinstance(chosen.optimiser, Squares):

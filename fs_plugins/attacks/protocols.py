@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from fs_plugins import checks
 from fs_plugins.attacks.ball import Ball
-from fs_plugins.checks import check_whole
 
 if TYPE_CHECKING:
     from fs_plugins.attacks.victim import Stream, Victim
@@ -31,7 +31,7 @@ class Search:
         report: called after each step of a batch with the number of its images.
 
     Raises:
-        SettingError: steps or draws out of range.
+        SettingError: steps, draws or step_size out of range.
     """
 
     ball: Ball
@@ -42,8 +42,10 @@ class Search:
     report: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps)
-        check_whole("draws", self.draws)
+        step_size = None if self.step_size is None else self.ball.length("step_size", self.step_size)
+        checks.settle(
+            self, steps=checks.whole("steps", self.steps), draws=checks.whole("draws", self.draws), step_size=step_size
+        )
 
 
 class Optimiser(Protocol):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fs_plugins import checks
 from fs_plugins.attacks.ball import Ball, Norm
 from fs_plugins.attacks.methods import attack_of
 from fs_plugins.attacks.protocols import Attack, Search
 from fs_plugins.attacks.victim import Attackable, Stream, victims
-from fs_plugins.checks import check_whole
 from fs_plugins.errors import SettingError
 
 
@@ -72,7 +72,7 @@ def attack(
     chosen, several = attack_of(method), victims(model)
     search = Search(Ball(norm, eps), steps, draws, step_size, targets is not None, report)
     _check(images, targets)
-    check_whole("batch_size", batch_size)
+    seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
     keys = tuple(range(len(images))) if names is None else tuple(names)
     if len(keys) != len(images):
         raise SettingError(f"names must have a key for each of {len(images)} images, got {len(keys)}.")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fs_plugins import checks
 from fs_plugins.attacks.ball import Ball
 from fs_plugins.attacks.protocols import Objective, Search
 from fs_plugins.attacks.victim import Stream
-from fs_plugins.checks import check_whole
 from fs_plugins.errors import SettingError
 
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -52,14 +52,14 @@ def square(
         SettingError: eps outside (0, 1], or no query or draw.
     """
     ball = Ball("linf", eps)
-    check_whole("queries", queries)
-    check_whole("draws", draws)
+    queries, draws = checks.whole("queries", queries), checks.whole("draws", draws)
+    area = checks.number("area must be a share in (0, 1]", area, lambda share: 0 < share <= 1)
     generators = stream.generators(torch.empty(len(images)))
     stripes = torch.stack([_signs((images.shape[1], 1, images.shape[3]), one, images) for one in generators])
-    best = ball.project(images + eps * stripes, images)
+    best = ball.project(images + ball.eps * stripes, images)
     for query in range(1, queries + 1):
         share = area / 2 ** sum(query / queries > point for point in _HALVINGS)
-        tried = ball.project(_squared(best, images, eps, share, generators), images)
+        tried = ball.project(_squared(best, images, ball.eps, share, generators), images)
         # Both under the same noise: the best score ever seen would be that of a lucky draw.
         better = _score(objective, tried, query, draws) > _score(objective, best, query, draws)
         best = torch.where(better.view(-1, 1, 1, 1), tried, best)

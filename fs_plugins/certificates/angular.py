@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fs_plugins.certificates.bounds import Array, angular_cosine, binomial_lower, perpendicular_upper
+from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
 
@@ -31,15 +32,19 @@ class Angular:
     n: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t0 <= 1:
-            raise SettingError(f"t0, the score above which a draw counts as near, must be in [0, 1], got {self.t0}.")
-        if self.n < 1 or not 0 <= self.count <= self.n:
-            raise SettingError(
-                f"count must be between 0 and n, and n at least 1, got count = {self.count} and n = {self.n}."
-            )
+        near = "t0, the score above which a draw counts as near, must be in [0, 1]"
+        settle(
+            self,
+            t0=number(near, self.t0, lambda score: 0 <= score <= 1),
+            count=whole("count", self.count, least=0),
+            norm=number("norm is a length and must be >= 0", self.norm, lambda length: length >= 0),
+            n=whole("n", self.n),
+        )
+        if self.count > self.n:
+            raise SettingError(f"count must be between 0 and n, got count = {self.count} and n = {self.n}.")
         longest = self.count / self.n * math.sqrt(1 - self.t0**2)
         # Near a score of 1, rounding it by 1e-6 is 1.4e-3 of length.
-        if not 0 <= self.norm <= longest + 2e-3:
+        if self.norm > longest + 2e-3:
             raise SettingError(
                 f"norm, the length of the mean of u_perp over draws with a score >= t0 = {self.t0:g}, is at most "
                 f"{longest:g} for {self.count} of {self.n} draws, got {self.norm}. Divide the running sum by n."

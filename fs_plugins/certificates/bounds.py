@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import betaincinv, logsumexp, ndtr, ndtri
 
+from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
 if TYPE_CHECKING:
@@ -235,6 +236,9 @@ class Band:
     survival: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        for name in ("support", "survival"):
+            expected = f"A band's {name} must hold numbers"
+            settle(self, **{name: tuple(number(expected, value) for value in getattr(self, name))})
         support, survival = np.array(self.support), np.array(self.survival)
         if len(support) != len(survival) or not len(support):
             raise SettingError(f"A band needs one survival bound per point, got {len(survival)} for {len(support)}.")
@@ -357,10 +361,9 @@ def served_quantile(band: Band, delta: float, n0: int, beta: float, noise: Noise
     Raises:
         SettingError: n0 < 1, beta outside (0, 1), an unknown kind of noise, or a negative delta.
     """
-    if isinstance(n0, bool) or not isinstance(n0, int) or n0 < 1:
-        raise SettingError(f"n0 (draws per served image) must be a whole number >= 1, got {n0!r}.")
-    if not 0 < beta < 1:
-        raise SettingError(f"beta, the probability that a served answer may miss, must be in (0, 1), got {beta}.")
+    n0 = whole("n0 (draws per served image)", n0)
+    chance = "beta, the probability that a served answer may miss, must be in (0, 1)"
+    beta = number(chance, beta, lambda found: 0 < found < 1)
     if noise not in ("iid", "antithetic"):
         raise SettingError(f'noise must be "iid" or "antithetic", got {noise!r}.')
     cells = max(256, min(2**14, 2**20 // n0))

@@ -17,11 +17,14 @@ from fs_plugins.certificates.values import (
     FRESH,
     PIXELS,
     Stored,
-    check_numbers,
+    alpha_of,
     distance_of,
     distances_of,
     scores_of,
+    share_of,
+    sigma_of,
 )
+from fs_plugins.checks import number, settle
 from fs_plugins.errors import SettingError
 
 if TYPE_CHECKING:
@@ -108,19 +111,12 @@ class Certificate(Stored):
     kind: ClassVar[str] = "features"
 
     def __post_init__(self) -> None:
-        self._hold_tuples("image_shape", "readouts", "encoder")
-        check_numbers(sigma=self.sigma, alpha=self.alpha, share=self.share)
-        method = _method(self.method, self.angular)
-        if self.n < 1 or not 0 <= self.non_finite <= self.n:
-            raise SettingError(
-                f"A certificate needs n >= 1 scores, got n = {self.n} with {self.non_finite} non-finite."
-            )
-        method.check(self)
+        self._settle()
+        _method(self.method, self.angular).check(self)
         for name in ("mean", "lower", "unrelated"):
-            if (value := getattr(self, name)) is not None and not -1 <= value <= 1:
-                raise SettingError(f"{name} is a cosine and must be in [-1, 1], got {value}.")
-        if self.image_shape is not None and not (self.image_shape and min(self.image_shape) >= 1):
-            raise SettingError(f"image_shape must be sizes >= 1 such as (3, 224, 224), got {self.image_shape}.")
+            if (value := getattr(self, name)) is not None:
+                expected = f"{name} is a cosine and must be in [-1, 1]"
+                settle(self, **{name: number(expected, value, lambda cosine: -1 <= cosine <= 1)})
 
     @classmethod
     def from_scores(
@@ -148,16 +144,16 @@ class Certificate(Stored):
         """
         # Sorted, so that not even the rounding depends on the order they came in.
         values = np.sort(scores_of(scores))
-        check_numbers(sigma=sigma, alpha=alpha, share=share)
+        sigma, alpha, share = sigma_of(sigma), alpha_of(alpha), share_of(share)
         spent = alpha * share / (1 if angular is None else 2)
         statistics: dict[str, Any] = {"mean": plugin_mean(values), **_method(method, angular).statistics(values, spent)}
         return cls(
-            sigma=float(sigma),
+            sigma=sigma,
             n=len(values),
-            alpha=float(alpha),
+            alpha=alpha,
             method=method,
             angular=angular,
-            share=float(share),
+            share=share,
             **statistics,
             **details,
         )
@@ -223,10 +219,8 @@ class Certificate(Stored):
         Raises:
             SettingError: a threshold outside [0, 1].
         """
-        if not 0 <= threshold <= 1:
-            raise SettingError(
-                f"threshold is a cosine that can be certified, in [0, 1] (0.5 is usual), got {threshold}."
-            )
+        expected = "threshold is a cosine that can be certified, in [0, 1] (0.5 is usual)"
+        threshold = number(expected, threshold, lambda cosine: 0 <= cosine <= 1)
         # At 0 itself nothing is promised.
         level = max(threshold, float(np.finfo(np.float64).tiny))
         delta = furthest(lambda delta: float(self._bound(np.array(delta * self.sigma))), level)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from fs_plugins.certificates.methods import DEFAULT, method_of
-from fs_plugins.certificates.values import check_numbers
-from fs_plugins.errors import SettingError
+from fs_plugins.certificates.values import alpha_of
+from fs_plugins.checks import number, settle, whole
 
 LOOKS = (0.125, 0.25, 0.5, 1.0)
 """With a target radius: after which parts of n the certificate is looked at, each at an equal share of alpha."""
@@ -38,14 +38,17 @@ class Plan:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        check_numbers(alpha=self.alpha)
         method_of(self.method)
-        if not 0 <= self.threshold <= 1:
-            raise SettingError(f"threshold is a cosine in [0, 1] (0.5 is usual), got {self.threshold!r}.")
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise SettingError(f"n (draws per image) must be a whole number >= 1, got {self.n!r}.")
-        if self.target is not None and not 0 < self.target < math.inf:
-            raise SettingError(f"target must be an l2 radius > 0 in [0, 1] pixels, got {self.target!r}.")
+        cosine = "threshold is a cosine in [0, 1] (0.5 is usual)"
+        settle(
+            self,
+            n=whole("n (draws per image)", self.n),
+            alpha=alpha_of(self.alpha),
+            threshold=number(cosine, self.threshold, lambda threshold: 0 <= threshold <= 1),
+        )
+        if self.target is not None:
+            expected = "target must be an l2 radius > 0 in [0, 1] pixels"
+            settle(self, target=number(expected, self.target, lambda radius: radius > 0))
 
     @property
     def pilot(self) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from fs_plugins.certificates.bounds import argmax_radius, vote_radius
-from fs_plugins.certificates.values import FRESH, PIXELS, Stored, check_numbers, scores_of
+from fs_plugins.certificates.values import FRESH, PIXELS, Stored, alpha_of, scores_of, share_of, sigma_of
+from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
 
@@ -54,10 +55,17 @@ class PredictionCertificate(Stored):
     kind: ClassVar[str] = "prediction"
 
     def __post_init__(self) -> None:
-        self._hold_tuples("image_shape", "readouts", "encoder")
-        check_numbers(sigma=self.sigma, alpha=self.alpha, share=self.share)
-        if self.n < 1 or not 0 <= self.votes <= self.n:
-            raise SettingError(f"votes must be between 0 and n, and n >= 1, got {self.votes} votes of {self.n}.")
+        self._settle()
+        settle(
+            self,
+            predicted=whole("predicted (the certified class)", self.predicted, least=0),
+            votes=whole("votes", self.votes, least=0),
+        )
+        if self.votes > self.n:
+            raise SettingError(f"votes must be between 0 and n, got {self.votes} votes of {self.n}.")
+        for name in ("vote_radius", "feature_radius"):
+            if (radius := getattr(self, name)) is not None:
+                settle(self, **{name: number(f"{name} must be an l2 distance >= 0", radius, lambda found: found >= 0)})
 
     @classmethod
     def from_draws(
@@ -83,18 +91,19 @@ class PredictionCertificate(Stored):
         Raises:
             SettingError: a value out of range.
         """
-        check_numbers(sigma=sigma, alpha=alpha, share=share)
+        sigma, alpha, share = sigma_of(sigma), alpha_of(alpha), share_of(share)
+        votes = whole("votes", votes, least=0)
         values = scores_of(margins, dimensions=2)
         half = alpha * share / 2
         return cls(
-            sigma=float(sigma),
+            sigma=sigma,
             n=len(values),
-            alpha=float(alpha),
-            predicted=int(predicted),
-            votes=int(votes),
-            vote_radius=vote_radius(int(votes), len(values), sigma=sigma, alpha=half),
+            alpha=alpha,
+            predicted=predicted,
+            votes=votes,
+            vote_radius=vote_radius(votes, len(values), sigma=sigma, alpha=half),
             feature_radius=argmax_radius(values, sigma=sigma, alpha=half),
-            share=float(share),
+            share=share,
             **details,
         )
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from fs_plugins import checks
 from fs_plugins.certificates.certificate import Certificate
 from fs_plugins.certificates.certifiers import Certifier, Features, Labels, beside
 from fs_plugins.certificates.ledger import Ledger
@@ -93,6 +94,8 @@ def certify_named(
         SettingError, ModelError: as for ``fs_plugins.certify``.
     """
     call, told = certifier.smoother.call, advance or unheard
+    seed = None if seed is None else checks.seed(seed)
+    rows = checks.whole("chunk_size (draws per forward)", rows)
     check(certifier.smoother, images)
     identity = fingerprint(call.module) if is_readable(call.module) else None  # not if offloaded or quantised
     seeded = FRESH if seed is None else f"seed {seed}"
@@ -121,9 +124,10 @@ def ledger_of(
         SettingError: it is of another run, damaged, or no such file.
     """
     call, psm = certifier.smoother.call, certifier.smoother.psm
+    seed = None if seed is None else checks.seed(seed)
     settings = {
         **asdict(certifier.plan),
-        "encoder": (encoder, call.architecture, digest(*call.modules)),
+        "encoder": (checks.whole("encoder", encoder, least=0), call.architecture, digest(*call.modules)),
         **certifier.settings,
         "sigma": certifier.smoother.sigma,
         "seed": seed,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from numbers import Real
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
 PIXELS = (
@@ -29,7 +29,14 @@ class Stored:
     """A frozen dataclass that is kept as one line of JSON, which says of which ``kind`` it is."""
 
     kind: ClassVar[str]
+    sigma: float
     n: int
+    alpha: float
+    share: float
+    image_shape: tuple[int, ...] | None
+    readouts: tuple[str, ...]
+    encoder: tuple[float, ...] | None
+    non_finite: int
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
@@ -55,34 +62,70 @@ class Stored:
         except (ValueError, ValidationError) as error:
             raise SettingError(f"This is not a {cls.kind} certificate written by to_json: {error}") from error
 
-    def _hold_tuples(self, *names: str) -> None:
-        """A shape may come as a list or a torch.Size; a frozen value holds tuples."""
-        for name in names:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
+    def _settle(self) -> None:
+        """Hold plain numbers and tuples, whatever they come as: numpy's numbers, a list, a torch.Size.
+
+        Raises:
+            SettingError: a value out of range.
+        """
+        settle(
+            self,
+            sigma=sigma_of(self.sigma),
+            alpha=alpha_of(self.alpha),
+            share=share_of(self.share),
+            n=whole("n", self.n, least=None),
+            non_finite=whole("non_finite", self.non_finite, least=0),
+            readouts=tuple(self.readouts),
+        )
+        if self.n < 1 or self.non_finite > self.n:
+            raise SettingError(
+                f"A certificate needs n >= 1 scores, got n = {self.n} with {self.non_finite} non-finite."
+            )
+        if self.image_shape is not None:
+            name = "image_shape must be sizes such as (3, 224, 224), each of which"
+            settle(self, image_shape=tuple(whole(name, size) for size in self.image_shape))
+            if not self.image_shape:
+                raise SettingError("image_shape must be sizes such as (3, 224, 224), got none.")
+        if self.encoder is not None:
+            marks = tuple(number("encoder is a fingerprint and must hold numbers", mark) for mark in self.encoder)
+            settle(self, encoder=marks)
 
 
 C = TypeVar("C", bound=Stored)
 """A kind of certificate."""
 
 
-def check_numbers(*, alpha: float, sigma: float = 1.0, share: float = 1.0) -> None:
-    """Refuse settings that no certificate can have.
+def alpha_of(given: Any) -> float:
+    """The probability that a certificate may be wrong.
 
     Raises:
-        SettingError: a value out of range.
+        SettingError: it is none.
     """
-    for name, value, meaning in (
-        ("alpha", alpha, "the probability that the certificate may be wrong (0.001 is usual)"),
-        ("share", share, "the part of alpha that this certificate may spend"),
-    ):
-        if not isinstance(value, Real) or not 0 < value <= 1 or (name == "alpha" and value == 1):
-            raise SettingError(f"{name} is {meaning} and must be between 0 and 1, got {value!r}.")
-    if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < sigma < math.inf:
-        raise SettingError(
-            f"sigma must be a finite number > 0 in [0, 1] pixel units (0.25 is usual), got {sigma!r}. "
-            "Without noise nothing can be certified."
-        )
+    expected = "alpha is the probability that the certificate may be wrong (0.001 is usual) and must be between 0 and 1"
+    return number(expected, given, lambda alpha: 0 < alpha < 1)
+
+
+def share_of(given: Any) -> float:
+    """The part of alpha that a certificate may spend.
+
+    Raises:
+        SettingError: it is none.
+    """
+    expected = "share is the part of alpha that this certificate may spend and must be between 0 and 1"
+    return number(expected, given, lambda share: 0 < share <= 1)
+
+
+def sigma_of(given: Any) -> float:
+    """The noise level of a certificate.
+
+    Raises:
+        SettingError: it is none.
+    """
+    expected = (
+        "sigma must be a finite number > 0 in [0, 1] pixel units (0.25 is usual), for without noise nothing can be "
+        "certified"
+    )
+    return number(expected, given, lambda sigma: sigma > 0)
 
 
 def scores_of(given: Any, dimensions: int = 1) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import Condition
 from fs_plugins.evaluation.whole import Loader
 from fs_plugins.files import locked
+from fs_plugins.settings import build
 
 BATCH = 44
 MADE_BY = "the demo"
@@ -55,6 +56,7 @@ def run(
     Raises:
         SettingError: a setting out of range, or the folder holds something else or is in use.
     """
+    settings = build(Settings, vars(settings))
     began, out, attacked = time.time(), settings.out, attack(settings.eps)
     with locked(out, "this demo"):
         _clear(out / ROWS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fs_plugins
+from fs_plugins import checks
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
 
@@ -60,6 +61,15 @@ class Setup:
     masking_queries: int = 500
     seed: int = 0
     robust_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if name == "seed":
+                checks.settle(self, seed=checks.seed(value))
+            elif name == "sigma":
+                checks.settle(self, sigma=None if value is None else checks.sigma(value))
+            elif not isinstance(value, str | None):
+                checks.settle(self, **{name: checks.whole(name, value, least=0)})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from fs_plugins.checks import check_sigma
+from fs_plugins import checks
 from fs_plugins.errors import JudgeError, SettingError
 from fs_plugins.evaluation.datasets import Corrupt, Dataset, open_dataset
 from fs_plugins.evaluation.judges import Judge, judge
@@ -22,6 +22,7 @@ from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import NONE, Suite, chosen
 from fs_plugins.files import locked
+from fs_plugins.settings import build
 
 Loader = Callable[[str, Dataset], Subject]
 """(weights of a tower as ``swap_encoder`` takes them, or "" for the model's own; the data) -> the model with it."""
@@ -66,10 +67,11 @@ def evaluate(
         JudgeError: the judge failed; all that needs none is written all the same, and the same call goes on from there.
         FSPluginsError: see ``Evaluation.run``.
     """
+    settings = build(Settings, vars(settings))
     first, folder = share[0] == 0, settings.folder
     suites = chosen(settings.suite, settings.eps)
     if settings.sigma is not None:
-        check_sigma(settings.sigma)
+        checks.sigma(settings.sigma)
     compares = _judge(settings)
     with ExitStack() as held:
         data = settings.data or _scenes(settings, scenes, held if first else None, wait)

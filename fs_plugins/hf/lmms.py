@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 
 import fs_plugins
+from fs_plugins import checks
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import digest
 from fs_plugins.noise import Noise, NoiseScope
@@ -91,9 +91,7 @@ def arguments(values: Mapping[str, Any]) -> str:
 def _number(name: str, value: Any) -> float | None:
     if value is None or str(value).lower() == "none":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SettingError(f"{name} must be a number, got {value!r}.")
-    return value
+    return checks.number(f"{name} must be a number", value)
 
 
 def _whole(name: str, value: Any) -> int:

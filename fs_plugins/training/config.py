@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fs_plugins.checks import check_whole
+from fs_plugins import checks
 from fs_plugins.errors import SettingError
 from fs_plugins.psm import Part
 
@@ -40,11 +40,12 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1), ("draws", 1), ("warmup", 0), ("accumulate", 1)):
-            check_whole(f"A stage's {name}", getattr(self, name), least=least)
-        if not 0 < self.lr < math.inf:
-            raise SettingError(f"A stage's lr (learning rate) must be positive, got {self.lr!r}.")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise SettingError(f"A stage's ema is a decay in [0, 1) (0.99 is the paper's), or None; got {self.ema!r}.")
+            checks.settle(self, **{name: checks.whole(f"A stage's {name}", getattr(self, name), least=least)})
+        lr = checks.number("A stage's lr (learning rate) must be positive", self.lr, lambda rate: rate > 0)
+        checks.settle(self, lr=lr)
+        if self.ema is not None:
+            expected = "A stage's ema is a decay in [0, 1) (0.99 is the paper's), or None"
+            checks.settle(self, ema=checks.number(expected, self.ema, lambda decay: 0 <= decay < 1))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -88,15 +89,18 @@ class TrainingConfig:
     augment: bool = False
 
     def __post_init__(self) -> None:
+        checks.settle(self, sigma=checks.sigma(self.sigma), seed=checks.seed(self.seed))
+        if self.sigma_range is not None:
+            checks.settle(self, sigma_range=_span(self.sigma_range))
         low, high = self.sigmas
-        if not 0 < low <= self.sigma <= high < math.inf:
+        if not 0 < low <= self.sigma <= high:
             raise SettingError(
                 f"sigma must be positive, in [0, 1] pixel units (0.25 is usual), and inside sigma_range; "
                 f"got sigma {self.sigma!r} and sigma_range {self.sigma_range!r}."
             )
         for name in ("lambda1", "lambda2", "lambda3", "lambda4", "lambda_diff"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingError(f"{name} weighs a loss and must be >= 0, got {getattr(self, name)!r}.")
+            expected = f"{name} weighs a loss and must be >= 0"
+            checks.settle(self, **{name: checks.number(expected, getattr(self, name), lambda weight: weight >= 0)})
         if self.purifier is None and self.mapper is None:
             raise SettingError("Nothing to train: both purifier and mapper are None.")
 
@@ -121,3 +125,11 @@ class TrainingConfig:
         """The same as plain values."""
         told = asdict(self)
         return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in told.items()}
+
+
+def _span(given: Any) -> tuple[float, float]:
+    try:
+        low, high = given
+    except (TypeError, ValueError):
+        raise SettingError(f"sigma_range is the lowest and the highest noise level, got {given!r}.") from None
+    return checks.sigma(low), checks.sigma(high)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fs_plugins.checks import whole
 from fs_plugins.choice import Smoothable
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint
@@ -150,7 +151,7 @@ def robustness_score(
     Args:
         model: as for ``train_psm``.
     """
-    call = one_call(model)
+    call, draws = one_call(model), whole("draws", draws)
     smoother = FeatureSmoother(call, psm=psm, sigma=sigma, n0=1, noise="iid", seed=seed)
     with torch.no_grad():
         clean = torch.cat([call.embed(call.encode(some)) for some in images.split(smoother.chunk_size)])

@@ -22,6 +22,7 @@ from fs_plugins.certificates.run import check as check_certifiable
 from fs_plugins.choice import Smoothable, choose
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.psm import PSM
+from fs_plugins.settings import build
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training import data, publish
 from fs_plugins.training.ablate import Trial, ablate
@@ -79,6 +80,7 @@ class Work:
             SettingError: a value out of range, settings or pictures that do not go together, or a missing package.
             PSMError, ModelError: what is to be trained for, or gone on from, cannot be used.
         """
+        settings = build(Settings, vars(settings))
         crew = assemble(settings.precision)
         config, start = configured(settings)
         trial = settings.dry_run or settings.ablate

@@ -15,6 +15,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+from fs_plugins.checks import number, whole
 from fs_plugins.errors import JudgeError, SettingError
 from fs_plugins.evaluation.judges.packages import package
 from fs_plugins.evaluation.judges.prompt import DIGEST, REMINDER, number_in, question, quoted
@@ -61,22 +62,16 @@ class Endpoint:
         parallel: int = 4,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        for what, value, fits, expected in (
-            ("model", model, bool(model.strip()), "the name of a model"),
-            ("timeout", timeout, timeout > 0, "a positive number of seconds"),
-            ("retries", retries, retries >= 0, "0 or more"),
-            ("parallel", parallel, parallel >= 1, "1 or more"),
-        ):
-            if not fits:
-                raise SettingError(f"{what} must be {expected}, got {value!r}.")
+        if not (isinstance(model, str) and model.strip()):
+            raise SettingError(f"model must be the name of a model, got {model!r}.")
         package("httpx", "The judge behind an endpoint")
         self._url, self._where = _address(url)
         self._key = _checked_key(api_key)
         self._sleep = sleep
         self.model = model
-        self.timeout = timeout
-        self.retries = retries
-        self.parallel = parallel
+        self.timeout = number("timeout must be a positive number of seconds", timeout, lambda seconds: seconds > 0)
+        self.retries = whole("retries", retries, least=0)
+        self.parallel = whole("parallel", parallel)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fs_plugins.errors import JudgeError, SettingError
+from fs_plugins.checks import whole
+from fs_plugins.errors import JudgeError
 from fs_plugins.evaluation.judges.packages import package
 from fs_plugins.sources import offline
 
@@ -27,8 +28,7 @@ class SentenceSimilarity:
     """
 
     def __init__(self, model: str = "sentence-transformers/all-MiniLM-L6-v2", *, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise SettingError(f"batch_size must be at least 1, got {batch_size}.")
+        batch_size = whole("batch_size", batch_size)
         module = package("sentence_transformers", "The judge of sentence similarity")
         self.model = model
         self.batch_size = batch_size
