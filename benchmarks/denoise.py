@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fs_plugins.pictures import to_unit
+from fs_plugins.pictures import rgb, to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.training.data import ImageFolder
 from tools.photo import HELD_OUT
@@ -72,11 +72,8 @@ def shipped_with_scikit_image() -> Iterable[torch.Tensor]:
 
 
 def held_out(folder: Path) -> Iterable[torch.Tensor]:
-    from PIL import Image
-
     for path in ImageFolder(folder, (SIDE, SIDE)).paths[::HELD_OUT]:
-        with Image.open(path) as photo:
-            yield to_unit(photo)
+        yield to_unit(rgb(path))
 
 
 def cropped(photo: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,13 @@
-"""Pictures on disk and in memory, as (3, H, W) tensors in [0, 1]."""
+"""Pictures on disk and in memory, as (3, H, W) tensors in [0, 1].
+
+Everything that looks at a picture looks at it through here: PNG and JPEG files by their content, whatever their names
+say, and PIL images of every mode, as ``to_rgb`` shows them.
+"""
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import jpeg_factory
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
@@ -17,69 +25,184 @@ from fs_plugins.errors import SettingError
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
-def pictures_below(folder: Path, *, visible: bool = False) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
     """Every PNG and JPEG below a folder and all its subfolders, by their names' ends; sorted.
 
-    Args:
-        visible: leave out what is hidden (of editors, of macOS) or in a hidden folder, and what is no file.
+    Linked folders count, each folder once and by its own name before a link's, so that a link upwards ends. What is
+    hidden (of editors, of macOS) or in a hidden folder does not count, nor what is no file. Links to nothing do: who
+    reads them is told.
+
+    Raises:
+        SettingError: a folder that cannot be listed.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not visible:
-        return found
-    shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return [path for path in shown if path.is_file()]
+    found: list[Path] = []
+    seen: set[str] = set()
+    linked = [os.fspath(folder)]
+    for top in linked:
+        for place, folders, names in os.walk(top, onerror=_unlisted):
+            folders[:] = [] if (here := os.path.realpath(place)) in seen else sorted(filter(_shown, folders))
+            if here not in seen:
+                seen.add(here)
+                linked += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+                found += [Path(place, name) for name in names if _shown(name) and _is_picture(place, name)]
+    return sorted(found)
+
+
+def _unlisted(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise SettingError(f"The folder {error.filename} cannot be listed: {error.strerror}.") from None
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _is_picture(place: str, name: str) -> bool:
+    path = os.path.join(place, name)
+    return name.lower().endswith(EXTENSIONS) and (os.path.isfile(path) or os.path.islink(path))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode, upright and in 8-bit RGB, as a viewer shows it on a white page.
+
+    Its EXIF orientation is applied; EXIF that cannot be read turns nothing. What is transparent shows white behind it.
+    16-bit grey is scaled, so that 65535 is white. Numbers of the modes I and F are Pillow's: 0 is black, 255 is white.
+
+    Raises:
+        SettingError: no pixels, or I and F with numbers that are not of 0 to 255, or that may as well be of 0 to 1.
+    """
+    if 0 in image.size:
+        raise SettingError(f"A picture of {image.width} x {image.height} pixels shows nothing.")
+    image.load()
+    image = _eight_bits(_upright(image))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        found = image.convert("RGB")
+    else:
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image.convert("RGBA"))
+        found = page.convert("RGB")
+    found.info = {}  # with an orientation left in it the next reader would turn it again
+    return found
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also writes the EXIF anew, which fails for tags that nobody asked about.
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # there is no end to the ways in which EXIF is broken
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """L, or LA where a key colour is transparent, of more than eight bits of grey; others as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values, scale = np.asarray(image).astype(np.float32), 1
+    if image.mode.startswith("I;16") or image.format == "PNG":  # until Pillow 11 a 16-bit PNG was of the mode I
+        scale = 257
+    elif not (values >= 0).all() or not (values <= 255).all():
+        raise SettingError(
+            f"A picture of the mode {image.mode} has numbers from {values.min():g} to {values.max():g}; expected 0 "
+            "(black) to 255 (white), as Pillow has them. Scale them, and convert the picture to L."
+        )
+    elif image.mode == "F" and 0 < values.max() <= 1:
+        raise SettingError(
+            "A picture of the mode F has no number above 1: is 1 white, or 255, as Pillow has it? Scale it to 0 to 255 "
+            "and convert it to L."
+        )
+    found = Image.fromarray(np.rint(values / scale).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        found.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return found
 
 
 def to_unit(image: Image.Image) -> Tensor:
-    """A PIL image -> (3, H, W) fp32 in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    """A PIL image -> (3, H, W) fp32 in [0, 1]; see ``to_rgb``."""
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float() / 255
 
 
 def fitted(image: Image.Image, size: tuple[int, int], **fit: Any) -> Tensor:
-    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
+    """A PIL image, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1]; see ``to_rgb``.
 
     ``fit``: ``bleed`` and ``centering`` of PIL's ``ImageOps.fit``.
     """
     height, width = size
-    return to_unit(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC, **fit))
+    return to_unit(ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC, **fit))
 
 
 def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
     """A PNG or JPEG, fitted and centre-cropped to (H, W) -> (3, H, W) fp32 in [0, 1].
 
     Raises:
-        SettingError: no such file, or no image.
+        SettingError: see ``rgb``.
     """
     with _opened(path) as image:
         return fitted(image, size, **fit)
 
 
 def rgb(path: Path) -> Image.Image:
-    """A PNG or JPEG as it is, in RGB.
+    """A PNG or JPEG as ``to_rgb`` shows it.
 
     Raises:
-        SettingError: no such file, or no image.
+        SettingError: no such file, none that is a whole PNG or JPEG, or one of more pixels than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, where Pillow draws the line (179 million).
     """
     with _opened(path) as image:
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def check(path: Path) -> None:
     """Decode a PNG or JPEG to its end: a header may be fine where the pixels are cut off.
 
     Raises:
-        SettingError: no such file, or no image, or not the whole of one.
+        SettingError: see ``rgb``.
     """
     with _opened(path) as image:
         image.load()
 
 
+_OPENERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": jpeg_factory}
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    """Not by ``Image.open``: that warns of pictures from half the limit on, before anyone can look at their size."""
+    if not os.path.isfile(path):  # to open a pipe would wait for who writes into it
+        if os.path.exists(path):
+            raise SettingError(f"{path} is a folder, a pipe or a device; expected a PNG or JPEG file.")
+        raise SettingError(f"There is no file {path}.")
     try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise SettingError(f"There is no file {path}.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            file.seek(0)
+            opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
+            if opener is None:
+                raise ValueError("its content is neither PNG nor JPEG, whatever it is called. Convert it.")
+            with opener(file) as image:
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and image.width * image.height > 2 * limit:
+                    raise ValueError(
+                        f"it has {image.width} x {image.height} pixels, and {2 * limit} is the limit. Make it smaller, "
+                        "or set PIL.Image.MAX_IMAGE_PIXELS to half of what you allow."
+                    )
+                stored = image.tile[0][3] if image.tile else None
+                if stored in ("L;2", "L;4") and "transparency" in image.info:
+                    # Pillow spreads such grey over 8 bits, but leaves the key colour as it was.
+                    image.info["transparency"] *= 85 if stored == "L;2" else 17
+                yield image
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise SettingError(f"{path} is not a readable image: {error}") from None

@@ -21,7 +21,7 @@ from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import C
 from fs_plugins.errors import SettingError
 from fs_plugins.files import locked, replace
-from fs_plugins.pictures import EXTENSIONS, read
+from fs_plugins.pictures import EXTENSIONS, pictures_below, read
 from fs_plugins.smoothing import FeatureSmoother
 
 ROWS = "certificates.jsonl"
@@ -93,7 +93,7 @@ def certify_folder(
 
 
 def pictures_of(paths: Sequence[str | os.PathLike[str]], size: tuple[int, int]) -> dict[str, Tensor]:
-    """PNG and JPEG files, and folders of them with their subfolders -> path -> (3, H, W) in [0, 1].
+    """PNG and JPEG files, and folders of them, searched by ``pictures_below`` -> path -> (3, H, W) in [0, 1].
 
     Args:
         size: (H, W) to fit and centre-crop to; ``vision_call(model).image_size`` for encoders that have one.
@@ -103,7 +103,7 @@ def pictures_of(paths: Sequence[str | os.PathLike[str]], size: tuple[int, int]) 
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        below = sorted(one for one in path.rglob("*") if one.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+        below = pictures_below(path) if os.path.isdir(path) else [path]
         if not below:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {path}.")
         found += below

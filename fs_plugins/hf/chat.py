@@ -17,6 +17,7 @@ from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.evaluation.tasks import Task
+from fs_plugins.pictures import to_rgb
 from fs_plugins.state import Status
 
 
@@ -52,7 +53,8 @@ def prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
 def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
     """Prompts and the images of each -> what the model is given, padded on the left.
 
-    ``images`` has one list for each prompt, either none of them empty or all.
+    ``images`` has one list of PIL images for each prompt, either none of them empty or all; the processor is given them
+    as ``pictures.to_rgb`` shows them.
     """
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
@@ -61,7 +63,7 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any
     begun = tokenizer.bos_token is not None and prompts[0].startswith(tokenizer.bos_token)
     more: dict[str, Any] = {"add_special_tokens": False} if begun else {}
     if any(images):
-        more["images"] = [list(own) for own in images]
+        more["images"] = [[to_rgb(image) for image in own] for own in images]
     return processor(text=list(prompts), padding=True, return_tensors="pt", **more)
 
 

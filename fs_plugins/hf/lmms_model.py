@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import eval_logger
+from PIL import Image
 from tqdm import tqdm
 
 import fs_plugins
@@ -18,6 +21,7 @@ from fs_plugins.hf import lmms as ours
 from fs_plugins.hf.chat import encode, generate, prompt
 from fs_plugins.hf.load import load_chat
 from fs_plugins.noise import Noise, NoiseScope
+from fs_plugins.pictures import rgb
 
 
 class SmoothedModel(lmms):
@@ -129,17 +133,26 @@ class SmoothedModel(lmms):
         self, context: str, doc_to_messages: Any, settings: Any, document: Any, task: str, split: str
     ) -> tuple[list[dict[str, Any]], list[Any]]:
         """One request as messages for a chat template, and its images."""
-        from transformers.image_utils import load_image
-
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][document])).to_hf_messages()
         parts = [part for message in messages for part in message["content"]]
         others = sorted({part["type"] for part in parts} - {"text", "image"})
         if others:
             raise SettingError(f"Task {task} shows {' and '.join(others)}; {ours.MODEL_ID} takes images and text only.")
-        return messages, [load_image(part["image"]) for part in parts if part["type"] == "image"]
+        return messages, [_picture(part["image"]) for part in parts if part["type"] == "image"]
 
     def _answer(self, asked: Sequence[tuple[list[dict[str, Any]], list[Any]]], settings: Any) -> list[str]:
         prompts = [prompt(self._processor, messages) for messages, _ in asked]
         inputs = encode(self._processor, prompts, [images for _, images in asked])
         said = generate(self._model, self._processor, inputs, **ours.generation(settings))
         return [ours.until(text, settings) for text in said]
+
+
+def _picture(shown: Any) -> Image.Image:
+    """What a task shows: a PIL image, a PNG or JPEG file, or what transformers fetches (an address, base64)."""
+    if isinstance(shown, Image.Image):
+        return shown
+    if os.path.isfile(shown):
+        return rgb(Path(shown))
+    from transformers.image_utils import load_image
+
+    return load_image(shown)

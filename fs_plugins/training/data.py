@@ -55,7 +55,7 @@ class ImageFolder(Dataset[Tensor]):
     """Every PNG and JPEG below a folder, cropped to the encoder's size.
 
     Args:
-        folder: searched through all its subfolders, in sorted order.
+        folder: searched through all its subfolders by ``pictures_below``, in sorted order.
         size: (H, W) to fit and centre-crop to.
         paths: those below the folder to take, in place of all; subclasses that read elsewhere name theirs.
 

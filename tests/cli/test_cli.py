@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 
 import pytest
 import torch
@@ -59,6 +60,8 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
     [
         (["ask", "demo", "nowhere.png", "what?"], "There is no file nowhere.png"),
         (["ask", "demo", "{text}", "what?"], "not a readable image"),
+        (["ask", "demo", "{large}", "what?"], "large.png is not a readable image: it has 20000 x 20000 pixels"),
+        (["certify", "{large}"], "large.png is not a readable image: it has 20000 x 20000 pixels"),
         (["ask", "{folder}", "{picture}", "what?"], "Cannot load"),
         (["ask", "demo", "{picture}", "what?", "--psm", "none"], "needs a sigma"),
         (["ask", "demo", "{picture}", "what?", "--sigma", "0.7"], "No PSM in the registry fits"),
@@ -69,9 +72,16 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
 )
 def test_mistakes_are_told_in_a_sentence_and_exit_with_2(picture, tmp_path, arguments, message):
     (tmp_path / "notes.png").write_text("no image")
+    data = bytearray(picture.read_bytes())
+    data[16:24] = 2 * (20000).to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "large.png").write_bytes(data)
     folder = tmp_path / "empty"
     folder.mkdir()
-    filled = [a.format(text=tmp_path / "notes.png", folder=folder, picture=picture) for a in arguments]
+    filled = [
+        a.format(text=tmp_path / "notes.png", large=tmp_path / "large.png", folder=folder, picture=picture)
+        for a in arguments
+    ]
     result = runner.invoke(app, filled)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())

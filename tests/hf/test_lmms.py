@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 import fs_plugins
 from fs_plugins import SettingError
@@ -151,6 +153,19 @@ def test_a_batch_has_each_requests_own_tokens_on_the_right(processor):
         assert batch["attention_mask"][i].sum() == length
         assert torch.equal(batch["pixel_values"][i], alone["pixel_values"][0])
     assert batch["attention_mask"][1, 0] == 0
+
+
+def test_a_processor_is_shown_pictures_upright_and_in_eight_bits(processor):
+    text = dialogue(processor, "Which shape?")
+    grey = world.scene("heldout", 0).draw().convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    turned = deep.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    clear = Image.new("LA", grey.size, (0, 0))
+    expected = {"twin": grey.convert("RGB"), "white": Image.new("RGB", grey.size, "white")}
+    pixels = {name: encode(processor, [text], [[image]])["pixel_values"] for name, image in expected.items()}
+    for image, twin in ((grey, "twin"), (deep, "twin"), (turned, "twin"), (clear, "white")):
+        assert torch.equal(encode(processor, [text], [[image]])["pixel_values"], pixels[twin])
 
 
 def test_a_prompt_that_begins_with_the_beginning_gets_no_second_one(processor):

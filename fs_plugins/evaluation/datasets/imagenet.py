@@ -29,13 +29,13 @@ IMAGENET_TARGET = ("n01484850", "shark")
 def read(root: Path) -> Dataset:
     """The pictures in the synsets' folders, in the root or in val/."""
     base = next(base for base in (root, root / "val") if any((base / synset).is_dir() for synset in IMAGENET))
-    pictures = {name: pictures_below(base / synset, visible=True) for synset, name in IMAGENET.items()}
+    pictures = {name: pictures_below(base / synset) for synset, name in IMAGENET.items()}
     present = [name for name, found in pictures.items() if found]
     if not present:
         raise SettingError(f"The synset folders in {base} have no {', '.join(EXTENSIONS)} in them.")
     samples = tuple(sample_of(root, path, label=name) for name in present for path in pictures[name])
     synset, target = IMAGENET_TARGET
-    aims = tuple(pictures_below(base / synset, visible=True))
+    aims = tuple(pictures_below(base / synset))
     return Dataset("ImageNet", root, samples, (*present, target), target, pool=aims)
 
 

@@ -23,7 +23,7 @@ def read(root: Path) -> Dataset:
         raise SettingError(
             f"{listing} needs a column ImageId with a name in every row, as in the NIPS 2017 competition."
         )
-    there = {path.stem: path for path in reversed(pictures_below(root / "images", visible=True))}
+    there = {path.stem: path for path in reversed(pictures_below(root / "images"))}
     if missing := [name for name in names if name not in there]:
         raise SettingError(
             f"{len(missing)} of the {len(names)} pictures of {listing} are not in {root / 'images'}, the first "

@@ -46,7 +46,7 @@ def open_dataset(
         PluginError: a plugin's readers cannot be used, or several recognise the folder.
     """
     root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise SettingError(f"{root} is no folder; a dataset is a folder with pictures.")
     if corrupt not in get_args(Corrupt):
         raise SettingError(f"corrupt is 'refuse' or 'skip', got {corrupt!r}.")
@@ -54,7 +54,7 @@ def open_dataset(
     dataset = _read(root, aims)
     pool: Sequence[Path] = dataset.pool
     if aims is not None:
-        pool = pictures_below(aims, visible=True)
+        pool = pictures_below(aims)
         if not pool:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {aims}, where the target pictures were to be.")
     dataset, pool = _whole(dataset, pool, corrupt)
@@ -89,7 +89,7 @@ def _whole(dataset: Dataset, pool: Sequence[Path], corrupt: Corrupt) -> tuple[Da
     root = dataset.root
     named = [root / name for sample in dataset.samples for name in (sample.image, sample.target) if name is not None]
     paths = list(dict.fromkeys([*named, *pool]))
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [path for path in paths if not os.path.isfile(path)]:
         raise SettingError(
             f"{len(missing)} of the {len(paths)} pictures of {root} are missing, the first {missing[0]}. Put them "
             "there, or take them out of the list."

@@ -11,7 +11,7 @@ from fs_plugins.pictures import pictures_below
 
 def read(root: Path, aside: Path | None = None) -> Dataset | None:
     """Every picture below the root, but for those in the folder ``aside``; None if there is none."""
-    found = pictures_below(root, visible=True)
+    found = pictures_below(root)
     if aside is not None and root.resolve() in aside.resolve().parents:
         inside = aside.resolve().relative_to(root.resolve())
         found = [path for path in found if not path.is_relative_to(root / inside)]
