@@ -61,16 +61,23 @@ def number(expected: str, value: Any, fits: Callable[[float], bool] = lambda fou
     return float(found)
 
 
-def sigma(value: Any) -> float:
-    """A noise level in [0, 1] pixel units, as a float.
+def sigma(value: Any, *, noisy: bool = False, pixels: bool = True) -> float:
+    """A noise level, as a float.
+
+    Args:
+        noisy: whether 0, no noise, is refused as well.
+        pixels: whether it is in [0, 1] pixel units, as everywhere but in certificates of another space.
 
     Raises:
         SettingError: no number, negative, or so large that it must be in 255ths.
     """
+    unit = " in [0, 1] pixel units (0.25 is usual)" if pixels else ""
     found = number(
-        "sigma must be a finite number >= 0 in [0, 1] pixel units (0.25 is usual)", value, lambda level: level >= 0
+        f"sigma must be a finite number {'>' if noisy else '>='} 0{unit}",
+        value,
+        lambda level: level > 0 if noisy else level >= 0,
     )
-    if found > 4:
+    if pixels and found > 4:
         raise SettingError(
             f"sigma is in [0, 1] pixel units (0.25 is usual), got {found:g}; did you mean {found / 255:.3f}?"
         )

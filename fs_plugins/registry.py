@@ -236,7 +236,7 @@ class Registry:
             if psm.mapped or psm.config.purifier is None or psm.config.purifier.kind != entry.kind:
                 raise PSMError(f"{what} must be a PSM of a purifier of kind {entry.kind!r} and no mapper.")
             return psm
-        folder = _conversion(entry)
+        folder = sources.cache() / _converted(entry)
         try:
             psm = PSM.from_pretrained(folder, **parts)
         except PSMError:  # not there yet, or damaged
@@ -267,8 +267,8 @@ class Registry:
             yield Check(what, True, f"{folder} has its checksum")
         else:
             yield self._compared(what, folder, name, trained, parts)
-        if trained.one_file and _conversion(trained).is_dir():
-            yield self._compared(f"{what}, converted", _conversion(trained), name, trained, parts)
+        if trained.one_file and (folder := sources.cached(_converted(trained))):
+            yield self._compared(f"{what}, converted", folder, name, trained, parts)
 
     def _compared(self, what: str, folder: Path, name: str, trained: Trained, parts: Parts) -> Check:
         """What a PSM says of itself beside what its entry says."""
@@ -309,8 +309,8 @@ def _at(sigma: float | None) -> str:
     return "" if sigma is None else f" at sigma {sigma:g}"
 
 
-def _conversion(entry: Trained) -> Path:
-    return sources.cache() / f"{entry.sha256}-converted"
+def _converted(entry: Trained) -> str:
+    return f"{entry.sha256}-converted"
 
 
 def _convert(entry: PurifierEntry, checkpoint: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+from fs_plugins.fields import Number, Sigma, Whole, is_whole
 from fs_plugins.identity import same_encoder
 from fs_plugins.sources import Source
 
@@ -17,6 +18,9 @@ Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 """A lower-case word: what a file may say is open to those who use it."""
 
 _WORDS: dict[type, str] = {int: "a number", str: "a word"}
+
+
+Positive = Annotated[Number, Field(gt=0)]
 
 
 class _Strict(BaseModel):
@@ -30,7 +34,7 @@ class Architecture(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, int | str]
+    __pydantic_extra__: dict[str, Whole | str]
 
     family: str
 
@@ -52,8 +56,8 @@ class Architecture(BaseModel):
 class Preprocessing(_Strict):
     """How images become the encoder's pixels, in [0, 1] units."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Number, Number, Number]
+    std: tuple[Positive, Positive, Positive]
     interpolation: Literal["bicubic", "bilinear"] | None = None
 
 
@@ -77,8 +81,8 @@ class Trained(Source):
     ``sigma`` is what it serves at when nobody asks for another within ``sigma_range``.
     """
 
-    sigma: float | None = None
-    sigma_range: tuple[float, float] | None = None
+    sigma: Sigma | None = None
+    sigma_range: tuple[Sigma, Sigma] | None = None
     licence: str | None = None
 
     @model_validator(mode="after")
@@ -86,7 +90,7 @@ class Trained(Source):
         if self.trained != (self.sigma is not None):
             raise ValueError(f"sigma {self.sigma} does not go with state: {self.state}")
         if self.sigma_range is not None and not (
-            self.sigma is not None and 0 < self.sigma_range[0] <= self.sigma <= self.sigma_range[1]
+            self.sigma is not None and self.sigma_range[0] <= self.sigma <= self.sigma_range[1]
         ):
             raise ValueError(f"sigma_range {list(self.sigma_range)} does not hold sigma {self.sigma}")
         return self
@@ -153,7 +157,7 @@ class Entry(_Strict):
     architecture: Architecture
     weights: Weights
     preprocessing: Preprocessing
-    fingerprint: tuple[float, ...] | Literal["unverified"]
+    fingerprint: tuple[Number, ...] | Literal["unverified"]
     psms: tuple[PSMEntry, ...] = ()
     psm_of: str | None = None
 
@@ -179,7 +183,7 @@ class Entry(_Strict):
 class Content(_Strict):
     """One registry file."""
 
-    version: Literal[1]
+    version: Annotated[Literal[1], is_whole]
     encoders: dict[str, Entry] = Field(default_factory=dict)
     purifiers: dict[str, PurifierEntry] = Field(default_factory=dict)
 

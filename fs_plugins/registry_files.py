@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
-from fs_plugins import files
+from fs_plugins import files, plain_yaml
 from fs_plugins.errors import RegistryError
 from fs_plugins.registry_entries import Content, Families
+from fs_plugins.sources import at_home
 
 USER = "FS_PLUGINS_REGISTRY"
 """Environment variable: the user's registry file."""
@@ -32,13 +34,13 @@ def load(path: Path, families: Families | None = None) -> Content:
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text("utf-8")) or {"version": 1}  # an empty file is an empty registry
+        return plain_yaml.value(path) or {"version": 1}  # an empty file is an empty registry
     except OSError as error:
         raise RegistryError(f"Cannot read the registry {path}: {error}.") from None
     except UnicodeDecodeError as error:
         raise RegistryError(f"The registry {path} is not text in UTF-8: {error}.") from None
-    except yaml.YAMLError as error:
-        raise RegistryError(f"The registry {path} is not YAML: {error}") from None
+    except ValueError as error:
+        raise RegistryError(f"The registry {path} is not YAML: {error}.") from None
 
 
 def _valid(data: object, path: Path, families: Families | None) -> Content:
@@ -83,17 +85,28 @@ def put(
 
 
 def user_path() -> Path:
-    """The user's registry file: FS_PLUGINS_REGISTRY, or ~/.config/fs-plugins/registry.yaml."""
+    """The user's registry file: FS_PLUGINS_REGISTRY, or ~/.config/fs-plugins/registry.yaml.
+
+    Raises:
+        RegistryError: that would be in a home directory, and nobody knows where it is.
+    """
     if given := os.environ.get(USER):
-        return Path(given).expanduser().absolute()
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return folder / "fs-plugins" / "registry.yaml"
+        return at_home(given).absolute()
+    return at_home(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "fs-plugins" / "registry.yaml"
 
 
 def user_files() -> list[Path]:
-    """The user's registry file, if there is one; what FS_PLUGINS_REGISTRY names has to be there, if only /dev/null."""
-    path = user_path()
-    return [path] if path.exists() or os.environ.get(USER) else []
+    """The user's registry file, if there is one; what FS_PLUGINS_REGISTRY names has to be there, if only /dev/null.
+
+    Raises:
+        RegistryError: FS_PLUGINS_REGISTRY is in a home directory that nobody knows.
+    """
+    if os.environ.get(USER):
+        return [user_path()]
+    with suppress(RegistryError):  # no home directory, no file in it
+        if os.path.exists(path := user_path()):  # unlike Path's, False also where one may not look
+            return [path]
+    return []
 
 
 def shipped_path() -> Path:

@@ -16,8 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
+from fs_plugins import plain_yaml
 from fs_plugins.checks import plain
 from fs_plugins.errors import SettingError
 
@@ -63,11 +62,11 @@ def read(kind: type, path: Path) -> dict[str, Any]:
         SettingError: no such file, no YAML, no mapping, or a name that is no knob, with those that are.
     """
     try:
-        data = yaml.safe_load(path.read_text("utf-8-sig"))
+        data = plain_yaml.value(path)
     except OSError as error:
         raise SettingError(f"Cannot read the settings {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is not YAML: {error}") from None
+    except ValueError as error:
+        raise SettingError(f"{path} is not YAML: {error}.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -89,7 +88,9 @@ def build(kind: type[S], given: Mapping[str, Any], origin: str = "the settings")
 
     hints = get_type_hints(kind)
     for name, value in given.items():
-        if isinstance(value, bool) and hints.get(name, bool) is not bool:  # pydantic takes it for a number
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, bool) for part in parts) and hints.get(name, bool) is not bool:
+            # pydantic takes it for a number
             raise SettingError(f"{origin} cannot be used: {name} is no yes or no, got {value}.")
     try:
         made: S = TypeAdapter(kind).validate_python({name: _plain(value) for name, value in given.items()})

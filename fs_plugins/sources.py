@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, build_opener
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.fields import Count
 from fs_plugins.files import filling
 
 CONFIG_NAME = "config.json"
@@ -53,7 +54,7 @@ class Source(BaseModel):
     path: str | None = None
     revision: str | None = None
     sha256: str | None = None
-    size: int | None = None
+    size: Count | None = None
 
     @model_validator(mode="after")
     def _resolvable(self) -> Source:
@@ -93,14 +94,14 @@ class Source(BaseModel):
         if self.state == "hub":
             from huggingface_hub import try_to_load_from_cache
 
-            cached = try_to_load_from_cache(str(self.path), CONFIG_NAME, revision=self.revision)
-            folder = Path(cached).parent if isinstance(cached, str) else None
+            found = try_to_load_from_cache(str(self.path), CONFIG_NAME, revision=self.revision)
+            folder = Path(found).parent if isinstance(found, str) else None
         elif self.state == "url":
-            folder = cache() / str(self.sha256)
+            folder = cached(str(self.sha256))
         elif self.trained:
             place = resolve(str(self.path), root)
             folder = place.parent if self.one_file else place
-        return folder if folder and all((folder / name).is_file() for name in self.names) else None
+        return folder if folder and all(os.path.isfile(folder / name) for name in self.names) else None
 
     def fetch(self, root: Path, what: str) -> Path:
         """The folder that has its files on this machine, their checksum compared just now; downloaded if need be.
@@ -256,11 +257,37 @@ def checksum(folder: Path, names: Sequence[str] = PSM_FILES) -> str:
 
 
 def cache() -> Path:
-    """FS_PLUGINS_CACHE, or fs-plugins in the platform's folder for caches."""
+    """FS_PLUGINS_CACHE, or fs-plugins in the platform's folder for caches.
+
+    Raises:
+        RegistryError: that would be in a home directory, and nobody knows where it is.
+    """
     if given := os.environ.get(CACHE):
-        return Path(given).expanduser().absolute()
+        return at_home(given).absolute()
     usual = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(sys.platform)
-    return Path(usual or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs-plugins"
+    return at_home(usual or os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fs-plugins"
+
+
+def cached(name: str) -> Path | None:
+    """A folder in the cache; None if it is not there, or there is no place for a cache."""
+    with suppress(RegistryError):
+        if os.path.isdir(folder := cache() / name):  # unlike Path's, False also where one may not look
+            return folder
+    return None
+
+
+def at_home(path: str) -> Path:
+    """A path whose ~ is the home directory.
+
+    Raises:
+        RegistryError: there is none, as for a user that the system does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RegistryError(
+            f"No home directory is known for {path}. Set HOME, or give a whole path ({CACHE} for the cache)."
+        ) from None
 
 
 def offline() -> str | None:
@@ -272,4 +299,4 @@ def resolve(path: str, root: Path) -> Path:
     """A path in a registry file that lies in ``root``; ``package:`` is fs_plugins' own folder."""
     if path.startswith("package:"):
         return Path(__file__).parent / path.removeprefix("package:")
-    return root / Path(path).expanduser()
+    return root / at_home(path)

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import betaincinv, logsumexp, ndtr, ndtri
 
+from fs_plugins import checks
 from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
@@ -392,7 +393,11 @@ def vote_radius(votes: int, n: int, *, sigma: float, alpha: float) -> float | No
 
     sigma Phi^-1(p) for p the lower bound of the class's probability from its votes among n draws (Cohen et al. 2019,
     Theorem 1 with p_B = 1 - p_A). Holds with probability >= 1 - alpha. The class must have been chosen on other draws.
+
+    Raises:
+        SettingError: a value out of range.
     """
+    sigma = checks.sigma(sigma, noisy=True, pixels=False)
     p = binomial_lower(votes, n, alpha)
     return sigma * float(ndtri(p)) if p > 0.5 else None
 
@@ -435,8 +440,12 @@ def argmax_radius(margins: Array, *, sigma: float, alpha: float) -> float | None
 
     Args:
         margins: (n, K - 1), from ``margin_scores``.
+
+    Raises:
+        SettingError: a value out of range.
     """
     _level(alpha)
+    sigma = checks.sigma(sigma, noisy=True, pixels=False)
     n, rivals = margins.shape
     chosen, survival = _survival(n, alpha / rivals)
     steps = np.diff(np.sort(margins, axis=0)[chosen - 1], axis=0, prepend=-1.0)

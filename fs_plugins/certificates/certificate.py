@@ -144,7 +144,7 @@ class Certificate(Stored):
         """
         # Sorted, so that not even the rounding depends on the order they came in.
         values = np.sort(scores_of(scores))
-        sigma, alpha, share = sigma_of(sigma), alpha_of(alpha), share_of(share)
+        sigma, alpha, share = sigma_of(sigma, details.get("space", PIXELS)), alpha_of(alpha), share_of(share)
         spent = alpha * share / (1 if angular is None else 2)
         statistics: dict[str, Any] = {"mean": plugin_mean(values), **_method(method, angular).statistics(values, spent)}
         return cls(

@@ -91,7 +91,7 @@ class PredictionCertificate(Stored):
         Raises:
             SettingError: a value out of range.
         """
-        sigma, alpha, share = sigma_of(sigma), alpha_of(alpha), share_of(share)
+        sigma, alpha, share = sigma_of(sigma, details.get("space", PIXELS)), alpha_of(alpha), share_of(share)
         votes = whole("votes", votes, least=0)
         values = scores_of(margins, dimensions=2)
         half = alpha * share / 2

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fs_plugins import checks
 from fs_plugins.checks import number, settle, whole
 from fs_plugins.errors import SettingError
 
@@ -31,6 +32,7 @@ class Stored:
     kind: ClassVar[str]
     sigma: float
     n: int
+    space: str
     alpha: float
     share: float
     image_shape: tuple[int, ...] | None
@@ -70,7 +72,7 @@ class Stored:
         """
         settle(
             self,
-            sigma=sigma_of(self.sigma),
+            sigma=sigma_of(self.sigma, self.space),
             alpha=alpha_of(self.alpha),
             share=share_of(self.share),
             n=whole("n", self.n, least=None),
@@ -115,17 +117,13 @@ def share_of(given: Any) -> float:
     return number(expected, given, lambda share: 0 < share <= 1)
 
 
-def sigma_of(given: Any) -> float:
-    """The noise level of a certificate.
+def sigma_of(given: Any, space: str = PIXELS) -> float:
+    """The noise level of a certificate, in the units of its space; without noise nothing can be certified.
 
     Raises:
         SettingError: it is none.
     """
-    expected = (
-        "sigma must be a finite number > 0 in [0, 1] pixel units (0.25 is usual), for without noise nothing can be "
-        "certified"
-    )
-    return number(expected, given, lambda sigma: sigma > 0)
+    return checks.sigma(given, noisy=True, pixels=space == PIXELS)
 
 
 def scores_of(given: Any, dimensions: int = 1) -> NDArray[np.float64]:

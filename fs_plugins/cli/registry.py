@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,10 +23,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 def list_() -> None:
     """Encoders and purifiers, and the file that each comes from."""
     with errors_for_people():
-        from fs_plugins.registry import shipped_path, user_path
+        from fs_plugins.registry import shipped_path, user_files, user_path
 
         known = _known()
-        short = {shipped_path(): "shipped", user_path(): "yours"}
+        short = {shipped_path(): "shipped", **dict.fromkeys(user_files(), "yours")}
         table = plain_table("name", "kind", "readout", "sigma", "PSM or purifier", "file")
         table.columns[0].no_wrap = True
         for name, (file, *_) in known.files.items():
@@ -34,8 +35,11 @@ def list_() -> None:
         console.print(table)
         for name in known.files:
             _print_notes(known, name)
-        there = "" if user_path().exists() else " (not there yet)"
-        console.print(f"Yours is {user_path()}{there}, before those of plugins and the one that ships.", soft_wrap=True)
+        with suppress(RegistryError):  # no home directory
+            there = "" if user_files() else " (not there yet)"
+            console.print(
+                f"Yours is {user_path()}{there}, before those of plugins and the one that ships.", soft_wrap=True
+            )
 
 
 def _rows(known: Registry, name: str) -> Iterator[tuple[str, str, str, str]]:

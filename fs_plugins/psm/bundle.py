@@ -8,15 +8,16 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fs_plugins.errors import PSMError
+from fs_plugins.fields import Count, Number, Sigma, Whole
 from fs_plugins.files import succeeding
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
@@ -44,8 +45,8 @@ class ReadoutSpec(_Strict):
     """The readout that a mapper was trained for."""
 
     name: str
-    width: int
-    tokens: int
+    width: Count
+    tokens: Annotated[Whole, Field(ge=0)]
     mapper: Part
 
 
@@ -57,26 +58,19 @@ class PSMConfig(_Strict):
 
     format: Literal["fs-plugins-psm-1"] = "fs-plugins-psm-1"
     name: str
-    sigma: float
-    sigma_range: tuple[float, float]
-    image_size: tuple[int, int] | None
+    sigma: Sigma
+    sigma_range: tuple[Sigma, Sigma]
+    image_size: tuple[Count, Count] | None
     purifier: Part | None
     readouts: tuple[ReadoutSpec, ...] = ()
     encoder: str
-    fingerprint: tuple[float, ...]
+    fingerprint: tuple[Number, ...]
     weights_sha256: str | None = None
-
-    @field_validator("sigma")
-    @classmethod
-    def _positive(cls, sigma: float) -> float:
-        if not sigma > 0:
-            raise ValueError(f"sigma must be positive, got {sigma}")
-        return sigma
 
     @model_validator(mode="after")
     def _ordered(self) -> PSMConfig:
         low, high = self.sigma_range
-        if not 0 < low <= self.sigma <= high:
+        if not low <= self.sigma <= high:
             raise ValueError(f"sigma_range {self.sigma_range} must hold sigma {self.sigma}")
         if self.readouts and not (self.image_size and self.fingerprint):
             raise ValueError("a mapper belongs to one encoder: it needs image_size and fingerprint")

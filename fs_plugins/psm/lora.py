@@ -40,12 +40,11 @@ class LoRAPurifier(nn.Module):
         except ImportError:
             raise SettingError('LoRA needs peft: pip install "fs-plugins[train]".') from None
         place = Path(base)
-        cached = sources.cache() / sha256
-        if not place.is_file():
-            place = next(cached.glob("*.pt"), place)
+        if not place.is_file() and (kept := sources.cached(sha256)):
+            place = next(kept.glob("*.pt"), place)
         if not place.is_file():
             raise PSMError(
-                f"The model that this LoRA purifier was trained on is not at {base}, and not in {cached}. Put it "
+                f"The model that this LoRA purifier was trained on is not at {base}, and not in the cache. Put it "
                 'there; enable(model, psm="diffusion") fetches the public one.'
             )
         with torch.device("cpu"):  # for real, also where a PSM is built on the meta device to be filled from its file

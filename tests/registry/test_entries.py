@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -80,6 +83,7 @@ def test_the_public_diffusion_purifier_is_in_the_registry_that_ships():
         (lambda d: d["encoders"]["demo-clip"]["psms"][0].update(sha256="123"), "64 hexadecimal digits"),
         (lambda d: d["encoders"]["demo-clip"]["psms"][0].pop("sigma"), "sigma None does not go with state: shipped"),
         (lambda d: d["encoders"]["demo-clip"]["psms"][0].update(sigma=0.1), "does not hold sigma"),
+        (lambda d: d["encoders"]["demo-clip"]["psms"][0].update(sigma=64), r"psms\.0\.sigma: .*did you mean 0\.251"),
         (lambda d: d["encoders"]["demo-clip"]["architecture"].pop("patch_size"), "patch_size: clip_vision has"),
         (lambda d: d["encoders"]["demo-clip"]["architecture"].update(colour=1), "colour: clip_vision has"),
         (
@@ -98,6 +102,40 @@ def test_schema_violations_are_refused_with_their_place(tmp_path, change, messag
     change(data)
     with pytest.raises(RegistryError, match=message):
         registry.load(write(tmp_path / "r.yaml", data), encoder_families())
+
+
+def numbers(data: object, *place: str | int) -> Iterator[tuple[str | int, ...]]:
+    """The places of all numbers in a registry."""
+    if isinstance(data, int | float):
+        yield place
+    elif isinstance(data, dict | list):
+        for key, inside in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from numbers(inside, *place, key)
+
+
+@pytest.mark.parametrize(
+    "place", {re.sub(r"\d+", "#", ".".join(map(str, place[2:]))): place for place in numbers(DATA)}.values(), ids=str
+)
+def test_no_number_of_the_schema_may_be_anything_else(tmp_path, place):
+    """A field of each kind: where YAML has .nan, .inf, yes, or a text, the place is named."""
+    *above, last = place
+    wrong = [math.nan, math.inf, -math.inf, True, "1.5", "much", [1], {"a": 1}, None]
+    if {"sigma", "sigma_range", "std", "size", "version"} & set(place):
+        wrong += [-1, 0]
+    if {"sigma", "sigma_range"} & set(place):
+        wrong += [64]
+    for value in wrong:
+        if "architecture" in place and value in ("1.5", "much"):
+            continue  # there may be words, which what a plugin says of its family rules out
+        if place == ("purifiers", "diffusion", "size") and value is None:
+            continue  # it may be left out
+        data = copy.deepcopy(DATA)
+        fields = data
+        for key in above:
+            fields = fields[key]
+        fields[last] = value
+        with pytest.raises(RegistryError, match=r"breaks its schema: .*" + re.escape(str(place[0]))):
+            registry.load(write(tmp_path / "r.yaml", data), encoder_families())
 
 
 def test_formats_of_weights_are_words_and_others_may_have_their_own(tmp_path):
