@@ -69,11 +69,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit grey is scaled, so that 65535 is white. Numbers of the modes I and F are Pillow's: 0 is black, 255 is white.
 
     Raises:
-        SettingError: no pixels, or I and F with numbers that are not of 0 to 255, or that may as well be of 0 to 1.
+        SettingError: no pixels, a damaged file behind it, or I and F with numbers that are not of 0 to 255, or that may
+            as well be of 0 to 1.
     """
     if 0 in image.size:
         raise SettingError(f"A picture of {image.width} x {image.height} pixels shows nothing.")
-    image.load()
+    try:
+        image.load()
+    except _FAULTS as error:  # an image is read when it is first looked at
+        raise SettingError(f"A picture cannot be read: {error}.") from None
     image = _eight_bits(_upright(image))
     if image.mode == "La":
         image = image.convert("LA")
@@ -171,10 +175,12 @@ def check(path: Path) -> None:
     Raises:
         SettingError: see ``rgb``.
     """
-    with _opened(path) as image:
-        image.load()
+    with _opened(path):
+        pass
 
 
+_FAULTS = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+"""What Pillow raises for pictures that are damaged."""
 _OPENERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": jpeg_factory}
 
 
@@ -203,6 +209,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 if stored in ("L;2", "L;4") and "transparency" in image.info:
                     # Pillow spreads such grey over 8 bits, but leaves the key colour as it was.
                     image.info["transparency"] *= 85 if stored == "L;2" else 17
+                image.load()
                 yield image
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+    except _FAULTS as error:
         raise SettingError(f"{path} is not a readable image: {error}") from None

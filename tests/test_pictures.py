@@ -319,7 +319,6 @@ WRITTEN = [
     "EPS",
     "GIF",
     "ICO",
-    "IM",
     "JPEG2000",
     "PCX",
     "PDF",
@@ -355,6 +354,12 @@ def test_a_picture_without_pixels_is_refused(chunks, tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     with pytest.raises(SettingError, match=r"a\.png is not a readable image"):
         rgb(tmp_path / "a.png")
+
+
+def test_an_image_whose_file_turns_out_to_be_cut_off_is_refused():
+    Image.effect_noise((40, 40), 50).save(file := BytesIO(), "PNG")
+    with pytest.raises(SettingError, match="A picture cannot be read: "):
+        to_rgb(Image.open(BytesIO(file.getvalue()[:200])))
 
 
 def test_a_damaged_picture_is_read_or_refused_and_nothing_else(tmp_path):
@@ -441,6 +446,17 @@ def test_everyone_finds_the_same_pictures_below_a_folder(who, tmp_path):
     (root / ".hidden link").symlink_to(elsewhere)
     wanted = sorted(root / name for name in [*names, "linked.png", "linked/sub/4.png"])
     assert sorted(LISTS[who](root)) == wanted
+
+
+def test_linked_targets_of_attacks_are_no_samples(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    photo().save(tmp_path / "root/a.png")
+    photo().save(tmp_path / "elsewhere/aim.png")
+    (tmp_path / "root/aims").symlink_to(tmp_path / "elsewhere")
+    for targets in (tmp_path / "root/aims", tmp_path / "elsewhere"):
+        assert [sample.image for sample in open_dataset(tmp_path / "root", targets=targets).samples] == ["a.png"]
+    assert len(open_dataset(tmp_path / "root", targets=tmp_path).samples) == 2
 
 
 def test_folders_that_link_to_one_another_are_each_listed_once(tmp_path):
