@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fs_plugins.contents import feed, is_plain
 from fs_plugins.errors import ModelError
 
 _SKETCH_LENGTH = 16
@@ -24,11 +25,11 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
     An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
 
     Raises:
-        ModelError: weights on the meta device (offloaded) or quantised ones cannot be read.
+        ModelError: weights on the meta device (offloaded), quantised or sharded ones cannot be read.
     """
-    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+    if hidden := _hidden(module):
         raise ModelError(
-            "The encoder's weights are quantised, so it cannot be recognised. "
+            f"The encoder's weights are quantised or sharded ({hidden[0]}), so it cannot be recognised. "
             "Pass psm=<a PSM or its folder>, or keep the encoder out of the quantisation."
         )
     total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
@@ -52,20 +53,45 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
 
 
 def digest(*modules: nn.Module) -> str:
-    """SHA-256 of all weights, bit for bit, with types and shapes; of offloaded weights only types and shapes."""
+    """SHA-256 of all that the state dicts hold, bit for bit, with types and shapes, packed and quantised weights too.
+
+    Of offloaded weights only types and shapes.
+
+    Raises:
+        ModelError: a module keeps something in its state dict that cannot be written down.
+    """
     found = hashlib.sha256()
     for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            if isinstance(tensor, Tensor):
-                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                if not tensor.is_meta:
-                    found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        state = module.state_dict()
+        for name in sorted(state):
+            feed(found, name, state[name])
     return found.hexdigest()
 
 
 def is_readable(module: nn.Module) -> bool:
-    """Whether ``fingerprint`` can tell: the weights are here, and are not quantised."""
-    return all(parameter.is_floating_point() and not parameter.is_meta for parameter in module.parameters())
+    """Whether ``fingerprint`` can tell: the weights are here, and are neither quantised nor sharded."""
+    return not any(parameter.is_meta for parameter in module.parameters()) and not _hidden(module)
+
+
+def packed(module: nn.Module) -> list[str]:
+    """Names of weights in the packed form of torch's own quantisation, through which no gradient flows."""
+    return [
+        name
+        for name, value in module.state_dict().items()
+        if not _is_extra(name) and (value.is_quantized if isinstance(value, Tensor) else True)
+    ]
+
+
+def _hidden(module: nn.Module) -> list[str]:
+    """Names of weights that are no plain floating-point tensors."""
+    others = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+    state = module.state_dict()
+    return others + [name for name, value in state.items() if not is_plain(value) and not _is_extra(name)]
+
+
+def _is_extra(name: str) -> bool:
+    """Whether an entry of a state dict is what a module adds by ``get_extra_state``."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def same_encoder(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -83,7 +109,7 @@ def _canonical(module: nn.Module) -> dict[str, Tensor]:
     """The encoder's own floating-point weights by the names they have without wrappers."""
     found = {}
     for name, tensor in module.state_dict().items():
-        if "lora_" in name or "original_module." in name or not tensor.is_floating_point():
+        if "lora_" in name or "original_module." in name or _is_extra(name) or not tensor.is_floating_point():
             continue
         parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model")]
         name = ".".join(parts)

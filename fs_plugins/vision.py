@@ -203,8 +203,7 @@ class LinearEmbedding:
     def __call__(self, features: Features) -> Tensor:
         """Features -> (N, E)."""
         value = features[self.readout]
-        weight = next(self.linear.parameters())
-        return self.linear(value.to(weight.dtype)).to(value.dtype)
+        return self.linear(value.to(_dtype_of(self.linear))).to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,19 @@ class VisionCall:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type the module works in."""
-        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+        return _dtype_of(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's weights are; meta if they are offloaded, the CPU if it shows none (packed ones)."""
+        shown = (*self.module.parameters(), *self.module.buffers())
+        return shown[0].device if shown else torch.device("cpu")
+
+    @property
+    def training(self) -> bool:
+        """Whether a part of the module is in training mode; torch's quantised modules have none, and say they are."""
+        packed = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+        return any(part.training and not type(part).__module__.startswith(packed) for part in self.module.modules())
 
     @property
     def size_in_words(self) -> str:
@@ -314,6 +325,11 @@ def is_a(model: nn.Module, package: str, *names: str) -> bool:
     Asks without importing the package.
     """
     return any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(model).__mro__)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The floating-point type a module works in; fp32 where it shows none, as torch's quantised modules do."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

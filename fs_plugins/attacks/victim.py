@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fs_plugins.choice import calls_of
 from fs_plugins.errors import ModelError
+from fs_plugins.identity import packed
 from fs_plugins.noise import Source, keyed
 from fs_plugins.patch import hooks_of
 from fs_plugins.smoothing import FeatureSmoother
@@ -63,11 +65,25 @@ class Victim:
         self.call: VisionCall = encoder.call if isinstance(encoder, FeatureSmoother) else encoder
 
     def see(self, images: Tensor, source: Source) -> Seen:
-        """(B, C, H, W) in [0, 1], of any size -> what is served for them. Gradients follow the images."""
+        """(B, C, H, W) in [0, 1], of any size -> what is served for them. Gradients follow the images.
+
+        Raises:
+            ModelError: gradients are asked for, and the encoder's packed weights let none through.
+        """
         images = self._resized(images)
+        if images.requires_grad and self._packed:
+            raise ModelError(
+                f"The encoder is quantised ({self._packed[0]}), and no gradient flows through packed weights: around "
+                "them little is left, and such an attack would flatter the model. Attack the encoder that it was "
+                'quantised from and show it those pictures, or use the gradient-free attack (method="square").'
+            )
         if self.smoother is None:
             return self._seen(self.call.look(images))
         return self._seen(self.smoother.look(images, source=source, frugal=images.requires_grad))
+
+    @cached_property
+    def _packed(self) -> list[str]:
+        return packed(self.call.module)
 
     @torch.no_grad()
     def see_plain(self, images: Tensor) -> Seen:

@@ -159,5 +159,4 @@ def unrelated_cosine(smoother: FeatureSmoother, images: Sequence[Tensor], most: 
 
 def beside(image: Tensor, call: VisionCall) -> Tensor:
     """The image where the encoder's weights are; where it is, if they are offloaded."""
-    device = next((parameter.device for parameter in call.module.parameters()), image.device)
-    return image if device.type == "meta" else image.to(device)
+    return image if call.device.type == "meta" else image.to(call.device)

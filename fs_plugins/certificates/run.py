@@ -145,7 +145,7 @@ def check(smoother: FeatureSmoother, images: Mapping[str, Tensor]) -> None:
         ModelError: the encoder is in training mode.
         SettingError: sigma is 0, or an image of another size or range.
     """
-    if any(part.training for part in smoother.call.module.modules()):
+    if smoother.call.training:
         raise ModelError(
             "The vision encoder is in training mode, where its features are random. Call model.eval() first."
         )

@@ -36,7 +36,7 @@ class Asking:
         self.subject, self.encoder, self.defence = subject, encoder, defence
         self.plan, self.means = plan, means
         self.size = size_of(subject.call)
-        self.device = next(subject.call.module.parameters()).device
+        self.device = subject.call.device
 
     def run(self, asked: dict[Condition, Asked]) -> None:
         """Ask what has not been answered."""

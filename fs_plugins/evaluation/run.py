@@ -127,6 +127,6 @@ class Evaluation:
 
 @torch.no_grad()
 def _views(smoother: FeatureSmoother, images: Tensor, seed: int) -> Tensor:
-    device = next(smoother.call.module.parameters()).device
+    device = smoother.call.device
     noise = torch.randn(images.shape, generator=keyed(seed, "shown"))
     return smoother.views(images.to(device), noise.to(device)).clamp(0, 1).cpu()

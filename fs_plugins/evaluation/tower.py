@@ -54,7 +54,7 @@ class Tower:
         self.name, self.subject, self.plan, self.means, self.found = name, subject, plan, means, found
         self.size = size_of(subject.call)
         self.store = means.store
-        self.device = next(subject.call.module.parameters()).device
+        self.device = subject.call.device
 
     def run(self) -> None:
         """Do what is still to be done."""

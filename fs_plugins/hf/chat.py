@@ -176,8 +176,7 @@ class Chat:
         blank = Image.new("RGB", (width, height))
         told = [dialogue(self.processor, prompt) for prompt in prompts]
         inputs = encode(self.processor, told, [[blank]] * len(images))
-        device = next(self.model.parameters()).device
-        pixels = self.call.pixels.from_unit(images.to(device), torch.float32)
+        pixels = self.call.pixels.from_unit(images, torch.float32)
         given = inputs.get("pixel_values")
         if given is None or tuple(given.shape) != tuple(pixels.shape):
             shape = None if given is None else tuple(given.shape)

@@ -67,8 +67,7 @@ class ZeroShot:
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         call = self.call
-        device = next(self.model.parameters()).device
-        argument, others = call.pixels.layout.still(call.pixels.from_unit(images.to(device), call.dtype))
+        argument, others = call.pixels.layout.still(call.pixels.from_unit(images.to(call.device), call.dtype))
         with torch.no_grad():
             output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
             embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images)))).float()

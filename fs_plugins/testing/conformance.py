@@ -417,7 +417,7 @@ class AdapterConformance:
 
     def _inputs(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
         """The model's inputs, floating-point ones in the model's own type."""
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return map_tensors(
             [self.make_inputs(model, images)], lambda one: one[0].to(dtype) if one[0].is_floating_point() else one[0]
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from fs_plugins.checks import whole
 from fs_plugins.choice import Smoothable
 from fs_plugins.errors import ModelError, SettingError
-from fs_plugins.identity import digest, fingerprint
+from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.smoothing import FeatureSmoother
@@ -64,12 +64,13 @@ def train_psm(
 
     Raises:
         SettingError: images of another size or range, too few, or ``out`` holds something else or another training.
-        ModelError: no adapter claims the model, or it has several vision encoders.
+        ModelError: no adapter claims the model, it has several vision encoders, or see ``check_trainable``.
     """
     call, crew = one_call(model), accelerator or Alone()
+    check_trainable(call)
     size = _image_size(call, images, config, crew.num_processes)
     folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
-    device = next(call.module.parameters()).device
+    device = call.device
     with own_random(device, config.seed), _frozen(call), folder.using() if folder else nullcontext():
         psm = _initial(call, images, config, size, name, encoder, start).to(device)
         settings = {
@@ -176,6 +177,20 @@ def one_call(model: Smoothable) -> VisionCall:
     return calls[0]
 
 
+def check_trainable(call: VisionCall) -> None:
+    """Refuse an encoder that a PSM could not be trained through, or not be known by afterwards.
+
+    Raises:
+        ModelError: its weights are quantised, sharded or offloaded.
+    """
+    if not is_readable(call.module):
+        raise ModelError(
+            "The encoder's weights are quantised, sharded or offloaded, so a PSM can neither be trained through it nor "
+            "be recognised as its own. Train for the encoder that it was made from, and pass that PSM to this one "
+            "(enable(model, psm=<its folder>))."
+        )
+
+
 def _image_size(call: VisionCall, images: Pictures, config: TrainingConfig, processes: int) -> tuple[int, int]:
     first = images[0]
     height, width = call.image_size or first.shape[-2:]
@@ -202,7 +217,7 @@ def _initial(
     readouts = {}
     if config.mapper is not None:
         with torch.no_grad():
-            sample = call.encode(images[0][None].to(next(call.module.parameters()).device))
+            sample = call.encode(images[0][None].to(call.device))
         readouts = {name: (value.shape[1] if value.ndim == 3 else 0, value.shape[-1]) for name, value in sample.items()}
     psm = PSM(
         PSMConfig(

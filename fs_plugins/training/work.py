@@ -30,7 +30,7 @@ from fs_plugins.training.config import Stage, TrainingConfig
 from fs_plugins.training.crew import Crew, assemble
 from fs_plugins.training.data import ImageFolder
 from fs_plugins.training.folder import SETTINGS, TrainingFolder
-from fs_plugins.training.psm import Report, train_psm
+from fs_plugins.training.psm import Report, check_trainable, train_psm
 from fs_plugins.training.settings import Settings
 from fs_plugins.training.start import configured
 from fs_plugins.vision import VisionCall
@@ -258,6 +258,7 @@ def _certifiable(model: Smoothable, settings: Settings) -> VisionCall:
     if len(smoothers) > 1:
         raise ModelError(f"This model has {len(smoothers)} vision encoders; a PSM is trained for one at a time.")
     check_certifiable(smoothers[0], {})
+    check_trainable(smoothers[0].call)
     return smoothers[0].call
 
 
