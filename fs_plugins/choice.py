@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -157,7 +156,7 @@ def find_psm(
             found = known.load(chosen, **plugin_parts())
     elif isinstance(psm, str) and not {"/", os.sep} & set(psm):
         purifiers = known_encoders().purifiers
-        if psm not in purifiers and not Path(psm).exists():
+        if psm not in purifiers and not os.path.exists(psm):
             raise PSMError(
                 f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: "
                 f"{', '.join(purifiers)}."

@@ -201,7 +201,7 @@ def source_of(psm: str, sha256: str | None = None) -> Source:
     facts = {"state": "folder", "path": str(Path(psm).absolute())}
     if "://" in psm:
         facts = {"state": "url", "path": psm}
-    elif "@" in psm and not Path(psm).exists():
+    elif "@" in psm and not os.path.exists(psm):
         facts = dict(zip(("state", "path", "revision"), ("hub", *psm.split("@", 1)), strict=True))
     try:
         found = Source.model_validate({**facts, "sha256": sha256 or ("0" * 64 if facts["state"] != "url" else None)})
@@ -217,7 +217,7 @@ def psm_folder(source: str | os.PathLike[str], revision: str | None = None) -> P
         PSMError: nothing there, or files missing.
     """
     folder, text = Path(source), str(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         for name in PSM_FILES:
             if not (folder / name).is_file():
                 raise PSMError(f"{folder} is no PSM folder: {name} is missing.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Literal
 
 from fs_plugins.errors import SettingError
@@ -224,7 +223,8 @@ def radius(text: str) -> float:
         SettingError: it is none.
     """
     try:
-        value = float(Fraction(text.replace(" ", "")))
+        over, _, under = text.partition("/")
+        value = float(over) / float(under or 1)  # a Fraction would write out the zeros of 1e999999999
     except (ValueError, ZeroDivisionError, OverflowError):
         raise SettingError(f"--eps is a number such as 16/255 or 0.05, got {text!r}.") from None
     from fs_plugins.attacks import Ball  # not for the command's list of options

@@ -6,7 +6,7 @@ it.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def load_model(name: str) -> nn.Module:
 
     from fs_plugins.hf.encoders import load_encoder
 
-    if name not in MODELS and not Path(name).exists() and name in known_encoders().entries:
+    if name not in MODELS and not os.path.exists(name) and name in known_encoders().entries:
         return load_encoder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source(name))

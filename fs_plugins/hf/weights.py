@@ -41,7 +41,7 @@ def find(source: EncoderSource, revision: str | None) -> tuple[str, Architecture
     short = [name for name in known.entries if name.startswith(f"{text}-")]
     if isinstance(source, str) and text in known.entries:
         name = text
-    elif (path := Path(text)).exists():
+    elif os.path.exists(path := Path(text)):
         return text, {}, lambda: _read(path, text)
     elif len(short) == 1:
         name = short[0]

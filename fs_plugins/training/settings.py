@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,4 +72,4 @@ class Settings:
     @property
     def encoder(self) -> str:
         """What its configuration says it was trained for."""
-        return Path(self.model).name if Path(self.model).exists() else self.model
+        return Path(self.model).name if os.path.exists(self.model) else self.model

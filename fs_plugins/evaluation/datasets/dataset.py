@@ -101,7 +101,10 @@ class Prompts(Strict):
 
 def _template(text: str, *needed: str, allowed: str = "") -> str:
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(text)]
+        parts = list(string.Formatter().parse(text))
+        if any(width or conversion for _, _, width, conversion in parts):
+            raise ValueError  # {classes:>9999999999} would fill the memory
+        fields = [name for _, name, _, _ in parts]
         text.format(**dict.fromkeys((*needed, allowed), ""))
     except (ValueError, KeyError, IndexError, AttributeError):
         fields = []

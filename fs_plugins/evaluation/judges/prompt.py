@@ -35,14 +35,15 @@ def question(said: str, reference: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """As a JSON string."""
-    return json.dumps(text, ensure_ascii=False)
+    """As a JSON string. Lone surrogates, which no encoding can write, become question marks."""
+    return json.dumps(text.encode(errors="replace").decode(), ensure_ascii=False)
 
 
 def number_in(text: str) -> float | None:
     """The one number in [0, 1] that a text holds, else None: "Score: 0.7" has one; "7/10", "70 %" and "0,7" do not."""
     answer = text.rsplit("</think>", 1)[-1]
-    words = re.findall(r"[\w.,/+\-]*\d[\w.,/+\-]*", answer)
+    # Not in one expression with the digit: that would try every letter of a long word as its beginning.
+    words = [word for word in re.findall(r"[\w.,/+\-]+", answer) if re.search(r"\d", word)]
     if len(words) != 1 or "%" in answer or "/" in answer:
         return None
     word = words[0].rstrip(".,")
