@@ -69,11 +69,21 @@ def text(path: Path) -> str:
 
 
 def parsed(text: str | bytes) -> Any:
-    """JSON -> what it says; whatever is wrong with it is a ValueError, also nesting deeper than Python goes."""
+    """JSON -> what it says; whatever is wrong with it is a ValueError, also nesting deeper than Python goes, or a name
+    that is given twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    told = dict(pairs)
+    if len(told) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return told
 
 
 def value(path: Path) -> Any:

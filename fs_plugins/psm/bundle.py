@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import reprlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fs_plugins.errors import PSMError
+from fs_plugins.errors import FSPluginsError, PSMError
 from fs_plugins.fields import Count, Number, Sigma, Whole
-from fs_plugins.files import succeeding
+from fs_plugins.files import succeeding, value
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
@@ -62,7 +63,7 @@ class PSMConfig(_Strict):
     sigma_range: tuple[Sigma, Sigma]
     image_size: tuple[Count, Count] | None
     purifier: Part | None
-    readouts: tuple[ReadoutSpec, ...] = ()
+    readouts: Annotated[tuple[ReadoutSpec, ...], Field(max_length=32)] = ()
     encoder: str
     fingerprint: tuple[Number, ...]
     weights_sha256: str | None = None
@@ -87,6 +88,8 @@ class PSMConfig(_Strict):
 
 _PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier, "lora": LoRAPurifier}
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
+_MOST_PARAMETERS = 1 << 30
+_MOST_CONFIG = 1 << 20
 
 
 def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Module:
@@ -95,10 +98,22 @@ def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Modul
             f"No {what} of kind {part.kind!r} is known; known are {sorted(known)}. Is the plugin that provides it "
             "installed?"
         )
+    kind = known[part.kind]
     try:
-        return known[part.kind](**part.args)
-    except TypeError as error:
-        raise PSMError(f"The {what} {part.kind!r} does not take the arguments {part.args}: {error}.") from None
+        if kind in (UNetPurifier, DiffusionPurifier, ResidualMapper):
+            with torch.device("meta"):  # before memory is taken for it
+                count = sum(p.numel() for p in kind(**part.args).parameters())
+            if count > _MOST_PARAMETERS:
+                raise PSMError(f"it would have {count:,} parameters, and at most {_MOST_PARAMETERS:,} are built.")
+            return kind(**part.args)
+        with torch.device("cpu") if torch.empty(0).is_meta else nullcontext():  # it may hold more than its file has
+            return kind(**part.args)
+    except FSPluginsError as error:
+        raise PSMError(f"The {what} {part.kind!r} cannot be built: {error}") from None
+    except Exception as error:  # what wrong numbers raise depends on where the constructor meets them
+        raise PSMError(
+            f"The {what} {part.kind!r} does not take the arguments {reprlib.repr(part.args)}: {error}."
+        ) from error
 
 
 class PSM(nn.Module):
@@ -230,26 +245,33 @@ class PSM(nn.Module):
             PSMError: no such folder, a config that breaks the schema, or damaged weights.
         """
         folder = psm_folder(source, revision)
-        try:
-            config = PSMConfig.model_validate_json((folder / CONFIG_NAME).read_bytes())
-        except ValidationError as error:
-            raise PSMError(f"{folder / CONFIG_NAME} is not a PSM configuration: {_first(error)}") from None
+        config = _configuration(folder / CONFIG_NAME)
         data = (folder / WEIGHTS_NAME).read_bytes()
         if config.weights_sha256 != _sha256(data):
             raise PSMError(
                 f"{folder / WEIGHTS_NAME} is damaged: its SHA-256 is {_sha256(data)}, "
                 f"config.json says {config.weights_sha256}. Fetch or train it again."
             )
-        # No random weights are made where the file has all of them; a plugin's part may have state that is not in it.
-        with nullcontext() if purifiers or mappers else torch.device("meta"):
+        with torch.device("meta"):  # no random weights are made where the file has them
             psm = cls(config, purifiers=purifiers, mappers=mappers)
         try:
             psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()}, assign=True)
         except (RuntimeError, SafetensorError) as error:
             raise PSMError(
-                f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {error}"
+                f"{folder / WEIGHTS_NAME} does not hold the weights config.json describes: {str(error)[:1000]}"
             ) from None
         return psm
+
+
+def _configuration(path: Path) -> PSMConfig:
+    if path.stat().st_size > _MOST_CONFIG:
+        raise PSMError(f"{path} is not a PSM configuration: it is longer than {_MOST_CONFIG:,} bytes.")
+    try:
+        return PSMConfig.model_validate(value(path))
+    except ValidationError as error:
+        raise PSMError(f"{path} is not a PSM configuration: {_first(error)}") from None
+    except ValueError as error:
+        raise PSMError(f"{path} is not a PSM configuration: {error}.") from None
 
 
 def _at_most_fp32(part: Purifier | Mapper, value: Tensor, sigma: float) -> Tensor:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fs_plugins.checks import whole
 from fs_plugins.errors import PSMError, SettingError
+from fs_plugins.psm.purifier import check_multiple, depth, widths
 
 _GROUPS = 32
 
@@ -67,16 +69,18 @@ class DiffusionPurifier(nn.Module):
         from diffusers import UNet2DModel
 
         super().__init__()
-        channels, attention = tuple(channels), frozenset(attention)
-        if not channels or any(width <= 0 or width % _GROUPS for width in channels):
-            raise SettingError(f"DiffusionPurifier.channels must be multiples of {_GROUPS}, got {channels}.")
+        channels = widths("DiffusionPurifier.channels", channels, _GROUPS)
+        layers = depth("DiffusionPurifier.layers", layers)
+        attention = frozenset(whole("DiffusionPurifier.attention", level, least=0) for level in attention)
+        check_multiple(len(channels))
         levels = range(len(channels))
         if not attention <= set(levels):
             raise SettingError(
                 f"DiffusionPurifier.attention names levels 0 to {levels[-1]} of channels {channels}, "
                 f"got {sorted(attention)}."
             )
-        if head_dim < 1 or any(channels[level] % head_dim for level in attention | {levels[-1]}):
+        head_dim = whole("DiffusionPurifier.head_dim", head_dim)
+        if any(channels[level] % head_dim for level in attention | {levels[-1]}):
             raise SettingError(
                 f"DiffusionPurifier.head_dim must divide the widths of the levels with attention and of the last; "
                 f"{head_dim} does not for channels {channels} with attention at {sorted(attention)}."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins import sources
+from fs_plugins.checks import whole
 from fs_plugins.errors import PSMError, SettingError
 from fs_plugins.psm.diffusion import load_guided_diffusion
 
@@ -25,11 +26,11 @@ class LoRAPurifier(nn.Module):
         base: the base's checkpoint, a file. On a machine that does not have it there, the one of this digest that the
             registry's purifiers left in the cache (``enable(model, psm="diffusion")`` fetches the public one).
         sha256: its digest in hexadecimal.
-        rank: of the updates.
+        rank: of the updates, at most 512.
         sizes: as for ``DiffusionPurifier``; none for the public model.
 
     Raises:
-        SettingError: PEFT is not installed.
+        SettingError: PEFT is not installed, or a rank that is none.
         PSMError: no such file, or another one.
     """
 
@@ -39,6 +40,10 @@ class LoRAPurifier(nn.Module):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise SettingError('LoRA needs peft: pip install "fs-plugins[train]".') from None
+        if whole("LoRAPurifier.rank", rank) > 512:
+            raise SettingError(f"LoRAPurifier.rank must be at most 512, got {rank}.")
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise PSMError(f"LoRAPurifier.sha256 must be 64 hexadecimal digits, got {sha256!r}.")
         place = Path(base)
         if not place.is_file() and (kept := sources.cached(sha256)):
             place = next(kept.glob("*.pt"), place)

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fs_plugins.checks import whole
+from fs_plugins.errors import SettingError
+from fs_plugins.psm.purifier import depth
+
 _SIGMA_FLOOR = 1e-4
 
 
@@ -82,10 +86,17 @@ class ResidualMapper(nn.Module):
         blocks: k.
         heads: attention heads of the first block.
         ratio: hidden width of the MLP branch over ``width`` (the paper gives none).
+
+    Raises:
+        SettingError: sizes that no such net has.
     """
 
     def __init__(self, width: int, *, blocks: int = 3, heads: int = 4, ratio: int = 4) -> None:
         super().__init__()
+        width, heads = whole("ResidualMapper.width", width), whole("ResidualMapper.heads", heads)
+        blocks, ratio = depth("ResidualMapper.blocks", blocks), whole("ResidualMapper.ratio", ratio)
+        if width % heads:
+            raise SettingError(f"ResidualMapper.heads must divide the width {width}, got {heads}.")
         self.width = width
         self.blocks = nn.ModuleList(
             MapperBlock(width, heads=heads, ratio=ratio, attention=i == 0, fixup=blocks**-0.5) for i in range(blocks)

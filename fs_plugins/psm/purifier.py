@@ -5,16 +5,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fs_plugins.checks import whole
 from fs_plugins.errors import SettingError
 
 PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "unshuffle": 1, "attention": True}
 """The light purifier at the paper's size: 43.6 M parameters (the paper says 43.7 M and no widths)."""
+
+
+MOST_MULTIPLE = 256
+"""Images are padded to multiples of a side: a small file must not make large pictures of small ones."""
+
+
+def widths(name: str, given: Iterable[int], group: int) -> tuple[int, ...]:
+    """Channels a level, whole multiples of ``group``.
+
+    Raises:
+        SettingError: they are none.
+    """
+    channels = tuple(given)
+    if not channels or any(whole(name, width) % group for width in channels):
+        raise SettingError(f"{name} must be multiples of {group}, got {channels}.")
+    return channels
+
+
+def depth(name: str, given: int) -> int:
+    """Blocks a level, or one after the other: a small file must not keep one waiting for what it has no weights for.
+
+    Raises:
+        SettingError: none, or more than 32.
+    """
+    if whole(name, given) > 32:
+        raise SettingError(f"{name} must be at most 32, got {given}.")
+    return given
+
+
+def check_multiple(levels: int, unshuffle: int = 1) -> None:
+    """Refuse nets that make much of little pictures.
+
+    Raises:
+        SettingError: each level halves the side, and they are too many.
+    """
+    if levels > 32 or unshuffle * 2 ** (levels - 1) > MOST_MULTIPLE:
+        raise SettingError(
+            f"{levels} levels after unshuffling by {unshuffle} pad images to multiples beyond {MOST_MULTIPLE}; "
+            "take fewer levels."
+        )
 
 
 class UNetPurifier(nn.Module):
@@ -25,6 +67,9 @@ class UNetPurifier(nn.Module):
         layers: residual blocks a level.
         unshuffle: side of the pixel blocks folded into channels first; 1 keeps full resolution.
         attention: self-attention in the middle block.
+
+    Raises:
+        SettingError: sizes that no such net has, or one that pads images to multiples beyond ``MOST_MULTIPLE``.
     """
 
     def __init__(
@@ -38,8 +83,11 @@ class UNetPurifier(nn.Module):
         from diffusers import UNet2DModel
 
         super().__init__()
-        if any(width % 8 for width in channels) or not channels:
-            raise SettingError(f"UNetPurifier.channels must be multiples of 8, got {channels}.")
+        channels = widths("UNetPurifier.channels", channels, 8)
+        layers, unshuffle = depth("UNetPurifier.layers", layers), whole("UNetPurifier.unshuffle", unshuffle)
+        if not isinstance(attention, bool):
+            raise SettingError(f"UNetPurifier.attention must be true or false, got {attention!r}.")
+        check_multiple(len(channels), unshuffle)
         folded = 3 * unshuffle**2
         self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)

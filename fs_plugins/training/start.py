@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+from fs_plugins import files
 from fs_plugins.errors import SettingError
 from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
@@ -95,8 +95,8 @@ def _diffusion(part: Part, weights: Path | None, lora: int | None) -> tuple[Part
 
 def _part(kind: str, text: str, flag: str) -> Part:
     try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
+        given = files.parsed(text)
+    except ValueError as error:
         raise SettingError(f"{flag} is JSON, such as '{{\"channels\": [32, 64]}}'; {error}.") from None
     if not isinstance(given, dict):
         raise SettingError(f"{flag} is a JSON object, got {text}.")
