@@ -37,7 +37,9 @@ class Tiles(Layout):
         groups = []
         for kind, units in kinds.items():
             # An image that is padding altogether still has to have a shape.
-            real = torch.tensor([i for i, is_real in enumerate(kind) if is_real] or [0])
+            real = torch.tensor(
+                [i for i, is_real in enumerate(kind) if is_real] or [0], dtype=torch.long, device=pixels.device
+            )
             at = list(units)
             shown = template[at][:, real]
             groups.append(
@@ -59,7 +61,10 @@ class Tiles(Layout):
         mask = torch.zeros(len(pixels), 1, self.tiles, dtype=torch.long, device=pixels.device)
         mask[..., 0] = 1
         ids = torch.ones(len(pixels), 1, dtype=torch.long, device=pixels.device)
-        return _tiles(torch.tensor([0]), pixels, padding), {"aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+        return _tiles(torch.tensor([0], dtype=torch.long, device=pixels.device), pixels, padding), {
+            "aspect_ratio_ids": ids,
+            "aspect_ratio_mask": mask,
+        }
 
     def closed(self, outputs: Sequence[Any], units: Sequence[int], pixels: Tensor) -> Any:
         whole = super().closed(outputs, units, pixels)
@@ -83,7 +88,7 @@ class Packed(Layout):
         for (height, width), units in kinds.items():
             at = list(units)
             part = pixels[at][..., :height, :width]
-            own = torch.tensor([[height, width]] * len(at), device=pixels.device)
+            own = torch.tensor([[height, width]] * len(at), dtype=torch.long, device=pixels.device)
             groups.append(Group(units, part, {"image_sizes": own}))
         return groups
 
@@ -133,7 +138,7 @@ class PatchRows(Layout):
                 torch.cat([pair[:1] if s else pair for pair, s in zip(images[u], still, strict=True)]) for u in units
             ]
             shown = torch.stack([frames[0] if len(frames) == 1 else frames for frames in kept])
-            own = torch.tensor([grid] * len(units), device=pixels.device)
+            own = torch.tensor([grid] * len(units), dtype=torch.long, device=pixels.device)
             groups.append(Group(units, shown, {self.grid: own}, partial(self._pack, still)))
         return groups
 
@@ -142,7 +147,9 @@ class PatchRows(Layout):
         block = self.patch * self.merge
         if height % block or width % block:
             raise PixelError(f"Images for this encoder have sides that are multiples of {block}, got {height}x{width}.")
-        grid = torch.tensor([[1, height // self.patch, width // self.patch]] * len(pixels), device=pixels.device)
+        grid = torch.tensor(
+            [[1, height // self.patch, width // self.patch]] * len(pixels), dtype=torch.long, device=pixels.device
+        )
         return self._pack((True,), pixels), {self.grid: grid}
 
     def opened(self, output: Any, rows: int) -> Any:
@@ -209,7 +216,7 @@ class PatchBatch(Layout):
             )
         h, w = height // self.patch, width // self.patch
         mask = torch.ones(len(pixels), h * w, dtype=torch.long, device=pixels.device)
-        shapes = torch.tensor([[h, w]] * len(pixels), device=pixels.device)
+        shapes = torch.tensor([[h, w]] * len(pixels), dtype=torch.long, device=pixels.device)
         template = pixels.new_empty(len(pixels), h * w, self.channels * self.patch**2)
         return self._pack(pixels, template), {self.mask: mask, "spatial_shapes": shapes}
 

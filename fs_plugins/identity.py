@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
             f"The encoder's weights are quantised or sharded ({hidden[0]}), so it cannot be recognised. "
             "Pass psm=<a PSM or its folder>, or keep the encoder out of the quantisation."
         )
-    total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64)
+    total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64, device="cpu")
     count = 0
     for name, tensor in sorted(_canonical(module).items()):
         if tensor.is_meta:
@@ -46,8 +47,9 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
         if length == 0:
             continue
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        signs = torch.randint(0, 2, (_SKETCH_LENGTH, len(flat)), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        total += signs.double() @ flat / length
+        generator = torch.Generator("cpu").manual_seed(seed)
+        heads = torch.randint(0, 2, (_SKETCH_LENGTH, len(flat)), generator=generator, device="cpu")
+        total += (2 * heads - 1).double() @ flat / length
         count += 1
     return tuple(round(value, 6) for value in (total / max(1, count) ** 0.5).tolist())
 
@@ -96,8 +98,8 @@ def _is_extra(name: str) -> bool:
 
 def same_encoder(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two fingerprints are of the same weights, up to half-precision rounding."""
-    difference = torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    return bool(difference.square().mean().sqrt() < _SKETCH_TOLERANCE)
+    difference = np.subtract(one, other)
+    return bool(np.sqrt(np.mean(difference**2)) < _SKETCH_TOLERANCE)
 
 
 def has_adapters(module: nn.Module) -> bool:

@@ -37,12 +37,23 @@ def draws(generator: torch.Generator, shape: tuple[int, ...], noise: Noise, coun
     drawn: Tensor | None = None
     for _ in range(count):
         if drawn is None:
-            fresh = torch.randn(shape, generator=generator, device=generator.device)
+            fresh = normal(generator, shape)
             drawn = fresh if noise == "antithetic" else None
             yield fresh
         else:
             yield -drawn
             drawn = None
+
+
+def normal(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, fp32, on the generator's device. Torch's default type and device are the user's, and
+    would change which numbers a seed gives."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=generator.device)
+
+
+def uniform(generator: torch.Generator, shape: Sequence[int] = ()) -> Tensor:
+    """Numbers in [0, 1), made as ``normal`` makes its own."""
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device=generator.device)
 
 
 def keyed(*marks: object, device: torch.device | str = "cpu") -> torch.Generator:

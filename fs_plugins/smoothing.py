@@ -263,9 +263,9 @@ class FeatureSmoother(Pickled):
             return None
         with self._lock:
             if device not in self._psms:
-                own = next(self.psm.parameters(), torch.empty(0, device=device))
+                own = next((parameter.device for parameter in self.psm.parameters()), device)
                 with torch.inference_mode(False):  # a copy made in the mode would never have gradients
-                    self._psms[device] = self.psm if own.device == device else copy.deepcopy(self.psm).to(device)
+                    self._psms[device] = self.psm if own == device else copy.deepcopy(self.psm).to(device)
             return self._psms[device]
 
 
@@ -330,7 +330,7 @@ class _Mean:
         scale = lengths.nanmean(0) / direction.where(direction > 0, 1.0)
         output = self.output
         if self.non_finite:  # draws that were left out count in no average
-            counted = self.smoother.n0 / lengths.isfinite().sum(0)
+            counted = self.smoother.n0 / lengths.isfinite().sum(0, dtype=lengths.dtype)
             output = map_tensors(
                 [output],
                 lambda one: one[0] * _column(counted, one[0]) if _batched(one[0], len(counted)) else one[0],

@@ -63,6 +63,14 @@ def call(encoder: TinyEncoder) -> VisionCall:
 
 
 @pytest.fixture
+def one_road_through_attention():
+    """Under a default device, which is a function mode, torch's attention takes another road and rounds apart."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.fixture
 def manager():
     """The plugin manager of one test's own, with the adapters that ship."""
     hooks.plugin_manager.cache_clear()

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,24 @@ from fs_plugins import PSM, PixelSpace, Readout, VisionCall, hookimpl
 from fs_plugins.identity import fingerprint
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Field
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64, "meta"]
+"""What may be set as torch's default type or device while everything of ours stays the same."""
+
+
+@contextmanager
+def default(what: torch.dtype | str) -> Iterator[None]:
+    """torch's default type, or its default device, inside."""
+    dtype = torch.get_default_dtype()
+    if isinstance(what, str):
+        torch.set_default_device(what)
+    else:
+        torch.set_default_dtype(what)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
 
 
 def command_line(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:

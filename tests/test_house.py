@@ -108,3 +108,35 @@ def test_only_the_room_for_hugging_face_knows_a_framework(name):
 @pytest.mark.parametrize("name", modules())
 def test_no_module_imports_an_adapter(name):
     assert "fs_plugins.adapters" not in " ".join(known(name))
+
+
+MAKES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "randint", "randperm", "tensor", "zeros"}
+DRAWS = {"bernoulli", "multinomial", "normal", "poisson", "rand", "rand_like", "randn", "randn_like"}
+IN_PLACE = {"bernoulli_", "normal_", "random_", "uniform_"}
+SOURCES = [*ROOT.rglob("*.py"), *(ROOT.parent / "adapters").rglob("*.py")]
+
+
+def calls(path: Path) -> list[ast.Call]:
+    """But for weights, which are made as their module is."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    weights = {id(part) for node in found if ast.unparse(node.func) == "nn.Parameter" for part in node.args}
+    return [node for node in found if id(node) not in weights]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_tensor_is_made_in_torchs_default_type_or_place(path):
+    """They are the user's to set: a seed would give other numbers, and a sum lose its precision."""
+    for call in calls(path):
+        _, _, name = ast.unparse(call.func).rpartition("torch.")
+        if name in MAKES:
+            whole = {"arange", "randint", "randperm"}  # made of whole numbers they are whole numbers
+            needed = {"device"} if name in whole else {"device", "dtype"}
+            assert needed <= {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_all_noise_is_drawn_in_one_place(path):
+    drawn = [ast.unparse(call) for call in calls(path) if ast.unparse(call.func) in {f"torch.{one}" for one in DRAWS}]
+    drawn += [ast.unparse(call) for call in calls(path) if getattr(call.func, "attr", None) in IN_PLACE]
+    assert not drawn or path == ROOT / "noise.py"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.attacks.victim import Stream
+from fs_plugins.noise import uniform
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Crop:
         """(B, C, H, W) -> each image's own crop, (B, C, H, W). Gradients follow the images."""
         size = (images.shape[-2], images.shape[-1])
         crops = []
-        for image, generator in zip(images, stream.generators(torch.empty(len(images))), strict=True):
+        for image, generator in zip(images, stream.choices(), strict=True):
             top, left, height, width = self.box(size, generator)
             part = image[None, :, top : top + height, left : left + width]
             crops.append(torch.nn.functional.interpolate(part, size, mode="bilinear", align_corners=False))
@@ -36,16 +37,16 @@ class Crop:
     def box(self, size: tuple[int, int], generator: torch.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of a crop of an (H, W) picture."""
 
-        def uniform(low: float, high: float) -> float:
-            return low + (high - low) * torch.rand((), generator=generator).item()
+        def between(low: float, high: float) -> float:
+            return low + (high - low) * uniform(generator).item()
 
         height, width = size
         for _ in range(10):
-            area = height * width * uniform(*self.scale)
-            ratio = math.exp(uniform(*map(math.log, self.ratio)))
+            area = height * width * between(*self.scale)
+            ratio = math.exp(between(*map(math.log, self.ratio)))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return int(uniform(0, height - h + 1)), int(uniform(0, width - w + 1)), h, w
+                return int(between(0, height - h + 1)), int(between(0, width - w + 1)), h, w
         # No such box fits: the largest in the middle whose ratio is allowed.
         w, h = width, height
         if width / height < self.ratio[0]:

@@ -13,6 +13,7 @@ from fs_plugins.attacks.ball import Ball
 from fs_plugins.attacks.protocols import Objective, Search
 from fs_plugins.attacks.victim import Stream
 from fs_plugins.errors import ModelError
+from fs_plugins.noise import normal
 
 
 def ascend(
@@ -102,10 +103,5 @@ class Ascent:
 def _beside(images: Tensor, ball: Ball, stream: Stream) -> Tensor:
     """A little off the images, where the gradient of their similarity to themselves is not zero."""
     generators = stream.at("start").generators(images)
-    off = torch.stack(
-        [
-            torch.randn(image.shape, generator=generator, device=image.device)
-            for image, generator in zip(images, generators, strict=True)
-        ]
-    )
+    off = torch.stack([normal(generator, image.shape) for image, generator in zip(images, generators, strict=True)])
     return images + ball.eps / 10 * ball.steepest(off.to(images.dtype))

@@ -54,7 +54,7 @@ def square(
     ball = Ball("linf", eps)
     queries, draws = checks.whole("queries", queries), checks.whole("draws", draws)
     area = checks.number("area must be a share in (0, 1]", area, lambda share: 0 < share <= 1)
-    generators = stream.generators(torch.empty(len(images)))
+    generators = stream.choices()
     stripes = torch.stack([_signs((images.shape[1], 1, images.shape[3]), one, images) for one in generators])
     best = ball.project(images + ball.eps * stripes, images)
     for query in range(1, queries + 1):
@@ -74,15 +74,15 @@ def _squared(best: Tensor, images: Tensor, eps: float, share: float, generators:
     side = min(max(1, round((share * height * width) ** 0.5)), height, width)
     tried = best.clone()
     for i, generator in enumerate(generators):
-        top = int(torch.randint(height - side + 1, (), generator=generator))
-        left = int(torch.randint(width - side + 1, (), generator=generator))
+        top = int(torch.randint(height - side + 1, (), generator=generator, device="cpu"))
+        left = int(torch.randint(width - side + 1, (), generator=generator, device="cpu"))
         box = (i, slice(None), slice(top, top + side), slice(left, left + side))
         tried[box] = images[box] + eps * _signs((channels, 1, 1), generator, images)
     return tried
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    return (2 * torch.randint(2, shape, generator=generator) - 1).to(like)
+    return (2 * torch.randint(2, shape, generator=generator, device="cpu") - 1).to(like)
 
 
 def _score(objective: Objective, images: Tensor, query: int, draws: int) -> Tensor:

@@ -35,6 +35,10 @@ class Stream:
     def generators(self, images: Sequence[Tensor] | Tensor) -> list[torch.Generator]:
         return [keyed(*self.marks, key, device=image.device) for key, image in zip(self.keys, images, strict=True)]
 
+    def choices(self) -> list[torch.Generator]:
+        """The same on the CPU, wherever the images are: for what decides (places, sizes, signs) rather than adds."""
+        return [keyed(*self.marks, key) for key in self.keys]
+
 
 @dataclass(frozen=True)
 class Seen:

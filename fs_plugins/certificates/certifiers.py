@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Protocol, Required, Self, TypedDict, TypeVar, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,13 +112,15 @@ class Labels:
             SettingError: fewer than two, of different widths, not finite, or equal.
         """
         labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
-        given = list(directions.values() if isinstance(directions, Mapping) else directions)
-        shapes = {tuple(torch.as_tensor(row).shape) for row in given}
+        rows = directions.values() if isinstance(directions, Mapping) else directions
+        # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
+        given = [row if isinstance(row, Tensor) else torch.from_numpy(np.array(row)) for row in rows]
+        shapes = {tuple(row.shape) for row in given}
         if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
             raise SettingError(
                 f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
             )
-        matrix = torch.stack([torch.as_tensor(row) for row in given])
+        matrix = torch.stack(given)
         if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
             raise SettingError(
                 "directions has equal or non-finite rows, so that nothing could tell these classes apart."

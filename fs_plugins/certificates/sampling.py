@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fs_plugins.certificates.angular import Angular
 from fs_plugins.errors import ModelError, SettingError
-from fs_plugins.noise import seeded
+from fs_plugins.noise import normal, seeded
 from fs_plugins.smoothing import FeatureSmoother
 
 
@@ -123,8 +123,7 @@ class Sampler:
 
     def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features (size, E) and their scores (size,) in fp64, and which draws were finite."""
-        shape, device = self.image.shape, self.image.device
-        noise = torch.stack([torch.randn(shape, generator=generator, device=device) for _ in range(size)])
+        noise = torch.stack([normal(generator, self.image.shape) for _ in range(size)])
         single, finite = self._units(noise)
         units = single.double()
         self.advance(size)

@@ -18,6 +18,7 @@ from fs_plugins.evaluation.plan import answers_key, attacked_key
 from fs_plugins.evaluation.results import Results
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence
+from fs_plugins.noise import normal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +70,7 @@ def panels(
         clean = data.image(sample, size)
         moved = store.attacked(attacked_key(NONE, attacked), sample.image)
         assert moved is not None
-        noise = torch.randn(moved.shape, generator=generator)
+        noise = normal(generator, moved.shape)
         drawn.append(
             Panel(
                 sample.caption or "",

@@ -20,7 +20,7 @@ from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET
 from fs_plugins.evaluation.tower import Found, Tower
-from fs_plugins.noise import keyed
+from fs_plugins.noise import keyed, normal
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 
 
@@ -128,5 +128,5 @@ class Evaluation:
 @torch.no_grad()
 def _views(smoother: FeatureSmoother, images: Tensor, seed: int) -> Tensor:
     device = smoother.call.device
-    noise = torch.randn(images.shape, generator=keyed(seed, "shown"))
+    noise = normal(keyed(seed, "shown"), images.shape)
     return smoother.views(images.to(device), noise.to(device)).clamp(0, 1).cpu()

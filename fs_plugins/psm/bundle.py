@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import reprlib
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,6 +88,25 @@ class PSMConfig(_Strict):
         return json.dumps(parts, sort_keys=True)
 
 
+_default_type = threading.RLock()
+
+
+@contextmanager
+def plainly(device: str = "cpu") -> Iterator[None]:
+    """Inside, modules are made in fp32 on this device, whatever torch's default type and device are.
+
+    The type is the whole process's, so one thread at a time is inside, and puts back what it found.
+    """
+    with _default_type:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device(device):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+
 _PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier, "lora": LoRAPurifier}
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
 _MOST_PARAMETERS = 1 << 30
@@ -106,7 +127,8 @@ def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Modul
             if count > _MOST_PARAMETERS:
                 raise PSMError(f"it would have {count:,} parameters, and at most {_MOST_PARAMETERS:,} are built.")
             return kind(**part.args)
-        with torch.device("cpu") if torch.empty(0).is_meta else nullcontext():  # it may hold more than its file has
+        in_hand = not torch.empty(0, dtype=torch.float32, device=None).is_meta
+        with nullcontext() if in_hand else torch.device("cpu"):  # it may hold more than its file has
             return kind(**part.args)
     except FSPluginsError as error:
         raise PSMError(f"The {what} {part.kind!r} cannot be built: {error}") from None
@@ -252,7 +274,7 @@ class PSM(nn.Module):
                 f"{folder / WEIGHTS_NAME} is damaged: its SHA-256 is {_sha256(data)}, "
                 f"config.json says {config.weights_sha256}. Fetch or train it again."
             )
-        with torch.device("meta"):  # no random weights are made where the file has them
+        with plainly("meta"):  # no random weights are made where the file has them
             psm = cls(config, purifiers=purifiers, mappers=mappers)
         try:
             psm.load_state_dict({name: value.to(torch.float32) for name, value in load(data).items()}, assign=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fs_plugins
 from fs_plugins import PSM, FeatureSmoother, PixelError, VisionCall, registry
 from fs_plugins.identity import fingerprint
+from fs_plugins.noise import normal, uniform
 from fs_plugins.outputs import map_tensors
 from fs_plugins.patch import named_arguments
 from fs_plugins.plugins import claim
@@ -315,7 +316,7 @@ class AdapterConformance:
     def test_gradients_match_finite_differences(self) -> None:
         """To a tenth: a path that is cut off is missing altogether, and fp32 allows no more."""
         model, images = self._model_and_images()
-        direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+        direction = normal(torch.Generator().manual_seed(2), images.shape)
 
         def value(x: Tensor) -> Tensor:
             # The same seed anew: the same draws for every x.
@@ -413,7 +414,7 @@ class AdapterConformance:
 
     def _model_and_images(self) -> tuple[nn.Module, Tensor]:
         generator = torch.Generator().manual_seed(7)
-        return self.make_model(), torch.rand(self.images, 3, *self.image_size, generator=generator)
+        return self.make_model(), uniform(generator, (self.images, 3, *self.image_size))
 
     def _inputs(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
         """The model's inputs, floating-point ones in the model's own type."""
@@ -483,7 +484,7 @@ def _random_psm(call: VisionCall, shown: list[Tensor], fallback: tuple[int, int]
     """A PSM of random weights that fits what the call is shown."""
     height, width = call.image_size or (shown[0].shape[-2:] if shown else fallback)
     with torch.no_grad():
-        features = call.encode(torch.rand(1, 3, height, width))
+        features = call.encode(uniform(torch.Generator().manual_seed(1), (1, 3, height, width)))
     lengths = {name: value.shape[1] if value.ndim == 3 else 0 for name, value in features.items()}
     config = PSMConfig(
         name="random",
@@ -507,7 +508,7 @@ def _random_psm(call: VisionCall, shown: list[Tensor], fallback: tuple[int, int]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in psm.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.add_(normal(generator, parameter.shape) * 0.05)
     return psm
 
 
@@ -576,7 +577,7 @@ def _transplant(call: VisionCall, recorded: Iterator[Any]) -> Callable[..., Any]
 def _perturb(call: VisionCall, readout: fs_plugins.Readout) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         value = readout.get(output)
-        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        noise = normal(torch.Generator().manual_seed(0), value.shape)
         return readout.put(output, value + noise.to(value) * value.std())
 
     return hook

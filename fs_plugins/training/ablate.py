@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fs_plugins.noise import keyed
+from fs_plugins.noise import keyed, normal, uniform
 from fs_plugins.psm import PSM
 from fs_plugins.psm.protocols import Denoises
 from fs_plugins.training.config import TrainingConfig
@@ -105,8 +105,8 @@ def _equal(one: PSM, other: PSM | None) -> bool:
 def _terms(psm: PSM, call: VisionCall, held: Tensor, config: TrainingConfig, stage: str) -> dict[str, float]:
     """The loss terms on held-out pictures, two draws each."""
     generator = keyed(config.seed, "trial")
-    noise = torch.randn(len(held), 2, *held.shape[1:], generator=generator)
-    level = torch.rand(len(held), generator=generator)
+    noise = normal(generator, (len(held), 2, *held.shape[1:]))
+    level = uniform(generator, (len(held),))
     terms = (PurifierTerms if stage == "purifier" else MapperTerms)(psm, call, 1)
     found = terms(held, noise.to(held.device), config.sigma, level.to(held.device))
     return {name: value.item() for name, value in found.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fs_plugins.errors import SettingError
-from fs_plugins.noise import keyed
+from fs_plugins.noise import keyed, normal, uniform
 from fs_plugins.pictures import EXTENSIONS, pictures_below, read
 from fs_plugins.training.config import Stage, TrainingConfig
 
@@ -86,7 +86,7 @@ class ImageFolder(Dataset[Tensor]):
 
     def varied(self, index: int, generator: torch.Generator) -> Tensor:
         """The same picture, off centre, up to a quarter nearer on every side, and mirrored half of the time."""
-        nearer, x, y, mirror = torch.rand(4, generator=generator).tolist()
+        nearer, x, y, mirror = uniform(generator, (4,)).tolist()
         image = self.read(self.paths[index], bleed=nearer / 4, centering=(x, y))
         return image.flip(-1) if mirror < 0.5 else image
 
@@ -131,7 +131,7 @@ def samples(
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
-        return torch.randperm(count, generator=keyed(config.seed, name, "epoch", epoch)).tolist()
+        return torch.randperm(count, generator=keyed(config.seed, name, "epoch", epoch), device="cpu").tolist()
 
     for step in range(first, stage.steps):
         for forward in range(stage.accumulate):
@@ -152,8 +152,8 @@ def drawn(images: Pictures, config: TrainingConfig, name: str, sample: Sample) -
     else:
         image = images[index]
     generator = keyed(config.seed, name, step, place, "noise")
-    noise = torch.randn(config.stages[name].draws, *image.shape, generator=generator)
-    return image, noise, torch.rand((), generator=generator)
+    noise = normal(generator, (config.stages[name].draws, *image.shape))
+    return image, noise, uniform(generator)
 
 
 def batches(

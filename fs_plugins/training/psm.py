@@ -19,6 +19,7 @@ from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
+from fs_plugins.psm.bundle import plainly
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.crew import Alone, Crew
@@ -219,23 +220,22 @@ def _initial(
         with torch.no_grad():
             sample = call.encode(images[0][None].to(call.device))
         readouts = {name: (value.shape[1] if value.ndim == 3 else 0, value.shape[-1]) for name, value in sample.items()}
-    psm = PSM(
-        PSMConfig(
-            name=name,
-            sigma=config.sigma,
-            sigma_range=config.sigmas,
-            image_size=size,
-            purifier=config.purifier,
-            readouts=tuple(
-                ReadoutSpec(name=readout, width=width, tokens=tokens, mapper=_sized(config.mapper, width))
-                for readout, (tokens, width) in readouts.items()
-                if config.mapper is not None
-            ),
-            encoder=encoder,
-            fingerprint=fingerprint(call.module),
+    made_for = PSMConfig(
+        name=name,
+        sigma=config.sigma,
+        sigma_range=config.sigmas,
+        image_size=size,
+        purifier=config.purifier,
+        readouts=tuple(
+            ReadoutSpec(name=readout, width=width, tokens=tokens, mapper=_sized(config.mapper, width))
+            for readout, (tokens, width) in readouts.items()
+            if config.mapper is not None
         ),
-        **plugin_parts(),
+        encoder=encoder,
+        fingerprint=fingerprint(call.module),
     )
+    with plainly():
+        psm = PSM(made_for, **plugin_parts())
     if start is not None:
         if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
             raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")

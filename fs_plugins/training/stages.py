@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins.errors import SettingError
-from fs_plugins.noise import keyed
+from fs_plugins.noise import keyed, normal, uniform
 from fs_plugins.psm import PSM
 from fs_plugins.psm.protocols import Calibrates, Denoises
 from fs_plugins.smoothing import FeatureSmoother
@@ -135,7 +135,7 @@ class Optimisation:
     def sigma(self) -> float:
         """The next step's noise level."""
         low, high = self.config.sigmas
-        share = torch.rand((), generator=keyed(self.config.seed, self.name, self.done, "sigma")).item()
+        share = uniform(keyed(self.config.seed, self.name, self.done, "sigma")).item()
         return low + (high - low) * share
 
     def advance(self) -> dict[str, float]:
@@ -217,7 +217,7 @@ class Optimisation:
 def calibrate(psm: PSM, call: VisionCall, images: Pictures, config: TrainingConfig) -> None:
     """Let mappers that can set their initial scale (``Calibrates``) do so on the first few images, made noisy."""
     clean = torch.stack([images[i] for i in range(min(len(images), 8))])
-    noise = torch.randn(clean.shape, generator=keyed(config.seed, "calibration"))
+    noise = normal(keyed(config.seed, "calibration"), clean.shape)
     device = next(psm.mappers.parameters()).device
     road = FeatureSmoother(call, psm=psm, sigma=config.sigma)
     with torch.no_grad():
