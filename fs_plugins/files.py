@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
-import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 
 from fs_plugins.errors import SettingError
 
-_ABANDONED = 3600.0
 _PARTIAL = ".fs-plugins-partial-"
 LOCK = ".lock"
 
@@ -199,24 +198,47 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 def filling(folder: Path) -> Iterator[Path]:
     """A scratch folder; if the block ends well its files go to ``folder``, each whole, when all of them are on disk.
 
-    Several processes may fill a folder with the same files at once.
+    Several processes may fill a folder with the same files at once. What one that was killed left is removed by the
+    next: its lock is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{_PARTIAL}*"):  # by a process that was killed
-        with suppress(OSError):
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > _ABANDONED:
-                shutil.rmtree(left)
-    fresh = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    for left in folder.glob(f"{_PARTIAL}*"):
+        if left.is_dir():
+            with suppress(OSError), _owning(left) as sure:
+                if sure:
+                    shutil.rmtree(left)
+    fresh = folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+    with _owning(fresh):
+        try:
+            fresh.mkdir(mode=0o700)
+            yield fresh
+            for path in fresh.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            for path in sorted(fresh.iterdir()):
+                os.replace(path, folder / path.name)
+            _flush(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def _owning(scratch: Path) -> Iterator[bool]:
+    """Hold what stands for a scratch folder, from before it is made until it is gone; not surely, where the file system
+    knows no locks.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    lock = FileLock(f"{scratch}{LOCK}", blocking=False)
+    with suppress(NotImplementedError):
+        lock.acquire()
     try:
-        yield fresh
-        for path in fresh.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        for path in sorted(fresh.iterdir()):
-            os.replace(path, folder / path.name)
-        _flush(folder)
+        yield lock.is_locked
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
 
 
 @contextmanager

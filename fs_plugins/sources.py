@@ -12,15 +12,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, HTTPSConnection
+from io import BufferedReader, RawIOBase
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 from urllib.error import URLError
-from urllib.request import HTTPRedirectHandler, build_opener
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, build_opener
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.errors import FSPluginsError, PSMError, RegistryError
 from fs_plugins.fields import Count
 from fs_plugins.files import filling
 
@@ -35,6 +38,9 @@ OFFLINE = ("FS_PLUGINS_OFFLINE", "HF_HUB_OFFLINE")
 
 _TIMEOUT = 60.0
 _BLOCK = 1 << 20
+_MOST = 4 << 30
+_SLOWEST = 4096  # bytes a second
+_ENDLESS = 64 << 30
 
 
 class Source(BaseModel):
@@ -45,7 +51,7 @@ class Source(BaseModel):
             ``folder``: a folder or file of this machine; ``hub``: owner/name; ``url``: https.
         revision: the commit on the hub; branches and tags can move.
         sha256: of the file, or of the two, one after the other.
-        size: of the file or the two, in bytes.
+        size: of the file or the two, in bytes; left out, at most 4 GiB are fetched.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,8 +73,10 @@ class Source(BaseModel):
             raise ValueError(f"the hub has owner/name, with a PSM's two files, not {path!r}")
         if self.state == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("the hub needs a revision that cannot move: the 40 hexadecimal digits of a commit")
-        if self.state == "url" and not re.fullmatch(r"(https|file)://.+(/|\.pt)", path):
-            raise ValueError("a url begins with https:// and ends in / (the folder of a PSM) or .pt (one file)")
+        if self.state == "url":
+            if not re.fullmatch(r"(https|file)://.+(/|\.pt)", path):
+                raise ValueError("a url begins with https:// and ends in / (the folder of a PSM) or .pt (one file)")
+            _check_address(path)
         return self
 
     @property
@@ -141,7 +149,7 @@ class Source(BaseModel):
 
     def _download(self, what: str) -> Path:
         folder, place = cache() / str(self.sha256), str(self.path).rpartition("/")[0]
-        digest, size = hashlib.sha256(), 0
+        digest, size, most = hashlib.sha256(), 0, self.size or _MOST
         try:
             with filling(folder) as fresh:
                 for name in self.names:
@@ -150,15 +158,22 @@ class Source(BaseModel):
                             file.write(block)
                             digest.update(block)
                             size += len(block)
-                            if self.size is not None and size > self.size:
+                            if size > most:
                                 break
+                if self.size is None and size > most:
+                    raise RegistryError(
+                        f"{what}: {self.path} gave more than {most:,} bytes, which is the most that is taken where the "
+                        "registry gives no size. Nothing of it is kept; if it is that large, give its size."
+                    )
                 if digest.hexdigest() != self.sha256 or self.size not in (None, size):
                     raise PSMError(
                         f"{what}: {self.path} gave {size:,} bytes with SHA-256 {digest.hexdigest()}, not "
                         f"{self.size or size:,} with {self.sha256}: broken off, damaged, or another file. Nothing "
                         "of it is kept; try again."
                     )
-        except (OSError, HTTPException) as error:
+        except FSPluginsError:
+            raise
+        except (OSError, HTTPException, ValueError, OverflowError) as error:  # of odd hosts and ports, too
             raise RegistryError(
                 f"{what} could not be fetched from {self.path}: {error}. Try again, or copy {' and '.join(self.names)} "
                 f"to {folder}."
@@ -166,15 +181,84 @@ class Source(BaseModel):
         return folder
 
 
+def _check_address(url: str) -> None:
+    """Refuse what is no address of a public place.
+
+    Raises:
+        ValueError: no host, a port that there is not, a user or a password, or characters that are not encoded.
+    """
+    if not (url.isascii() and url.isprintable()) or set(url) & set(' "<>\\^`{|}'):
+        raise ValueError(f"a url has its special characters encoded (%20 for a blank); not so {url!r}")
+    try:
+        parts = urlsplit(url)
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("it has a user or a password, which a registry does not keep")
+        if parts.port == 0 or (parts.scheme == "https" and not parts.hostname):
+            raise ValueError("it has no host, or the port 0")
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:
+        raise ValueError(f"that is no address: {error}") from None
+
+
 class _OnlySecure(HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not newurl.lower().startswith("https://"):
             raise URLError(f"it redirects to {newurl}, which is not https")
+        try:
+            _check_address(newurl)
+        except ValueError as error:
+            raise URLError(f"it redirects to another place, and {error}") from None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class _Paced(RawIOBase):
+    """What a server sends, headers and all, as long as every minute brings something worth waiting for.
+
+    Raises:
+        OSError: it drips, or does not end.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._since, self._lately, self._sent = raw, monotonic(), 0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count: int | None = self._raw.readinto(buffer)
+        self._lately += count or 0
+        self._sent += count or 0
+        waited = monotonic() - self._since
+        if count and waited > _TIMEOUT:
+            if self._lately < _SLOWEST * waited:
+                raise OSError(f"it sent {self._lately:,} bytes in {waited:.0f} seconds, too slow to go on with")
+            self._since, self._lately = monotonic(), 0
+        if self._sent > _ENDLESS:
+            raise OSError(f"it sent {self._sent:,} bytes and no end")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp = BufferedReader(_Paced(self.fp.detach()))
+
+
+class _Connection(HTTPSConnection):
+    response_class = _Answer
+
+
+class _OnePace(HTTPSHandler):
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(_Connection, req)
+
+
 def _open(url: str) -> Any:
-    return build_opener(_OnlySecure).open(url, timeout=_TIMEOUT)
+    return build_opener(_OnlySecure, _OnePace).open(url, timeout=_TIMEOUT)
 
 
 @contextmanager
