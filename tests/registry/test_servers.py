@@ -86,9 +86,9 @@ def test_without_a_size_something_bounds_the_bytes_all_the_same(online, serve, m
     def endless():
         return itertools.chain([OK + head + b"\r\n"], itertools.repeat(bytes(1 << 20)))
 
-    with serve(endless()), pytest.raises(RegistryError, match="more than 10,485,760 bytes, .* no size. Nothing of it"):
+    with serve(endless()), pytest.raises(RegistryError, match=r"more than 10,485,760 bytes, .* no size. Nothing of it"):
         one().fetch(Path(), "It")
-    with serve(endless()), pytest.raises(PSMError, match="gave 1,048,576 bytes .*, not 1,000 with"):
+    with serve(endless()), pytest.raises(PSMError, match=r"gave 1,048,576 bytes .*, not 1,000 with"):
         one(size=1000).fetch(Path(), "It")
     assert files(online) == []
 
@@ -162,7 +162,7 @@ ODD = [
 def test_addresses_that_are_none_are_refused_where_they_are_written(url):
     with pytest.raises(ValidationError, match=r"that is no address|special characters encoded|begins with https"):
         one(path=url)
-    with pytest.raises(RegistryError, match="no address|encoded|begins with https"):
+    with pytest.raises(RegistryError, match=r"no address|encoded|begins with https"):
         source_of(url, SHA)
 
 
@@ -170,7 +170,7 @@ def test_addresses_that_are_none_are_refused_where_they_are_written(url):
 def test_redirections_to_them_are_refused_in_words(online, serve, url):
     location = url.encode("utf-8", "surrogateescape").replace(b"\n", b"%0A")
     answer = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nConnection: close\r\nLocation: " + location + b"\r\n\r\n"
-    with serve([answer]), pytest.raises(RegistryError, match="It could not be fetched from https://example.org"):
+    with serve([answer]), pytest.raises(RegistryError, match=r"It could not be fetched from https://example.org"):
         one().fetch(Path(), "It")
     assert files(online) == []
 
