@@ -105,3 +105,18 @@ def shown(value: Any) -> str:
         return repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return f"a {type(value).__name__} of thousands of digits"
+
+
+def recording(what: str) -> None:
+    """Refuse to begin what follows gradients inside ``torch.inference_mode``; ``no_grad`` is lifted by who does it.
+
+    Raises:
+        SettingError: torch is in that mode.
+    """
+    import torch  # the command line checks numbers before it needs torch
+
+    if torch.is_inference_mode_enabled():
+        raise SettingError(
+            f"{what} needs gradients, and inside torch.inference_mode none are recorded. Call it outside, or inside "
+            "torch.no_grad, which does no harm."
+        )

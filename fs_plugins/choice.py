@@ -101,6 +101,7 @@ def calls_of(
         pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
         calls = tuple(call.with_pixels(pixels) for call in calls)
     for call in calls:
+        call.check_eval()
         if not call.pixels.source:
             raise SettingError(
                 f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there "

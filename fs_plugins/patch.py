@@ -120,7 +120,7 @@ class SmoothingHook(_Hook):
                 self._warn("range", warning)
             if wrong := self.smoother.unfit(group.pixels):
                 raise PixelError(wrong)
-        if module.training:
+        if call.training:
             self._warn(
                 "training",
                 "The vision encoder is in training mode; smoothing goes on, but its features are not those of "

@@ -122,6 +122,16 @@ class FeatureSmoother(Pickled):
         """Whether smoothing would change nothing: no PSM and no noise."""
         return self.psm is None and self.sigma == 0
 
+    def check_eval(self) -> None:
+        """Refuse training mode, see ``VisionCall.check_eval``.
+
+        Raises:
+            ModelError: a part of the encoder or of the PSM is in training mode.
+        """
+        self.call.check_eval()
+        if self.psm is not None and any(part.training for part in self.psm.modules()):
+            raise ModelError("The PSM is in training mode, where it is not what is served. Call psm.eval() first.")
+
     def unfit(self, pixels: Tensor) -> str | None:
         """Why the PSM cannot serve (B, C, H, W) images or (B, F, C, H, W) videos like these; None if it can."""
         if self.psm is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins.checks import number, settle
-from fs_plugins.errors import PixelError, SettingError
+from fs_plugins.errors import ModelError, PixelError, SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.outputs import Field, Readout, map_tensors
 
@@ -257,9 +257,21 @@ class VisionCall:
 
     @property
     def training(self) -> bool:
-        """Whether a part of the module is in training mode; torch's quantised modules have none, and say they are."""
+        """Whether a part is in training mode; torch's quantised modules have none, and say they are."""
         packed = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-        return any(part.training and not type(part).__module__.startswith(packed) for part in self.module.modules())
+        parts = (part for module in self.modules for part in module.modules())
+        return any(part.training and not type(part).__module__.startswith(packed) for part in parts)
+
+    def check_eval(self) -> None:
+        """Refuse training mode: features are random in it, so an attack is weak and a certificate of something else.
+
+        Raises:
+            ModelError: a part is in training mode.
+        """
+        if self.training:
+            raise ModelError(
+                "The vision encoder is in training mode, where its features are random. Call model.eval() first."
+            )
 
     @property
     def size_in_words(self) -> str:

@@ -44,9 +44,10 @@ def ascend(
         (B, C, H, W) attacked images, in the ball and in [0, 1].
 
     Raises:
-        SettingError: a value out of range.
+        SettingError: a value out of range, or it is called inside ``torch.inference_mode``.
         ModelError: the objective has no gradient.
     """
+    checks.recording("An attack by gradients")
     steps, draws = checks.whole("steps", steps), checks.whole("draws", draws)
     step_size = _step_size(step_size, ball, steps)
     attacked = ball.project((images if start is None else start).detach(), images)

@@ -65,8 +65,10 @@ def attack(
         (B, C, H, W) attacked images, in the ball and in [0, 1].
 
     Raises:
-        SettingError: a value out of range or not for this method, an unknown method, or shapes that do not match.
-        ModelError: no encoder, one that the method cannot attack, or a model that no adapter claims.
+        SettingError: a value out of range or not for this method, an unknown method, shapes that do not match, or
+            gradients inside ``torch.inference_mode``.
+        ModelError: no encoder, one that the method cannot attack, one in training mode, or a model that no adapter
+            claims.
         PluginError: see its docstring.
     """
     chosen, several = attack_of(method), victims(model)

@@ -72,22 +72,30 @@ class Victim:
         """(B, C, H, W) in [0, 1], of any size -> what is served for them. Gradients follow the images.
 
         Raises:
-            ModelError: gradients are asked for, and the encoder's packed weights let none through.
+            ModelError: gradients are asked for, and the encoder's weights let none through.
         """
         images = self._resized(images)
-        if images.requires_grad and self._packed:
-            raise ModelError(
-                f"The encoder is quantised ({self._packed[0]}), and no gradient flows through packed weights: around "
-                "them little is left, and such an attack would flatter the model. Attack the encoder that it was "
-                'quantised from and show it those pictures, or use the gradient-free attack (method="square").'
-            )
+        if images.requires_grad and self._opaque:
+            raise ModelError(self._opaque)
         if self.smoother is None:
             return self._seen(self.call.look(images))
         return self._seen(self.smoother.look(images, source=source, frugal=images.requires_grad))
 
     @cached_property
-    def _packed(self) -> list[str]:
-        return packed(self.call.module)
+    def _opaque(self) -> str | None:
+        """Why no gradient can go through the encoder's weights; None if it can."""
+        if found := packed(self.call.module):
+            return (
+                f"The encoder is quantised ({found[0]}), and no gradient flows through packed weights: around them "
+                "little is left, and such an attack would flatter the model. Attack the encoder that it was quantised "
+                'from and show it those pictures, or use the gradient-free attack (method="square").'
+            )
+        if any(parameter.is_inference() for module in self.call.modules for parameter in module.parameters()):
+            return (
+                "The encoder's weights were made inside torch.inference_mode, so no gradient can be recorded through "
+                'them. Load the model outside it, or use the gradient-free attack (method="square").'
+            )
+        return None
 
     @torch.no_grad()
     def see_plain(self, images: Tensor) -> Seen:
@@ -126,12 +134,15 @@ def victims(models: Attackable | Sequence[Attackable]) -> list[Victim]:
     """One victim, or an ensemble of surrogates.
 
     Raises:
-        ModelError: nothing to attack, or something that is no encoder; see ``encoder_of``.
+        ModelError: nothing to attack, something that is no encoder (see ``encoder_of``), or one in training mode.
     """
     several = models if isinstance(models, Sequence) else [models]
     if not several:
         raise ModelError("An attack needs at least one encoder.")
-    return [Victim(encoder_of(model)) for model in several]
+    found = [Victim(encoder_of(model)) for model in several]
+    for victim in found:
+        (victim.smoother or victim.call).check_eval()
+    return found
 
 
 def encoder_of(model: Attackable) -> VisionCall | FeatureSmoother:

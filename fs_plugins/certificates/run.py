@@ -17,7 +17,7 @@ from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
 from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import FRESH, C
-from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.errors import SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.smoothing import FeatureSmoother
 
@@ -142,13 +142,10 @@ def check(smoother: FeatureSmoother, images: Mapping[str, Tensor]) -> None:
     """Refuse, before a draw, what cannot be certified.
 
     Raises:
-        ModelError: the encoder is in training mode.
+        ModelError: the encoder or the PSM is in training mode.
         SettingError: sigma is 0, or an image of another size or range.
     """
-    if smoother.call.training:
-        raise ModelError(
-            "The vision encoder is in training mode, where its features are random. Call model.eval() first."
-        )
+    smoother.check_eval()
     if smoother.sigma <= 0:
         raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")
     for name, image in images.items():

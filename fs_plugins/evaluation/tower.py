@@ -55,6 +55,7 @@ class Tower:
         self.size = size_of(subject.call)
         self.store = means.store
         self.device = subject.call.device
+        subject.call.check_eval()
 
     def run(self) -> None:
         """Do what is still to be done."""

@@ -184,7 +184,7 @@ class PSM(nn.Module):
             part.purifier = None
             part.config = part.config.model_copy(update={"purifier": None})
         if not mapper:
-            part.mappers = nn.ModuleList()
+            part.mappers = nn.ModuleList().eval()
             part.config = part.config.model_copy(update={"readouts": ()})
         return part
 
@@ -251,6 +251,7 @@ class PSM(nn.Module):
                 (fresh / name).write_bytes(data)
 
     @classmethod
+    @torch.inference_mode(False)  # weights made in the mode would let no gradient through, ever
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fs_plugins.checks import whole
+from fs_plugins.checks import recording, whole
 from fs_plugins.choice import Smoothable
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
@@ -64,15 +64,22 @@ def train_psm(
         workers: threads that load images.
 
     Raises:
-        SettingError: images of another size or range, too few, or ``out`` holds something else or another training.
+        SettingError: images of another size or range, too few, ``out`` holds something else or another training, or it
+            is called inside ``torch.inference_mode``.
         ModelError: no adapter claims the model, it has several vision encoders, or see ``check_trainable``.
     """
+    recording("Training")
     call, crew = one_call(model), accelerator or Alone()
     check_trainable(call)
     size = _image_size(call, images, config, crew.num_processes)
     folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
     device = call.device
-    with own_random(device, config.seed), _frozen(call), folder.using() if folder else nullcontext():
+    with (
+        torch.enable_grad(),
+        own_random(device, config.seed),
+        _frozen(call),
+        folder.using() if folder else nullcontext(),
+    ):
         psm = _initial(call, images, config, size, name, encoder, start).to(device)
         settings = {
             "name": name,
@@ -151,10 +158,14 @@ def robustness_score(
     """Mean cosine between single smoothed draws and the clean feature, over (B, C, H, W) images in [0, 1].
 
     Args:
-        model: as for ``train_psm``.
+        model: as for ``train_psm``, in eval mode, as the PSM.
+
+    Raises:
+        ModelError: it is not; or see ``train_psm``.
     """
     call, draws = one_call(model), whole("draws", draws)
     smoother = FeatureSmoother(call, psm=psm, sigma=sigma, n0=1, noise="iid", seed=seed)
+    smoother.check_eval()
     with torch.no_grad():
         clean = torch.cat([call.embed(call.encode(some)) for some in images.split(smoother.chunk_size)])
         scores = [torch.cosine_similarity(call.embed(smoother.smooth(images)), clean, dim=-1) for _ in range(draws)]

@@ -25,7 +25,7 @@ def report_of(purifier, **changes):
     psm = None
     if purifier is not None:
         psm = make_psm(call, mapper=False, sigma=0.05)
-        psm.purifier = purifier
+        psm.purifier = purifier.eval()
     through = FeatureSmoother(call, psm=psm, sigma=0.05, n0=2, seed=0)
     images, targets = rand(6, 3, 8, 8), rand(6, 3, 8, 8, seed=1)
     return check_gradients(through, images, targets, **{"eps": 0.2, "steps": 24, "draws": 1, "queries": 60, **changes})

@@ -54,7 +54,7 @@ def test_square_comes_by_the_same_door_and_needs_no_gradient():
             return images.detach()
 
     psm = make_psm(call, mapper=False, sigma=0.05)
-    psm.purifier = Cut()
+    psm.purifier = Cut().eval()
     through = FeatureSmoother(call, psm=psm, sigma=0.05, n0=2, seed=0)
     with pytest.raises(ModelError, match=r'No gradient reaches the pixels.*method="square"'):
         attack(through, images, targets, steps=1)
