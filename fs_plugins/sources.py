@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -264,11 +263,10 @@ def _open(url: str) -> Any:
 @contextmanager
 def _reading(url: str, size: int | None) -> Iterator[Iterator[bytes]]:
     """What is at a URL, in blocks, with a progress bar on terminals."""
-    from rich.console import Console
-    from rich.progress import wrap_file
+    from fs_plugins.terminal import watched
 
-    bar = partial(wrap_file, console=Console(stderr=True), disable=not sys.stderr.isatty())
-    with _open(url) as response, bar(response, size or 0, description=url.rpartition("/")[2]) as stream:
+    hidden = not sys.stderr.isatty()
+    with _open(url) as response, watched(response, size or 0, url.rpartition("/")[2], hidden=hidden) as stream:
         yield iter(lambda: stream.read(_BLOCK), b"")
 
 

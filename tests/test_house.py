@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "fs_plugins"
 FLOORS = (
-    ("errors", "pickled"),
+    ("errors", "pickled", "terminal"),
     ("checks", "contents", "fields", "files", "noise", "outputs", "plain_yaml", "settings", "identity"),
     ("layouts", "pictures"),
     ("vision",),
@@ -45,7 +45,7 @@ def modules() -> dict[str, Path]:
 @cache
 def known(name: str) -> frozenset[str]:
     """What a module imports: modules of the package by their names below it, others by their first part."""
-    tree = ast.parse(modules()[name].read_text())
+    tree = ast.parse(modules()[name].read_text("utf-8"))
     for node in ast.walk(tree):  # what only type checkers read
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
@@ -140,3 +140,19 @@ def test_all_noise_is_drawn_in_one_place(path):
     drawn = [ast.unparse(call) for call in calls(path) if ast.unparse(call.func) in {f"torch.{one}" for one in DRAWS}]
     drawn += [ast.unparse(call) for call in calls(path) if getattr(call.func, "attr", None) in IN_PLACE]
     assert not drawn or path == ROOT / "noise.py"
+
+
+@pytest.mark.parametrize("name", sorted(modules().keys() - {"terminal"}))
+def test_only_one_module_speaks_to_the_terminal(name):
+    """Elsewhere nothing is printed, and nothing is made that rich would parse."""
+    tree = ast.parse(modules()[name].read_text("utf-8"))
+    taken = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rich"
+        for alias in node.names
+    }
+    assert taken <= {"rich.box.HORIZONTALS", "rich.table.Table", "rich.progress.TaskID"}
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not called & {"print", "typer.echo", "typer.secho", "click.echo", "sys.stdout.write", "sys.stderr.write"}
+    assert "rich" not in {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

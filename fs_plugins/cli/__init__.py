@@ -5,14 +5,16 @@ A command imports torch, and what comes after it, only when it runs: help and ve
 
 from __future__ import annotations
 
+import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated, TextIO
 
 import typer
-from rich.console import Console
 
 from fs_plugins import __version__, errors
 from fs_plugins.cli.ask import ask
+from fs_plugins.cli.base import complaints, console
 from fs_plugins.cli.certify import certify
 from fs_plugins.cli.demo import demo
 from fs_plugins.cli.doctor import doctor
@@ -30,7 +32,7 @@ app.add_typer(registry, name="registry")
 
 def _tell_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        console.print(__version__)
         raise typer.Exit
 
 
@@ -45,6 +47,9 @@ def _every(
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a character that the terminal lacks must not undo the work before it
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     warnings.filterwarnings("once", category=errors.FSPluginsWarning)  # however often a command asks
     app()
@@ -60,4 +65,4 @@ def _show_warning(
 ) -> None:
     """Ours in a sentence; those of others, who speak to programmers, not at all."""
     if issubclass(category, errors.FSPluginsWarning):
-        Console(stderr=True).print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        complaints.print(f"Warning: {message}", style="yellow", soft_wrap=True)

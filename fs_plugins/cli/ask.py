@@ -39,7 +39,7 @@ def ask(
         told = compare(
             loaded, processor, picture, question, psm=psm, sigma=sigma, n0=n0, seed=seed, max_new_tokens=max_new_tokens
         )
-        console.print(f"{image.name}: {question}", markup=False, highlight=False)
+        console.print(f"{image.name}: {question}")
         table = Table(box=HORIZONTALS)
         table.add_column("")
         table.add_column("answer", overflow="fold")
@@ -47,4 +47,4 @@ def ask(
         for way, answer in (("without", told.without), ("with fs_plugins", told.smoothed)):
             table.add_row(way, answer.text or "(nothing)", f"{answer.seconds:.2f}")
         console.print(table)
-        console.print(str(told.status), style="dim", highlight=False, soft_wrap=True)
+        console.print(str(told.status), style="dim", soft_wrap=True)

@@ -11,13 +11,12 @@ from typing import NoReturn
 
 import typer
 from rich.box import HORIZONTALS
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fs_plugins import errors
+from fs_plugins.terminal import Terminal, bars, styled
 
-console = Console()
+console, complaints = Terminal(), Terminal(stderr=True)
 
 
 def needs(*packages: str, extra: str = "demo") -> None:
@@ -53,12 +52,6 @@ def duration(seconds: float) -> str:
     )
 
 
-def bars(count: str, *more: TextColumn) -> Progress:
-    """Progress bars on stderr; ``count`` says how far a task is, ``more`` comes last."""
-    first = (TextColumn("{task.description}"), BarColumn(), TextColumn(count))
-    return Progress(*first, TimeElapsedColumn(), TimeRemainingColumn(), *more, console=Console(stderr=True))
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """A bar for each ``track(what, total)``, which gives what moves it on by so much."""
@@ -85,8 +78,7 @@ def errors_for_people() -> Iterator[None]:
 
 
 def _leave(error: Exception, advice: str) -> NoReturn:
-    console.print(f"[bold red]Error[/]  {type(error).__name__}:", end=" ")
-    console.print(f"{error}{advice}", markup=False, highlight=False, soft_wrap=True)
+    console.print(styled("Error", "bold red"), f" {type(error).__name__}: {error}{advice}", soft_wrap=True)
     raise typer.Exit(2) from None
 
 

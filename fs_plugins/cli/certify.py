@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.markup import escape
 
 from fs_plugins.cli.base import Crew, console, duration, errors_for_people, needs, plain_table, progress, promise
 from fs_plugins.errors import SettingError
+from fs_plugins.terminal import styled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,10 +176,7 @@ def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
     with run.held():
         if run.crew.rank == 0:
             several = f" {len(run.certifiers)} times" if len(run.certifiers) > 1 else ""
-            console.print(
-                f"{len(run.pictures)} images, {run.draws:,} draws{several}: about {duration(run.seconds())}.",
-                highlight=False,
-            )
+            console.print(f"{len(run.pictures)} images, {run.draws:,} draws{several}: about {duration(run.seconds())}.")
         with progress() as track:
             return run.certify(track)
 
@@ -189,7 +186,7 @@ def _show_certificates(certificates: Mapping[str, Certificate], threshold: float
     for name, one in _short(certificates).items():
         radius, inner = one.radius(threshold), one.linf_radius(threshold)
         row = [promise(one.fcsb(eps)) for eps in DISTANCES]
-        table.add_row(escape(name), f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
+        table.add_row(name, f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
     console.print(table)
     first = next(iter(certificates.values()))
     kind = (
@@ -217,8 +214,8 @@ def _show_predictions(certificates: Mapping[str, PredictionCertificate]) -> None
     for name, one in _short(certificates).items():
         radii = [promise(radius) for radius in (one.vote_radius, one.feature_radius, one.radius)]
         table.add_row(
-            escape(name),
-            escape(one.label or f"class {one.predicted}"),
+            name,
+            one.label or f"class {one.predicted}",
             f"{one.n:,}",
             f"{100 * one.votes / one.n:.1f} %",
             *radii,
@@ -239,8 +236,8 @@ def _show_table(groups: Sequence[Sequence[Average]], certificates: Mapping[str, 
 
     shown = plain_table("average certified cosine at eps", *(f"{eps:g}" for eps in DISTANCES), "R")
     for rows in groups:
-        psm = f"PSM {escape(rows[0].psm)}" if rows[0].psm else "plain smoothing"
-        shown.add_row(f"[bold]sigma {rows[0].sigma:g}, {psm}[/]")
+        psm = f"PSM {rows[0].psm}" if rows[0].psm else "plain smoothing"
+        shown.add_row(styled(f"sigma {rows[0].sigma:g}, {psm}", "bold"))
         for row in rows:
             values = [promise(value or None) for value in (*row.cosines, row.radius)]
             shown.add_row(f"  {row.title}", *values, end_section=row is rows[-1])
@@ -256,4 +253,4 @@ def _show_table(groups: Sequence[Sequence[Average]], certificates: Mapping[str, 
 
 
 def _note(text: str) -> None:
-    console.print(text, style="dim", highlight=False)
+    console.print(text, style="dim")

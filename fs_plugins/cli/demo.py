@@ -26,13 +26,12 @@ def _demo(settings: Settings) -> None:
     with progress() as track:
         result = demos.run(settings, loader("demo"), track=track, first=_first)
     console.print(
-        f"[bold]{settings.count} held-out scenes[/], targeted attack at l-inf {result.attacked.eps255:g}/255, "
-        f"{settings.steps} steps; sigma {result.sigma:g}, n0 {settings.n0}",
-        highlight=False,
+        f"{settings.count} held-out scenes, targeted attack at l-inf {result.attacked.eps255:g}/255, "
+        f"{settings.steps} steps; sigma {result.sigma:g}, n0 {settings.n0}"
     )
     tables.show(result.tables())
     written = f"{settings.out / 'summary.json'}, {settings.out / 'demo.png'} and all answers beside them"
-    console.print(f"\n{duration(result.seconds)}. Written: {written}", soft_wrap=True, highlight=False)
+    console.print(f"\n{duration(result.seconds)}. Written: {written}", soft_wrap=True)
 
 
 demo = command(Settings, _demo)
@@ -43,5 +42,4 @@ def _first(path: Path, panel: Panel) -> None:
         f"The first pictures are attacked: {path}. Of one the model said “{panel.said_clean}” before, "
         f"“{panel.said_attacked}” after, and “{panel.said_protected}” with the plugin.\n",
         soft_wrap=True,
-        highlight=False,
     )

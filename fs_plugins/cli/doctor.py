@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from fs_plugins import errors
 from fs_plugins.cli.base import console, errors_for_people, needs, plain_table
+from fs_plugins.terminal import styled
 
 
 def doctor(
@@ -23,12 +23,13 @@ def doctor(
 
         table = plain_table("framework", "version")
         for name, number in consulting.frameworks().items():
-            table.add_row(name, number or "[dim]not installed[/]")
+            table.add_row(name, number or styled("not installed", "dim"))
         console.print(table)
         table = plain_table("plugin", "from", "provides")
         for plugin in consulting.plugins():
-            provides = ", ".join(plugin.hooks) if plugin.problem is None else f"[red]{escape(plugin.problem)}[/]"
-            table.add_row(plugin.name, f"{plugin.distribution}\n[dim]{escape(plugin.location)}[/]", provides)
+            provides = ", ".join(plugin.hooks) if plugin.problem is None else styled(plugin.problem, "red")
+            origin = styled(f"{plugin.distribution}\n") + styled(plugin.location, "dim")
+            table.add_row(plugin.name, origin, provides)
         console.print(table)
         if model is None:
             return
@@ -49,7 +50,7 @@ def doctor(
             ]
         table = Table(box=None, show_header=False)
         for what, told in lines:
-            table.add_row(f"[bold]{what}[/]", escape(told))
+            table.add_row(styled(what, "bold"), told)
         console.print(table)
         if found.problem:
             raise errors.ModelError(found.problem)

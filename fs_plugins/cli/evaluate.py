@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fs_plugins.cli.base import Crew, console, duration, needs, progress
 from fs_plugins.cli.options import command
 from fs_plugins.evaluation.settings import Settings
+from fs_plugins.terminal import styled
 
 if TYPE_CHECKING:
     from fs_plugins.evaluation import Results
@@ -52,16 +53,15 @@ def _show(results: Results, settings: Settings, began: float) -> None:
     from fs_plugins.cli import tables
 
     for sentence in results.plan.dataset.skipped:
-        console.print(f"[yellow]Skipped[/]  {sentence}", highlight=False)
+        console.print(styled("Skipped", "yellow"), f" {sentence}")
     tables.show(results.tables())
     for note in results.notes():
-        console.print(f"[yellow]Left out[/]  {note}", highlight=False, soft_wrap=True)
+        console.print(styled("Left out", "yellow"), f" {note}", soft_wrap=True)
     setup = results.plan.setup
     console.print(
         f"\n{len(results.plan.dataset.samples)} pictures, attacks of {setup.steps} steps; on "
         f"{setup.adaptive_images or 'all'} of them adaptive ones, {setup.adaptive_steps} steps of "
         f"{setup.adaptive_draws} x n0 draws; seed {setup.seed}. {duration(time.time() - began)}.\n"
         f"Written: {settings.folder / 'report.html'}, and a CSV of each table, summary.json and all rows beside it",
-        highlight=False,
         soft_wrap=True,
     )

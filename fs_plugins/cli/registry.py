@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from fs_plugins.cli.base import console, errors_for_people, plain_table
 from fs_plugins.errors import RegistryError
+from fs_plugins.terminal import styled
 
 if TYPE_CHECKING:
     from fs_plugins.registry import Registry
@@ -31,7 +31,7 @@ def list_() -> None:
         table.columns[0].no_wrap = True
         for name, (file, *_) in known.files.items():
             for cells in _rows(known, name):
-                table.add_row(*map(escape, (name, *cells, short.get(file, str(file)))))
+                table.add_row(name, *cells, short.get(file, str(file)))
         console.print(table)
         for name in known.files:
             _print_notes(known, name)
@@ -61,7 +61,7 @@ def _where(state: str, path: str | None) -> str:
 
 def _print_notes(known: Registry, name: str) -> None:
     for note in known.notes(name):
-        console.print(f"{name}: {note}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"{name}: {note}", style="yellow", soft_wrap=True)
 
 
 @app.command()
@@ -81,7 +81,7 @@ def show(name: str) -> None:
         table = plain_table("", "")
         for what, told in lines:
             words = ", ".join(f"{k} {v}" for k, v in told.items()) if isinstance(told, dict) else str(told)
-            table.add_row(f"[bold]{escape(what)}[/]", escape(words))
+            table.add_row(styled(what, "bold"), words)
         console.print(table)
 
 
@@ -94,10 +94,10 @@ def verify(name: Annotated[str | None, typer.Argument(help="One entry; all if le
         known = _known(name)
         _quieten()
         checks = list(upkeep.verify(known, name))
-        words = {True: "[green]right[/]", False: "[red]WRONG[/]", None: "[yellow]unchecked[/]"}
+        words = {True: ("right", "green"), False: ("WRONG", "red"), None: ("unchecked", "yellow")}
         table = plain_table("", "what", "found")
         for check in checks:
-            table.add_row(words[check.right], escape(check.what), escape(check.told))
+            table.add_row(styled(*words[check.right]), check.what, check.told)
         console.print(
             table if checks else "Nothing to check: not trained yet, and no fingerprint of the encoder is known."
         )

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.table import Table as Drawn
-from rich.text import Text
 
 from fs_plugins.cli.base import console, plain_table
+from fs_plugins.terminal import styled
 
 if TYPE_CHECKING:
     from fs_plugins.evaluation import Table
@@ -19,10 +19,10 @@ def show(tables: Iterable[Table]) -> None:
     """Print tables with their titles, and each note once."""
     said = {""}
     for table in tables:
-        console.print(f"\n[bold]{table.title}[/]\n")
+        console.print(styled(f"\n{table.title}\n", "bold"))
         console.print(drawn(table))
         if table.note not in said:
-            console.print(table.note, style="dim", highlight=False)
+            console.print(table.note, style="dim")
         said.add(table.note)
 
 
@@ -46,8 +46,8 @@ def drawn(table: Table) -> Drawn:
     for head, rows in groups:
         if sections:
             shown.add_section()
-            shown.add_row(Text(str(head), style="bold"))
+            shown.add_row(styled(str(head), "bold"))
         for row in rows:
             cells = (parted(row[place]) for place in kept)
-            shown.add_row(*(Text.assemble(said, " " * bool(interval), (interval, "dim")) for said, interval in cells))
+            shown.add_row(*(styled(said + " " * bool(interval)) + styled(interval, "dim") for said, interval in cells))
     return shown

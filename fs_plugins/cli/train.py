@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import TaskID, TextColumn
+from rich.progress import TaskID
 
-from fs_plugins.cli.base import bars, console, duration, needs, plain_table
+from fs_plugins.cli.base import console, duration, needs, plain_table
 from fs_plugins.cli.options import command
+from fs_plugins.terminal import Words, bars
 from fs_plugins.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def _publish(work: Work) -> None:
         _show_scores(scores)
         console.print(
             f"\nWritten: {work.settings.out} (config.json, psm.safetensors, README.md, held-out.txt, log.csv)",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -98,7 +98,7 @@ def _dry_run(work: Work) -> None:
 
 def _say(crew: Crew, text: str) -> None:
     if crew.is_main_process:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _progress(crew: Crew) -> Iterator[Callable[[str, int, int, dict[str, float]]
     if not crew.is_main_process:
         yield None
         return
-    losses_column = TextColumn("{task.fields[losses]}", style="dim")
+    losses_column = Words("{task.fields[losses]}", style="dim")
     with bars("{task.completed}/{task.total}", losses_column) as shown:
         tasks: dict[str, TaskID] = {}
 
@@ -140,7 +140,6 @@ def _show_scores(scores: Scores) -> None:
         console.print(
             f"average certified radius, {name}: {radius:.4f} ({scores.certified} pictures, {scores.n} draws, "
             f"alpha {scores.alpha:g})",
-            highlight=False,
         )
 
 
@@ -155,12 +154,11 @@ def _show_trials(trials: list[Trial], plain: float) -> None:
         console.print(table)
     for trial in trials:
         if trial.idle:
-            console.print(f"{trial.without} does nothing: the {trial.stage} is the same without it.", highlight=False)
+            console.print(f"{trial.without} does nothing: the {trial.stage} is the same without it.")
     console.print(
         "score: mean cosine between single noisy draws and the clean picture, held-out pictures; plain noise has "
         f"{plain:.4f}. The terms are measured on the same pictures, unweighted.",
         style="dim",
-        highlight=False,
     )
 
 

@@ -129,7 +129,7 @@ def _say(axes: Axes, panel: Panel) -> None:
         text = axes.text
         text(0.03, y, who, fontsize=8.5, color="#777777", va="center")
         colour = _RIGHT if said == panel.truth else _WRONG
-        text(0.03, y - 0.145, f"“{said}”", fontsize=10.5, color=colour, va="center")
+        text(0.03, y - 0.145, f"“{said}”", fontsize=10.5, color=colour, va="center", parse_math=False)
     if panel.certificate is not None:
         radius = panel.radii["certified"]
         proven = f"cosine ≥ .5 within l2 {radius:.2f}" if radius else "nothing"
