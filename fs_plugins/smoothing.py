@@ -66,7 +66,9 @@ class FeatureSmoother(Pickled):
     draw i's features z_i (purified, encoded, mapped) are averaged with weights proportional to
     1/||embed(z_i)||, one weight per draw and image. Every other field of the output with a row per image is the
     plain mean over draws, so that none of them has escaped smoothing. A draw of zero or non-finite
-    length has weight 0.
+    length has weight 0. A draw in which a field is not finite is counted, and left out of that field's mean, or of
+    every mean where its length is not finite. A field of an image that no draw is finite in is NaN, as the model alone
+    would give it.
 
     Args:
         call: the adapter's answer.
@@ -298,18 +300,23 @@ class _Mean:
         self.dtypes: Any = None
         self.units: Features = {}
         self.lengths: list[Tensor] = []
+        self.lost: Any = None
+        """For each field, how many draws of each image are left out of its mean; None while there were none."""
 
     def add(self, output: Any, draws: int) -> None:
         features = self.run(self.smoother.mapped, self.smoother.call.features(output))
         lengths = self.smoother.call.embed(features).norm(dim=-1)
         rows = len(lengths)
         finite = lengths.isfinite()
-        if not bool(finite.all()):
-            self.non_finite += int((~finite).sum())
-            output, features = map_tensors(
-                [(output, features)],
-                lambda one: one[0].where(_column(finite, one[0]), 0.0) if _batched(one[0], rows) else one[0],
-            )
+        sound = [finite]
+        map_tensors(
+            [output], lambda one: sound.append(_sound(one[0]).to(finite.device)) if _batched(one[0], rows) else 0
+        )
+        whole = torch.stack(sound).all(0)
+        if not bool(whole.all()):
+            self.non_finite += int((~whole).sum())
+            output = self._without(output, finite, draws)
+            features = {name: value.where(_column(finite, value), 0.0) for name, value in features.items()}
         counted = finite & (lengths > 0)
         weights = torch.where(counted, 1 / lengths.where(counted, 1.0), 0.0)
         units = {name: _over_draws(value * _column(weights, value), draws) for name, value in features.items()}
@@ -328,6 +335,21 @@ class _Mean:
             self.units = {name: self.units[name] + value for name, value in units.items()}
         self.lengths.append(lengths.where(finite, torch.nan).view(draws, -1))
 
+    def _without(self, output: Any, finite: Tensor, draws: int) -> Any:
+        """The output with zeros for the draws that a field is left out in: its own fault, or that of the readouts."""
+        rows = len(finite)
+        kept = map_tensors(
+            [output], lambda one: _sound(one[0]) & finite.to(one[0].device) if _batched(one[0], rows) else None
+        )
+        lost = map_tensors(
+            [output, kept],
+            lambda pair: None if pair[1] is None else (~pair[1]).view(draws, -1).sum(0, dtype=torch.long),
+        )
+        self.lost = lost if self.lost is None else _added(output, self.lost, lost)
+        return map_tensors(
+            [output, kept], lambda pair: pair[0] if pair[1] is None else pair[0].where(_column(pair[1], pair[0]), 0.0)
+        )
+
     def result(self) -> Any:
         """The module's output with every field averaged and the readouts' smoothed features in place."""
         lengths = torch.cat(self.lengths)
@@ -339,11 +361,13 @@ class _Mean:
         direction = self.smoother.call.embed(self.units).norm(dim=-1)
         scale = lengths.nanmean(0) / direction.where(direction > 0, 1.0)
         output = self.output
-        if self.non_finite:  # draws that were left out count in no average
-            counted = self.smoother.n0 / lengths.isfinite().sum(0, dtype=lengths.dtype)
+        if self.lost is not None:  # draws that were left out count in no average; without any it is NaN
+            n0 = self.smoother.n0
             output = map_tensors(
-                [output],
-                lambda one: one[0] * _column(counted, one[0]) if _batched(one[0], len(counted)) else one[0],
+                [output, self.lost],
+                lambda pair: (
+                    pair[0] if pair[1] is None else pair[0] * _column(n0 / (n0 - pair[1]).to(pair[0]), pair[0])
+                ),
             )
         output = map_tensors([output, self.dtypes], lambda pair: pair[0].to(pair[1]))
         for readout in self.smoother.call.readouts:
@@ -355,6 +379,16 @@ class _Mean:
 
 def _batched(value: Tensor, rows: int) -> bool:
     return value.is_floating_point() and value.ndim > 0 and len(value) == rows
+
+
+def _sound(value: Tensor) -> Tensor:
+    """(N, ...) -> (N,) which rows are finite throughout."""
+    return value.isfinite().flatten(1).all(1) if value.ndim > 1 else value.isfinite()
+
+
+def _added(like: Any, one: Any, other: Any) -> Any:
+    """Sums of the numbers that two outputs of the same structure hold, None where they hold none."""
+    return map_tensors([like, one, other], lambda parts: None if parts[1] is None else parts[1] + parts[2])
 
 
 def _over_draws(value: Tensor, draws: int) -> Tensor:

@@ -189,6 +189,96 @@ def test_an_image_without_one_finite_draw_is_an_error_not_a_zero():
         switched(lambda i, row: torch.full((4, 6), float("inf"))).smooth(batch(1))
 
 
+class Spoiling(torch.nn.Module):
+    """An output of every structure, one of whose fields is spoilt in some rows of the first call."""
+
+    FIELDS = ("tokens", "pooled", "hidden.0", "hidden.1", "deep.scores")
+
+    def __init__(self, field: str | None, rows: tuple[int, ...], value: float) -> None:
+        super().__init__()
+        self.field, self.rows, self.value = field, rows, value
+        self.seen = 0
+
+    def forward(self, pixel_values):
+        rows = [row - self.seen for row in self.rows if 0 <= row - self.seen < len(pixel_values)]
+        self.seen += len(pixel_values)
+        x = pixel_values.flatten(1)
+
+        def made(name, value):
+            if name == self.field:
+                value = value.clone()
+                value.view(len(value), -1)[rows, -1] = self.value
+            return value
+
+        return {
+            "tokens": made("tokens", torch.tanh(x.view(len(x), 4, 48)[..., :6])),
+            "pooled": made("pooled", x[:, :5]),
+            "hidden": (made("hidden.0", x.view(len(x), 4, 48)[..., :2]), made("hidden.1", x[:, 0])[:]),
+            "deep": {
+                "scores": made("deep.scores", x.view(len(x), 3, 8, 8).to(torch.float16)),
+                "ids": torch.arange(len(x)),
+            },
+            "table": torch.full((7,), float("inf")),
+        }
+
+
+def leaves(output) -> dict[str, torch.Tensor]:
+    hidden, deep = output["hidden"], output["deep"]
+    fields = (output["tokens"], output["pooled"], *hidden, deep["scores"])
+    return dict(zip(Spoiling.FIELDS, fields, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("chunk_size", [2, 3, 32])
+@pytest.mark.parametrize("field", Spoiling.FIELDS)
+def test_whatever_field_is_not_finite_in_a_draw_is_left_out_there_and_counted(field, chunk_size, value):
+    """Two images in four draws; rows are draw by draw. Image 0 loses its draws 1 and 3, image 1 its draw 2."""
+    images = batch(2)
+
+    def served(field, rows):
+        smoother = FeatureSmoother(
+            tiny_call(Spoiling(field, rows, value)),
+            psm=None,
+            sigma=0.25,
+            n0=4,
+            noise="iid",
+            seed=0,
+            chunk_size=chunk_size,
+        )
+        tally = Tally()
+        steps = smoother.passes([whole(smoother, images)], torch.float32, tally)
+        step, outputs = next(steps), []
+        while True:
+            outputs.append(smoother.call.forward(step.pixels))
+            try:
+                step = steps.send(outputs[-1])
+            except StopIteration as stop:
+                return stop.value[0], tally, outputs
+
+    output, tally, outputs = served(field, (2, 5, 6))
+    assert tally.non_finite == 3
+    assert torch.equal(output["table"], torch.full((7,), float("inf"))), "what has no row for an image is as it was"
+    raw = [torch.cat([leaves(one)[name] for one in outputs]).float() for name in Spoiling.FIELDS]
+    kept = {0: [0, 4], 1: [1, 3, 7]}
+    for name, rows, found in zip(Spoiling.FIELDS, raw, leaves(output).values(), strict=True):
+        assert found.isfinite().all(), name
+        if name != "tokens":
+            own = kept if field in (name, "tokens") else {0: [0, 2, 4, 6], 1: [1, 3, 5, 7]}
+            wanted = torch.stack([rows[own[image]].mean(0) for image in (0, 1)])
+            assert torch.allclose(found.float(), wanted, atol=2e-3), name
+
+
+@pytest.mark.parametrize("field", Spoiling.FIELDS[1:])
+def test_a_field_that_no_draw_is_finite_in_stays_what_the_model_alone_would_give(field):
+    smoother = FeatureSmoother(
+        tiny_call(Spoiling(field, (0, 2, 4, 6), float("inf"))), psm=None, sigma=0.25, n0=4, noise="iid", chunk_size=8
+    )
+    output = leaves(smoother.look(batch(2)))
+    for name, value in output.items():
+        assert bool(value[0].isfinite().all()) is (name != field)
+        assert value[1].isfinite().all()
+
+
 def test_gradients_reach_every_pixel_and_match_finite_differences(call):
     call.module.double()
     smoother = FeatureSmoother(call, psm=None, sigma=0.25, noise_scope="image", seed=1)
