@@ -241,42 +241,6 @@ def _owning(scratch: Path) -> Iterator[bool]:
             os.unlink(lock.lock_file)
 
 
-@contextmanager
-def succeeding(folder: Path) -> Iterator[Path]:
-    """A scratch folder; if the block ends well it takes ``folder``'s place, with the other files that were there.
-
-    Where it fails, the old folder is there as it was. Only a kill between two renames, one after the other, leaves it
-    beside its place under a hidden name.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = fresh.with_name(f"{fresh.name}-old")
-    try:
-        yield fresh
-        fresh.chmod(0o777 & ~_umask())
-        written = {path.name for path in fresh.iterdir()}
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.name not in written:
-                shutil.copy2(path, fresh / path.name)
-        for path in fresh.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            if path.name in written:
-                path.chmod(0o666 & ~_umask())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(fresh, folder)
-        _flush(folder.parent)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def unused(folder: Path, mark: str, what: str) -> None:
     """Refuse a folder that holds something else.
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fs_plugins.errors import FSPluginsError, PSMError, RegistryError
 from fs_plugins.fields import Count
-from fs_plugins.files import filling
+from fs_plugins.files import filling, value
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "psm.safetensors"
@@ -326,13 +326,30 @@ def _from_hub(repository: str, revision: str | None, what: str, again: bool = Fa
     return folder
 
 
+def weights(folder: Path) -> Path:
+    """The weights that a PSM folder's config.json speaks of: psm.safetensors, or those from before, where a save was
+    killed after it had put new ones there and before it came to config.json.
+    """
+    spare = next(folder.glob(f".{WEIGHTS_NAME}-*"), None) and spare_weights(folder)
+    return spare if spare and spare.is_file() else folder / WEIGHTS_NAME
+
+
+def spare_weights(folder: Path) -> Path | None:
+    """Where a save keeps the weights that config.json speaks of until it has replaced both; None if it names none."""
+    try:
+        sha256 = value(folder / CONFIG_NAME)["weights_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return folder / f".{WEIGHTS_NAME}-{sha256}" if re.fullmatch("[0-9a-f]{64}", str(sha256)) else None
+
+
 def checksum(folder: Path, names: Sequence[str] = PSM_FILES) -> str:
     """SHA-256 over a PSM folder's config.json and psm.safetensors, in this order, or over other files of a folder."""
     digest = hashlib.sha256()
     for name in names:
         if not (folder / name).is_file():
             raise PSMError(f"{folder} is no PSM folder: {name} is missing.")
-        with (folder / name).open("rb") as file:
+        with (weights(folder) if name == WEIGHTS_NAME else folder / name).open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)
     return digest.hexdigest()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import reprlib
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 
 from fs_plugins.errors import FSPluginsError, PSMError
 from fs_plugins.fields import Count, Number, Sigma, Whole
-from fs_plugins.files import succeeding, value
+from fs_plugins.files import atomically, replace, value
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
 from fs_plugins.psm.protocols import Mapper, Purifier
 from fs_plugins.psm.purifier import UNetPurifier
-from fs_plugins.sources import CONFIG_NAME, WEIGHTS_NAME, psm_folder
+from fs_plugins.sources import CONFIG_NAME, PSM_FILES, WEIGHTS_NAME, psm_folder, spare_weights, weights
 
 if TYPE_CHECKING:
     from fs_plugins.vision import VisionCall
@@ -229,26 +230,37 @@ class PSM(nn.Module):
 
     def files(self, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
         """What ``psm.safetensors`` and then ``config.json`` hold, by their names; see ``save_pretrained``."""
-        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-        data = save(weights, metadata={"format": "pt"})
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        data = save(state, metadata={"format": "pt"})
         config = self.config.model_copy(update={"weights_sha256": _sha256(data)})
         return {WEIGHTS_NAME: data, CONFIG_NAME: f"{config.model_dump_json(indent=2)}\n".encode()}
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``psm.safetensors``; the folder is replaced whole or not at all, other files stay.
+        """Write ``config.json`` and ``psm.safetensors``; what else is in the folder stays. A link is written through.
+
+        Whenever it is stopped, ``from_pretrained`` finds the old PSM or the new one.
 
         ``dtype=torch.float16`` halves the file; weights are loaded as fp32 whatever they are stored as.
 
         Raises:
-            PSMError: the folder exists and holds something other than a PSM.
+            PSMError: the folder is a file, or holds something other than a PSM.
+            OSError: it cannot be written.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
-            raise PSMError(f"{target} exists and is not a PSM folder; choose another or empty it.")
+        target = _place(folder)
         contents = self.files(dtype=dtype)
-        with succeeding(target) as fresh:
+        target.mkdir(parents=True, exist_ok=True)
+        spare = spare_weights(target)
+        if spare and (target / WEIGHTS_NAME).is_file() and not spare.exists():
+            _link(target / WEIGHTS_NAME, spare)
+        try:
             for name, data in contents.items():
-                (fresh / name).write_bytes(data)
+                replace(target / name, data)
+        except BaseException:
+            if spare and spare.exists() and spare == spare_weights(target):  # the old configuration is there
+                os.replace(spare, target / WEIGHTS_NAME)
+            raise
+        for left in target.glob(f".{WEIGHTS_NAME}-{'?' * 64}"):
+            left.unlink(missing_ok=True)
 
     @classmethod
     @torch.inference_mode(False)  # weights made in the mode would let no gradient through, ever
@@ -269,7 +281,7 @@ class PSM(nn.Module):
         """
         folder = psm_folder(source, revision)
         config = _configuration(folder / CONFIG_NAME)
-        data = (folder / WEIGHTS_NAME).read_bytes()
+        data = weights(folder).read_bytes()
         if config.weights_sha256 != _sha256(data):
             raise PSMError(
                 f"{folder / WEIGHTS_NAME} is damaged: its SHA-256 is {_sha256(data)}, "
@@ -295,6 +307,29 @@ def _configuration(path: Path) -> PSMConfig:
         raise PSMError(f"{path} is not a PSM configuration: {_first(error)}") from None
     except ValueError as error:
         raise PSMError(f"{path} is not a PSM configuration: {error}.") from None
+
+
+def _place(folder: str | os.PathLike[str]) -> Path:
+    """The folder to save in, where links lead."""
+    try:
+        target = Path(folder).resolve()
+    except RuntimeError:
+        raise PSMError(f"{folder} is a link that leads to itself; give another folder.") from None
+    if os.path.lexists(target) and not target.is_dir():
+        raise PSMError(f"{folder} is no folder, nor leads to one; give another.")
+    others = [item.name for item in target.glob("[!.]*") if item.name not in PSM_FILES] if target.is_dir() else []
+    if others and not (target / CONFIG_NAME).exists():
+        raise PSMError(f"{folder} exists and is not a PSM folder; choose another or empty it.")
+    return target
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file by another name, or a copy where the file system has one name for each."""
+    try:
+        os.link(old, new)
+    except OSError:
+        with old.open("rb") as source:
+            atomically(new, lambda file: shutil.copyfileobj(source, file))
 
 
 def _at_most_fp32(part: Purifier | Mapper, value: Tensor, sigma: float) -> Tensor:
