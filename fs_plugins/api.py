@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +17,7 @@ from fs_plugins.errors import ModelError, SettingError, warn
 from fs_plugins.hooks import plugin_manager
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.patch import SmoothingEvent, SmoothingHook, attach, detach, hooks_of, patched, recompile
+from fs_plugins.pictures import Picture, named
 from fs_plugins.plugins import claim
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.state import Status, vision_status
@@ -195,12 +196,12 @@ def vision_call(model: nn.Module, *, adapter: str | None = None, encoder: int | 
     if encoder is None and len(calls) > 1:
         kinds = ", ".join(f"{i}: {type(call.module).__name__}" for i, call in enumerate(calls))
         raise ModelError(f"This model has {len(calls)} vision encoders ({kinds}). Say which with encoder=0, say.")
-    return numbered(calls, encoder or 0)
+    return numbered(calls, 0 if encoder is None else encoder)
 
 
 def certify(
     model: Smoothable | FeatureSmoother,
-    images: Tensor | Mapping[str, Tensor],
+    images: Picture | Iterable[Picture] | Mapping[str, Picture],
     *,
     n: int = 1000,
     alpha: float = 1e-3,
@@ -216,7 +217,7 @@ def certify(
     processor: Any = None,
     adapter: str | None = None,
     encoder: int = 0,
-    background: Sequence[Tensor] | None = None,
+    background: Iterable[Picture] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Certificate]:
     """Prove how far the smoothed feature of each image can turn within an l2 ball around it.
@@ -226,7 +227,8 @@ def certify(
 
     Args:
         model: any model an adapter claims; a VisionCall; or a FeatureSmoother, which says psm and sigma itself.
-        images: (B, 3, H, W) in [0, 1] at the resolution the encoder sees, or names -> (3, H, W).
+        images: (B, 3, H, W) floats in [0, 1] at the resolution the encoder sees, as a tensor or a numpy array; a PIL
+            image; a list of PIL images or of (3, H, W); or names -> such.
         n: i.i.d. draws per image; 1,000 as in the paper, 10,000 certifies about half as far again.
         alpha: each certificate may be wrong with this probability over its draws.
         method: ``"best"``, ``"distribution"``, ``"mean"`` or the paper's estimate ``"plugin"`` (see Certificate).
@@ -254,9 +256,9 @@ def certify(
     smoother = _pipeline(model, psm, sigma, processor, adapter, encoder)
     return certify_features(
         smoother,
-        _named(images),
+        named(images),
         plan,
-        background=background,
+        background=None if background is None else list(named(background).values()),
         encoder=encoder,
         seed=seed,
         rows=chunk_size,
@@ -267,7 +269,7 @@ def certify(
 
 def certify_predictions(
     model: Smoothable | FeatureSmoother,
-    images: Tensor | Mapping[str, Tensor],
+    images: Picture | Iterable[Picture] | Mapping[str, Picture],
     directions: Tensor | Mapping[str, Tensor],
     *,
     n: int = 1000,
@@ -304,7 +306,7 @@ def certify_predictions(
     smoother = _pipeline(model, psm, sigma, processor, adapter, encoder)
     return certify_labels(
         smoother,
-        _named(images),
+        named(images),
         directions,
         plan,
         encoder=encoder,
@@ -331,10 +333,6 @@ def _pipeline(
             "A FeatureSmoother has its own PSM, sigma and pixel space; leave psm, sigma and processor out."
         )
     return model
-
-
-def _named(images: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return images if isinstance(images, Mapping) else {str(i): image for i, image in enumerate(images)}
 
 
 def _notify(event: SmoothingEvent) -> None:

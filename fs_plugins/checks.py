@@ -19,15 +19,22 @@ def plain(value: Any) -> int | float | None:
 
     Arrays and tensors of no dimension are the number they hold. Truth values, text and complex numbers are none.
     """
-    try:
-        if getattr(value, "shape", None) == ():
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, Real):
-            return None
-        number = int(value) if isinstance(value, Integral) else float(value)
-        return number if math.isfinite(number) else None
-    except (OverflowError, RuntimeError):  # a whole number beyond 1e308; a tensor on meta, which holds nothing
+    held = item(value)
+    if isinstance(held, bool) or not isinstance(held, Real):
         return None
+    number = int(held) if isinstance(held, Integral) else float(held)
+    try:
+        return number if math.isfinite(number) else None
+    except OverflowError:
+        return None
+
+
+def item(value: Any) -> Any:
+    """What an array, a tensor or a numpy number of no dimension holds; anything else is itself."""
+    try:
+        return value.item() if getattr(value, "shape", None) == () else value
+    except RuntimeError:  # a tensor on meta holds nothing
+        return value
 
 
 def whole(name: str, value: Any, *, least: int | None = 1) -> int:

@@ -1,14 +1,16 @@
 """Pictures on disk and in memory, as (3, H, W) tensors in [0, 1].
 
 Everything that looks at a picture looks at it through here: PNG and JPEG files by their content, whatever their names
-say, and PIL images of every mode, as ``to_rgb`` shows them.
+say, and PIL images of every mode, as ``to_rgb`` shows them. What verbs are given as pictures they take by ``named`` or
+``batch``.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,94 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 yield image
     except _FAULTS as error:
         raise SettingError(f"{path} is not a readable image: {error}") from None
+
+
+Picture = Tensor | np.ndarray | Image.Image
+"""A picture as a program holds it: floats (C, H, W) in [0, 1], or a PIL image of any mode."""
+
+
+def held(what: str, picture: Picture) -> Tensor:
+    """What a program holds as a picture, or as a batch of some, as a tensor; a tensor is itself.
+
+    Raises:
+        SettingError: it is neither tensor, array nor PIL image, or see ``to_rgb``.
+    """
+    if isinstance(picture, Image.Image):
+        return to_unit(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype.kind in "fiu":
+        exact = np.float64 if picture.dtype.kind == "f" and picture.dtype.itemsize > 8 else picture.dtype
+        return torch.from_numpy(picture.astype(np.dtype(exact).newbyteorder("="), order="C"))
+    if isinstance(picture, Tensor):
+        return picture
+    kind = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else f"a {type(picture).__name__}"
+    raise SettingError(
+        f"{what} must be a tensor or a numpy array, floating point in [0, 1], or a PIL image; got {kind}. Files are "
+        "opened with PIL.Image.open."
+    )
+
+
+def check_unit(what: str, picture: Tensor) -> None:
+    """Refuse what is not in [0, 1], and guess why.
+
+    Raises:
+        SettingError: another type or range.
+    """
+    expected = f"{what} must be in pixel units, floating point in [0, 1] before mean/std normalisation, got"
+    if not picture.is_floating_point():
+        kind = str(picture.dtype).removeprefix("torch.")
+        raise SettingError(f"{expected} {kind}. Divide 0 to 255 by 255, or give PIL images, which know their range.")
+    low, high = map(float, picture.detach().aminmax()) if picture.numel() else (0.0, 0.0)
+    if not 0 <= low <= high <= 1:
+        advice = "Undo the model's normalisation first"
+        if not math.isfinite(low + high):
+            advice = "There are values that are no numbers, or infinite"
+        elif low >= 0 and high > 4:
+            advice = "Divide 0 to 255 by 255"
+        raise SettingError(f"{expected} {low:.3g} to {high:.3g}. {advice}.")
+
+
+def channels_first(shape: Sequence[int]) -> str:
+    """Advice for who gave (..., H, W, C); empty for other shapes."""
+    wrong = len(shape) > 2 and shape[-1] in (1, 3, 4) and shape[-3] not in (1, 3, 4)
+    return " Channels come before height and width: permute them." if wrong else ""
+
+
+def named(pictures: Picture | Iterable[Picture] | Mapping[str, Picture]) -> dict[str, Tensor]:
+    """Pictures by their names, or by their places, as tensors, each of its own size. A PIL image is one picture.
+
+    Raises:
+        SettingError: see ``held``.
+    """
+    if isinstance(pictures, Mapping):
+        return {str(name): held(f"Image {name}", picture) for name, picture in pictures.items()}
+    return {str(i): held(f"Image {i}", picture) for i, picture in enumerate(_several("images", pictures))}
+
+
+def batch(what: str, pictures: Picture | Iterable[Picture], channels: int = 3) -> Tensor:
+    """Pictures of one size -> (B, C, H, W) in [0, 1]; a tensor of them is itself. A PIL image is one picture.
+
+    Raises:
+        SettingError: no such pictures, of several sizes, or out of range; see ``held`` and ``check_unit``.
+    """
+    if isinstance(pictures, Tensor | np.ndarray):
+        found = held(what, pictures)
+    else:
+        several = [held(what, picture) for picture in _several(what, pictures)]
+        shapes = sorted({tuple(picture.shape) for picture in several})
+        if len(shapes) != 1:
+            told = ", ".join(map(str, shapes[:5])) or "none"
+            raise SettingError(f"{what} must be pictures of one size, got {told}. Resize them, or give one at a time.")
+        found = torch.stack(several)
+    if found.ndim != 4 or found.shape[1] != channels:
+        advice = channels_first(found.shape)
+        raise SettingError(f"{what} must be (B, {channels}, H, W), got {tuple(found.shape)}.{advice}")
+    check_unit(what, found)
+    return found
+
+
+def _several(what: str, pictures: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    if isinstance(pictures, Image.Image):
+        return [pictures]
+    if isinstance(pictures, str | bytes | Mapping) or not isinstance(pictures, Iterable):
+        return [held(what, pictures)]  # type: ignore[arg-type]  # which says what was expected
+    return pictures

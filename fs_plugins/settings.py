@@ -10,14 +10,13 @@ Light on purpose: the command line reads these before anything that takes long i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from fs_plugins import plain_yaml
-from fs_plugins.checks import plain
+from fs_plugins.checks import item, plain, shown
 from fs_plugins.errors import SettingError
 
 S = TypeVar("S")
@@ -87,32 +86,33 @@ def build(kind: type[S], given: Mapping[str, Any], origin: str = "the settings")
     from pydantic import TypeAdapter, ValidationError
 
     hints = get_type_hints(kind)
-    for name, value in given.items():
+    values = {name: _plain(value) for name, value in given.items()}
+    for name, value in values.items():
         parts = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(part, bool) for part in parts) and hints.get(name, bool) is not bool:
             # pydantic takes it for a number
             raise SettingError(f"{origin} cannot be used: {name} is no yes or no, got {value}.")
     try:
-        made: S = TypeAdapter(kind).validate_python({name: _plain(value) for name, value in given.items()})
+        made: S = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'they'}: {e['msg']}" for e in error.errors()[:5])
         raise SettingError(f"{origin} cannot be used: {wrong}.") from None
     for one, about in knobs(kind):
         value = getattr(made, one.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise SettingError(f"{one.name} must be finite, got {value}.")
+            if isinstance(number, int | float) and not isinstance(number, bool) and plain(number) is None:
+                raise SettingError(f"{one.name} must be a finite number, got {shown(value)}.")
         if about.least is not None and isinstance(value, int | float) and value < about.least:
             raise SettingError(f"{one.name} must be at least {about.least:g}, got {value}.")
     return made
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as plain ones; anything else as it is."""
-    if isinstance(value, tuple):
+    """Numbers and truth values of numpy and torch as plain ones; anything else as it is."""
+    if isinstance(value, list | tuple) or len(getattr(value, "shape", ())):
         return tuple(map(_plain, value))
-    number = None if isinstance(value, bool) else plain(value)
-    return value if number is None else number
+    number = plain(value)
+    return item(value) if number is None else number
 
 
 def default(one: Field[Any]) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from fs_plugins.layouts import Group, Layout
 from fs_plugins.noise import Noise, NoiseScope, NoiseSource, Source, draws
 from fs_plugins.outputs import map_tensors
 from fs_plugins.pickled import Pickled
+from fs_plugins.pictures import Picture
 from fs_plugins.psm import PSM
 from fs_plugins.vision import Features, VisionCall
 
@@ -154,11 +155,15 @@ class FeatureSmoother(Pickled):
             f"{height}x{width}. Resize the images, or enable with psm=None."
         )
 
-    def smooth(self, images: Tensor) -> Features:
-        """(B, C, H, W) still images in [0, 1] -> the served features, without going through the model."""
+    def smooth(self, images: Picture | Iterable[Picture]) -> Features:
+        """(B, C, H, W) still images in [0, 1], or a list of pictures -> the served features, without the model.
+
+        Raises:
+            SettingError: something else than tensors, numpy arrays and PIL images; those are checked, tensors are not.
+        """
         return self.call.features(self.look(images))
 
-    def look(self, images: Tensor, *, source: Source | None = None, frugal: bool = False) -> Any:
+    def look(self, images: Picture | Iterable[Picture], *, source: Source | None = None, frugal: bool = False) -> Any:
         """(B, C, H, W) still images in [0, 1] -> the encoder's smoothed output, a row per image.
 
         Gradients follow the images: this is what an adaptive attack differentiates.
@@ -168,9 +173,10 @@ class FeatureSmoother(Pickled):
             frugal: keep no activations of purifier, encoder and mapper for the backward pass; it computes them again.
         """
         run = _recomputed if frugal else _once
-        units = tuple(range(len(images)))
-        wide = torch.promote_types(images.dtype, torch.float32)
-        still = Group(units, self.call.pixels.from_unit(images, wide), {})
+        shown = images if isinstance(images, Tensor) else self.call.batch("images", images)
+        units = tuple(range(len(shown)))
+        wide = torch.promote_types(shown.dtype, torch.float32)
+        still = Group(units, self.call.pixels.from_unit(shown, wide), {})
         steps = self.passes([still], self.call.dtype, Tally(), source=source, run=run)
         step = next(steps)
         while True:
@@ -178,7 +184,7 @@ class FeatureSmoother(Pickled):
             try:
                 step = steps.send(output)
             except StopIteration as stop:
-                return Layout().closed(stop.value, units, images)
+                return Layout().closed(stop.value, units, shown)
 
     @property
     def in_words(self) -> str:

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels, L tokens, D width, N rows (draws tim
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from fs_plugins.checks import number, settle
 from fs_plugins.errors import ModelError, PixelError, SettingError
 from fs_plugins.layouts import Layout
 from fs_plugins.outputs import Field, Readout, map_tensors
+from fs_plugins.pictures import Picture, batch
 
 __all__ = [
     "Features",
@@ -284,12 +285,32 @@ class VisionCall:
         with direct():
             return self.module(argument, **others, **self.kwargs)
 
-    def look(self, images: Tensor) -> Any:
-        """(N, C, H, W) images in [0, 1] -> the plain encoder's output, a row per image. Gradients follow the images."""
-        return self.pixels.layout.opened(self.forward(self.pixels.from_unit(images, self.dtype)), len(images))
+    def look(self, images: Picture | Iterable[Picture]) -> Any:
+        """(N, C, H, W) images in [0, 1], or a list of pictures -> the plain encoder's output, a row per image.
 
-    def encode(self, images: Tensor) -> Features:
-        """(N, C, H, W) images in [0, 1] -> the plain encoder's features, fp32. Gradients follow the images."""
+        Gradients follow the images.
+        """
+        shown = images if isinstance(images, Tensor) else self.batch("images", images)
+        return self.pixels.layout.opened(self.forward(self.pixels.from_unit(shown, self.dtype)), len(shown))
+
+    def batch(self, what: str, pictures: Picture | Iterable[Picture]) -> Tensor:
+        """Pictures of one size, as people hold them -> (B, C, H, W) in [0, 1], where the encoder's weights are.
+
+        Raises:
+            SettingError: see ``pictures.batch``.
+        """
+        return self.beside(batch(what, pictures, len(self.pixels.mean)))
+
+    def beside(self, images: Tensor) -> Tensor:
+        """Images where the encoder's weights are; where they are, if the weights are offloaded."""
+        device = next((parameter.device for parameter in self.module.parameters()), images.device)
+        return images if device.type == "meta" else images.to(device)
+
+    def encode(self, images: Picture | Iterable[Picture]) -> Features:
+        """(N, C, H, W) images in [0, 1], or a list of pictures -> the plain encoder's features, fp32.
+
+        Gradients follow the images.
+        """
         features = self.features(self.look(images))
         return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
 

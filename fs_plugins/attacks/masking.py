@@ -3,7 +3,7 @@ and Carlini et al. (2019, arXiv 1902.06705), on the features that a smoothed enc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ from fs_plugins import checks
 from fs_plugins.attacks.ball import Ball
 from fs_plugins.attacks.methods import attack_of
 from fs_plugins.attacks.protocols import Attack, Objective
-from fs_plugins.attacks.run import attack
+from fs_plugins.attacks.run import aims_of, attack
 from fs_plugins.attacks.squares import Squares
 from fs_plugins.attacks.victim import Attackable, Stream, Victim, victims
 from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.pictures import Picture
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
 
@@ -74,8 +75,8 @@ class MaskingReport:
 
 def check_gradients(
     model: Attackable | Sequence[Attackable],
-    images: Tensor,
-    targets: Tensor,
+    images: Picture | Iterable[Picture],
+    targets: Picture | Iterable[Picture],
     *,
     eps: float = 16 / 255,
     steps: int = 100,
@@ -95,7 +96,7 @@ def check_gradients(
 
     Args:
         model: the defence: one of ``fs_plugins.smoothers(model)``, or a model on which smoothing is enabled.
-        images, targets: (B, C, H, W) in [0, 1], B >= 2.
+        images, targets: (B, C, H, W) in [0, 1], B >= 2, or a list of pictures, see ``attack``.
         eps: l-inf, in [0, 1] pixel units.
         steps, draws, method, seed, batch_size: of the attacks, see ``attack``; the method follows gradients.
         queries: of the gradient-free search, which climbs the method's objective.
@@ -111,32 +112,34 @@ def check_gradients(
     seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
     level = "confidence is that of a test and must be in (0, 1)"
     confidence = checks.number(level, confidence, lambda found: 0 < found < 1)
-    if len(images) < 2:
-        raise SettingError(f"Attacks are compared over at least two images, got {len(images)}.")
+    shown = smoother.call.batch("images", images)
+    aims = aims_of(smoother.call, targets, shown)
+    if len(shown) < 2:
+        raise SettingError(f"Attacks are compared over at least two images, got {len(shown)}.")
     if isinstance(chosen.optimiser, Squares):
         raise SettingError(f"{chosen.name} follows no gradients, so it cannot test any; take another method.")
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "report": advance}
 
     def adaptive(count: int) -> Tensor:
-        return attack(smoother, images, targets, method=chosen, eps=eps, steps=count, draws=draws, **options)
+        return attack(smoother, shown, aims, method=chosen, eps=eps, steps=count, draws=draws, **options)
 
     searched = _Searched(chosen)
     found = {
-        "no attack": images,
-        "oblivious": attack(smoother.call, images, targets, method=chosen, eps=eps, steps=steps, **options),
-        "gradient-free": attack(smoother, images, targets, method=searched, eps=eps, steps=queries, **options),
+        "no attack": shown,
+        "oblivious": attack(smoother.call, shown, aims, method=chosen, eps=eps, steps=steps, **options),
+        "gradient-free": attack(smoother, shown, aims, method=searched, eps=eps, steps=queries, **options),
     }
     problems: list[str] = []
     unbounded = 0.0
     try:
         found["adaptive, a quarter"] = adaptive(max(1, steps // 4))
         found["adaptive"] = adaptive(steps)
-        free = attack(smoother, images, method=chosen, eps=1.0, steps=steps, draws=draws, **options)
+        free = attack(smoother, shown, method=chosen, eps=1.0, steps=steps, draws=draws, **options)
     except ModelError as error:
         problems.append(str(error))
     else:
-        unbounded = _estranged(smoother.call, images, _served(smoother, free, seed, batch_size))
-    own, aim = (_cosines_to(smoother.call, some) for some in (images, targets))
+        unbounded = _estranged(smoother.call, shown, _served(smoother, free, seed, batch_size))
+    own, aim = (_cosines_to(smoother.call, some) for some in (shown, aims))
     strengths = {}
     for name, attacked in found.items():
         served = _served(smoother, attacked, seed, batch_size)

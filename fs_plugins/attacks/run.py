@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from fs_plugins.attacks.methods import attack_of
 from fs_plugins.attacks.protocols import Attack, Search
 from fs_plugins.attacks.victim import Attackable, Stream, victims
 from fs_plugins.errors import SettingError
+from fs_plugins.pictures import Picture
+from fs_plugins.vision import VisionCall
 
 
 def attack(
     model: Attackable | Sequence[Attackable],
-    images: Tensor,
-    targets: Tensor | None = None,
+    images: Picture | Iterable[Picture],
+    targets: Picture | Iterable[Picture] | None = None,
     *,
     method: str | Attack = "attackvlm",
     norm: Norm = "linf",
@@ -46,9 +48,10 @@ def attack(
             - a FeatureSmoother (one of ``fs_plugins.smoothers(model)``): adaptive. Gradients go through noise,
               purifier, encoder, mapper and average, with fresh draws at every step.
             - a sequence of these: an ensemble of surrogates, whose mean is climbed.
-        images: (B, C, H, W) in [0, 1]. An encoder of another size sees them resized.
-        targets: (B, C, H, W) in [0, 1], what the images shall be taken for; None attacks without a target, away from
-            the image itself.
+        images: (B, C, H, W) floats in [0, 1], as a tensor or a numpy array; a PIL image; or a list of PIL images or of
+            (C, H, W), of one size. An encoder of another size sees them resized.
+        targets: the same, of the same shape, what the images shall be taken for; None attacks without a target, away
+            from the image itself.
         method: ``"attackvlm"``, ``"m-attack"``, ``"foa"``, ``"square"`` (without gradients, l-inf only), one of a
             plugin's (the hook ``fs_attacks``), or an Attack of your own, such as a ``Method``.
         norm, eps: the ball, see ``Ball``.
@@ -73,28 +76,30 @@ def attack(
     """
     chosen, several = attack_of(method), victims(model)
     search = Search(Ball(norm, eps), steps, draws, step_size, targets is not None, report)
-    _check(images, targets)
+    shown = several[0].call.batch("images", images)
+    aims, sign = (shown, -1) if targets is None else (aims_of(several[0].call, targets, shown), 1)
     seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
-    keys = tuple(range(len(images))) if names is None else tuple(names)
-    if len(keys) != len(images):
-        raise SettingError(f"names must have a key for each of {len(images)} images, got {len(keys)}.")
+    keys = tuple(range(len(shown))) if names is None else tuple(names)
+    if len(keys) != len(shown):
+        raise SettingError(f"names must have a key for each of {len(shown)} images, got {len(keys)}.")
     done = []
-    for first in range(0, len(images), batch_size):
+    for first in range(0, len(shown), batch_size):
         part = slice(first, first + batch_size)
         stream = Stream((seed, *chosen.optimiser.marks), keys[part])
-        aims, sign = (images, -1) if targets is None else (targets, 1)
         objective = chosen.objective(several, aims[part], stream, sign)
-        done.append(chosen.optimiser(objective, images[part], search, stream))
-    return torch.cat(done) if done else images
+        done.append(chosen.optimiser(objective, shown[part], search, stream))
+    return torch.cat(done) if done else shown
 
 
-def _check(images: Tensor, targets: Tensor | None) -> None:
-    if images.ndim != 4 or (targets is not None and targets.shape != images.shape):
-        other = "" if targets is None else f" and targets {tuple(targets.shape)}"
-        raise SettingError(f"images and targets must both be (B, C, H, W), got {tuple(images.shape)}{other}.")
-    for what, given in (("images", images), ("targets", targets)):
-        if given is not None and len(given) and not (given.min() >= 0 and given.max() <= 1):
-            raise SettingError(
-                f"{what} must be in [0, 1], got {given.min():.3g} to {given.max():.3g}. Undo the model's normalisation "
-                "first."
-            )
+def aims_of(call: VisionCall, targets: Picture | Iterable[Picture], images: Tensor) -> Tensor:
+    """What images (B, C, H, W) are to be taken for, of their shape and where the encoder is.
+
+    Raises:
+        SettingError: see ``pictures.batch``; or another shape.
+    """
+    aims = call.batch("targets", targets)
+    if aims.shape != images.shape:
+        raise SettingError(
+            f"images and targets must both be (B, C, H, W), got {tuple(images.shape)} and targets {tuple(aims.shape)}."
+        )
+    return aims

@@ -19,7 +19,6 @@ from fs_plugins.certificates.prediction import PredictionCertificate
 from fs_plugins.certificates.values import Stored
 from fs_plugins.errors import SettingError
 from fs_plugins.smoothing import FeatureSmoother
-from fs_plugins.vision import VisionCall
 
 C_co = TypeVar("C_co", bound=Stored, covariant=True)
 
@@ -78,7 +77,7 @@ class Features:
     @cached_property
     def unrelated(self) -> float | None:
         """See ``Certificate``."""
-        return unrelated_cosine(self.smoother, [beside(image, self.smoother.call) for image in self.background])
+        return unrelated_cosine(self.smoother, [self.smoother.call.beside(image) for image in self.background])
 
     def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Certificate:
         return certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, **drawing)
@@ -112,15 +111,22 @@ class Labels:
             SettingError: fewer than two, of different widths, not finite, or equal.
         """
         labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
-        rows = directions.values() if isinstance(directions, Mapping) else directions
-        # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
-        given = [row if isinstance(row, Tensor) else torch.from_numpy(np.array(row)) for row in rows]
+        try:
+            # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
+            given = [
+                row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
+                for row in (directions.values() if isinstance(directions, Mapping) else directions)
+            ]
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"directions must be numbers, (K, E), a row a class: {error}") from None
         shapes = {tuple(row.shape) for row in given}
         if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
             raise SettingError(
                 f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
             )
         matrix = torch.stack(given)
+        if matrix.is_complex():
+            raise SettingError(f"directions must be real numbers, got {matrix.dtype}.")
         if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
             raise SettingError(
                 "directions has equal or non-finite rows, so that nothing could tell these classes apart."
@@ -158,8 +164,3 @@ def unrelated_cosine(smoother: FeatureSmoother, images: Sequence[Tensor], most: 
     units = torch.nn.functional.normalize(features, dim=-1)
     cosines = units @ units.T
     return float((cosines.sum() - cosines.trace()) / (len(alike) * (len(alike) - 1)))
-
-
-def beside(image: Tensor, call: VisionCall) -> Tensor:
-    """The image where the encoder's weights are; where it is, if they are offloaded."""
-    return image if call.device.type == "meta" else image.to(call.device)

@@ -21,7 +21,7 @@ from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import C
 from fs_plugins.errors import SettingError
 from fs_plugins.files import locked, replace
-from fs_plugins.pictures import EXTENSIONS, pictures_below, read
+from fs_plugins.pictures import EXTENSIONS, Picture, named, pictures_below, read
 from fs_plugins.smoothing import FeatureSmoother
 
 ROWS = "certificates.jsonl"
@@ -58,7 +58,7 @@ class Alone:
 
 def certify_folder(
     smoother: FeatureSmoother,
-    pictures: Mapping[str, Tensor],
+    pictures: Mapping[str, Picture],
     out: str | os.PathLike[str],
     *,
     plan: Plan | None = None,
@@ -72,7 +72,7 @@ def certify_folder(
 
     Args:
         smoother: one of ``fs_plugins.smoothers(model, psm=..., sigma=...)``.
-        pictures: names -> (3, H, W) in [0, 1], as ``pictures_of`` reads them.
+        pictures: names -> (3, H, W) in [0, 1], as ``pictures_of`` reads them, or PIL images.
         out: a folder for the rows, ``certificates.jsonl``. One run at a time.
         plan, seed: how each is certified; see Plan and ``fs_plugins.certify``.
         crew: the processes that share the pictures; all of them make this call.
@@ -85,8 +85,9 @@ def certify_folder(
         SettingError: no picture, one of another size or range, rows of another run, or a folder that is in use.
         ModelError: see ``fs_plugins.certify``.
     """
-    features = Features(smoother, plan or Plan(), list(pictures.values()))
-    run = FolderRun(Path(out), pictures, {ROWS: features}, seed=seed, crew=crew)
+    found = named(pictures)
+    features = Features(smoother, plan or Plan(), list(found.values()))
+    run = FolderRun(Path(out), found, {ROWS: features}, seed=seed, crew=crew)
     run.check()
     with run.held():
         return run.certify(track)[ROWS]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fs_plugins import checks
 from fs_plugins.certificates.certificate import Certificate
-from fs_plugins.certificates.certifiers import Certifier, Features, Labels, beside
+from fs_plugins.certificates.certifiers import Certifier, Features, Labels
 from fs_plugins.certificates.ledger import Ledger
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
@@ -19,6 +19,7 @@ from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import FRESH, C
 from fs_plugins.errors import SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
+from fs_plugins.pictures import channels_first, check_unit
 from fs_plugins.smoothing import FeatureSmoother
 
 
@@ -45,6 +46,8 @@ def certify_features(
     Raises:
         SettingError, ModelError: as for ``fs_plugins.certify``.
     """
+    for i, image in enumerate(background or ()):
+        _check_image(f"{i} of the background", image, smoother)
     features = Features(smoother, plan, list(images.values()) if background is None else background)
     return certify_named(features, images, encoder=encoder, seed=seed, rows=rows, out=out, advance=advance)
 
@@ -107,7 +110,7 @@ def certify_named(
         if certificate is not None:
             told(certificate.n)
         else:
-            here = beside(image, call)
+            here = call.beside(image)
             certificate = certifier(here, key=key, rows=rows, advance=told, encoder=identity, seed=seeded)
             if ledger is not None:
                 ledger.add(name, image, certificate)
@@ -159,12 +162,9 @@ def _check_image(name: str, image: Tensor, smoother: FeatureSmoother) -> None:
         wanted = f"({channels}, {size[0]}, {size[1]})" if size else f"({channels}, H, W)"
         raise SettingError(
             f"Image {name} must be {wanted} at the resolution the encoder sees, got {tuple(image.shape)}."
+            f"{channels_first(image.shape)}"
         )
-    if not (image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1):
-        raise SettingError(
-            f"Image {name} must be floating point in [0, 1], before mean/std normalisation; it spans "
-            f"[{float(image.min()):.2f}, {float(image.max()):.2f}] in {image.dtype}."
-        )
+    check_unit(f"Image {name}", image)
     if wrong := smoother.unfit(image[None]):
         raise SettingError(wrong)
 

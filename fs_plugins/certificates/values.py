@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fs_plugins import checks
-from fs_plugins.checks import number, settle, whole
+from fs_plugins.checks import number, plain, settle, whole
 from fs_plugins.errors import SettingError
 
 PIXELS = (
@@ -135,13 +135,7 @@ def scores_of(given: Any, dimensions: int = 1) -> NDArray[np.float64]:
     Raises:
         SettingError: they are none.
     """
-    if callable(getattr(given, "detach", None)):
-        # numpy knows no bfloat16.
-        given = given.detach().cpu().double().numpy()
-    try:
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"scores must be numbers, got {type(given).__name__}: {error}.") from error
+    values = _array("scores", given)
     if values.ndim != dimensions:
         wanted = (
             "one score per draw, shape (n,)" if dimensions == 1 else "one row of margins per draw, shape (n, K - 1)"
@@ -169,13 +163,31 @@ def distances_of(eps: ArrayLike) -> NDArray[np.float64]:
     Raises:
         SettingError: no numbers, or negative ones.
     """
-    try:
-        values = np.asarray(eps, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"eps must be numbers, got {eps!r}.") from error
+    values = _array("eps", eps)
     if not (values >= 0).all():
         raise SettingError(f"eps is an l2 distance and must be >= 0, got {values.min():g}.")
     return values
+
+
+def _array(what: str, given: Any) -> NDArray[np.float64]:
+    """Numbers of Python, numpy and torch, one or many, as float64.
+
+    Raises:
+        SettingError: they are none; truth values are none either.
+    """
+    if (single := plain(given)) is not None:
+        return np.asarray(single, dtype=np.float64)
+    try:
+        if callable(getattr(given, "detach", None)):  # numpy knows no bfloat16
+            given = given.detach().cpu()
+            given = given.double().numpy() if given.is_floating_point() else given.numpy()
+        values = np.asarray(given)
+        if values.dtype.kind in "iuf" or not values.size:
+            return values.astype(np.float64)
+        wrong = f"an array of {values.dtype}"
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        wrong = f"a {type(given).__name__}: {error}"
+    raise SettingError(f"{what} must be numbers, got {wrong}.")
 
 
 def distance_of(eps: ArrayLike) -> NDArray[np.float64]:

@@ -68,7 +68,7 @@ class Setup:
                 checks.settle(self, seed=checks.seed(value))
             elif name == "sigma":
                 checks.settle(self, sigma=None if value is None else checks.sigma(value))
-            elif not isinstance(value, str | None):
+            elif name not in ("psm", "light", "mapper_only") and value is not None:
                 checks.settle(self, **{name: checks.whole(name, value, least=0)})
 
 

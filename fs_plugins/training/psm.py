@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +17,7 @@ from fs_plugins.checks import recording, whole
 from fs_plugins.choice import Smoothable
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
+from fs_plugins.pictures import Picture, channels_first, check_unit
 from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.psm.bundle import plainly
@@ -153,22 +154,31 @@ class _Stages:
 
 
 def robustness_score(
-    model: Smoothable, psm: PSM | None, images: Tensor, sigma: float, *, draws: int = 8, seed: int = 0
+    model: Smoothable,
+    psm: PSM | None,
+    images: Picture | Iterable[Picture],
+    sigma: float,
+    *,
+    draws: int = 8,
+    seed: int = 0,
 ) -> float:
-    """Mean cosine between single smoothed draws and the clean feature, over (B, C, H, W) images in [0, 1].
+    """Mean cosine between single smoothed draws and the clean feature.
 
     Args:
         model: as for ``train_psm``, in eval mode, as the PSM.
+        images: (B, C, H, W) floats in [0, 1] as a tensor or a numpy array, a PIL image, or a list of pictures.
 
     Raises:
-        ModelError: it is not; or see ``train_psm``.
+        SettingError: a value out of range, or images that are none.
+        ModelError: model or PSM are not in eval mode; or see ``train_psm``.
     """
     call, draws = one_call(model), whole("draws", draws)
+    shown = call.batch("images", images)
     smoother = FeatureSmoother(call, psm=psm, sigma=sigma, n0=1, noise="iid", seed=seed)
     smoother.check_eval()
     with torch.no_grad():
-        clean = torch.cat([call.embed(call.encode(some)) for some in images.split(smoother.chunk_size)])
-        scores = [torch.cosine_similarity(call.embed(smoother.smooth(images)), clean, dim=-1) for _ in range(draws)]
+        clean = torch.cat([call.embed(call.encode(some)) for some in shown.split(smoother.chunk_size)])
+        scores = [torch.cosine_similarity(call.embed(smoother.smooth(shown)), clean, dim=-1) for _ in range(draws)]
     return torch.stack(scores).mean().item()
 
 
@@ -205,12 +215,20 @@ def check_trainable(call: VisionCall) -> None:
 
 def _image_size(call: VisionCall, images: Pictures, config: TrainingConfig, processes: int) -> tuple[int, int]:
     first = images[0]
-    height, width = call.image_size or first.shape[-2:]
-    if tuple(first.shape[-2:]) != (height, width) or first.min() < 0 or first.max() > 1:
+    if not isinstance(first, Tensor):
         raise SettingError(
-            f"Training images must be (C, {height}, {width}) in [0, 1]; the first is "
-            f"{tuple(first.shape)} in [{first.min():.2f}, {first.max():.2f}]."
+            f"Training images must be tensors, (C, H, W) floats in [0, 1]; the first is a {type(first).__name__}. A "
+            "folder of files is read by fs_plugins.training.ImageFolder."
         )
+    if first.ndim != 3:
+        raise SettingError(f"Training images must be (C, H, W) in [0, 1]; the first is {tuple(first.shape)}.")
+    height, width = call.image_size or first.shape[-2:]
+    if tuple(first.shape[-2:]) != (height, width):
+        raise SettingError(
+            f"Training images must be (C, {height}, {width}) in [0, 1]; the first is {tuple(first.shape)}."
+            f"{channels_first(first.shape)}"
+        )
+    check_unit("Training images", first)
     for stage in config.stages.values():
         check_count(len(images), stage, processes)
     return height, width
