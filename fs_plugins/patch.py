@@ -12,7 +12,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType
@@ -29,6 +30,8 @@ from fs_plugins.smoothing import FeatureSmoother, Pass, Tally
 from fs_plugins.vision import direct, is_direct
 
 DYNAMO = "torch._dynamo"
+LATER = "later"
+"""Stands for a call whose passes are all run after the encoder has been, once, on the pixels as they came."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -68,8 +71,32 @@ class _Hook(Pickled):
     """What ``detach`` removes: bound methods of these are ours."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A vision call that is under way.
+
+    Args:
+        passes: what the encoder is still to be run on.
+        step: the first of them.
+        named: the arguments' names, the arguments by name, and how many came by position.
+        order: the images' numbers and the pixels they came in, for putting outputs in order.
+        began: when, in ``time.perf_counter``'s seconds.
+    """
+
+    passes: Generator[Pass, Any, list[Any]]
+    step: Pass
+    named: tuple[Sequence[str], Mapping[str, Any], int]
+    order: tuple[Sequence[int], Tensor]
+    tally: Tally
+    began: float
+
+
 class SmoothingHook(_Hook):
-    """The pair of hooks on one vision encoder, the adapter's ``place``-th. No call's state crosses threads."""
+    """The pair of hooks on one vision encoder, the adapter's ``place``-th. No call's state crosses threads.
+
+    Whatever others hook to the encoder stands around the pair, whenever it was registered: it is run once a call, is
+    handed the arguments as they came and the smoothed output, and what it changes is what is smoothed or served.
+    """
 
     _fresh = (("_pending", threading.local), ("_lock", threading.Lock))
 
@@ -94,17 +121,69 @@ class SmoothingHook(_Hook):
         for module in _alternatives(self.smoother.call.module):
             module.register_forward_pre_hook(self.before, with_kwargs=True)
             # always_call: an exception inside the encoder must not leave this thread's call pending.
-            module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+            module.register_forward_hook(self.after, with_kwargs=True, always_call=True, prepend=True)
 
     @_eager
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._pending.call = None
+        if is_direct():
+            return None
+        if self._followed(module) or _backward(module):  # others have yet to see these arguments, or to change them
+            self._pending.call = LATER
+            return None
+        call = self._begin(module, args, kwargs)
+        if call is None:
+            return None
+        noisy, named = self._arguments(call.step, *call.named)
+        shown = (list(noisy), named)
+        self._pending.call = call, (shown, args, kwargs)
+        return shown
+
+    @_eager
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if is_direct():
+            return None
+        pending = getattr(self._pending, "call", None)
+        self._pending.call = None
+        if pending is None:
+            return None
+        call: _Call | None = None
+        if pending is not LATER:
+            call, ((positional, named), *came) = pending
+            # Torch hands the same list and dictionary on to hooks after ours, which are to see what came.
+            positional[:] = came[0]
+            named.clear()
+            named.update(came[1])
+        if output is None:  # the encoder raised
+            return None
+        if call is None:
+            call = self._begin(module, args, kwargs)
+            if call is None:
+                return None
+            output = self._run(module, call.step, call)
+        try:
+            while True:
+                output = self._run(module, call.passes.send(output), call)
+        except StopIteration as stop:
+            self._count(call.tally, time.perf_counter() - call.began)
+            return self.smoother.call.pixels.layout.closed(stop.value, *call.order)
+
+    def _run(self, module: nn.Module, step: Pass, call: _Call) -> Any:
+        """A pass of the encoder by itself, inside the hooks of this one call."""
+        args, kwargs = self._arguments(step, *call.named)
+        with direct():
+            return module.forward(*args, **kwargs)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        """Check a vision call; None where there is nothing to smooth.
+
+        Raises:
+            PixelError: no pixels, or ones that cannot be smoothed.
+        """
         call = self.smoother.call
         space = call.pixels
         names, given = named_arguments(module, space.argument, args, kwargs)
         pixels = given.get(space.argument)
-        if is_direct():
-            return None
         if pixels is None:
             raise PixelError(
                 f"The vision encoder was called with {', '.join(given) or 'nothing'} and without {space.argument}, so "
@@ -126,31 +205,24 @@ class SmoothingHook(_Hook):
                 "The vision encoder is in training mode; smoothing goes on, but its features are not those of "
                 "model.eval().",
             )
-        tally = Tally()
+        tally, began = Tally(), time.perf_counter()
         passes = self.smoother.passes(groups, pixels.dtype, tally)
-        began = time.perf_counter()
-        step = next(passes)
         units = [unit for group in groups for unit in group.units]
-        self._pending.call = (passes, (names, given, len(args)), (units, pixels), tally, began)
-        return self._arguments(step, names, given, len(args))
+        return _Call(passes, next(passes), (names, given, len(args)), (units, pixels), tally, began)
 
-    @_eager
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        pending = getattr(self._pending, "call", None)
-        if is_direct() or pending is None:
-            return None
-        self._pending.call = None
-        if output is None:  # the encoder raised
-            return None
-        passes, original, (units, pixels), tally, began = pending
-        try:
-            while True:
-                step_args, step_kwargs = self._arguments(passes.send(output), *original)
-                with direct():
-                    output = module(*step_args, **step_kwargs)
-        except StopIteration as stop:
-            self._count(tally, time.perf_counter() - began)
-            return self.smoother.call.pixels.layout.closed(stop.value, units, pixels)
+    def _followed(self, module: nn.Module) -> bool:
+        """Whether hooks of others are still to come before the encoder runs; ours are put next to it.
+
+        Torch has listed this call's hooks before the encoder already, so there it helps from the next call on.
+        """
+        tables = cast("list[OrderedDict[int, Any]]", [module._forward_hooks, module._forward_pre_hooks])
+        for table, last in zip(tables, (False, True), strict=True):
+            keys = list(reversed(table) if last else table)
+            own = next((i for i, key in enumerate(keys) if _ours(table[key]) is self), 0)
+            followed = any(_ours(table[key]) is None for key in keys[:own])
+            if followed:
+                table.move_to_end(keys[own], last=last)
+        return followed
 
     def _arguments(
         self, step: Pass, names: Sequence[str], given: Mapping[str, Any], positional: int
@@ -306,6 +378,19 @@ def named_arguments(
     if first is not None:
         names[0] = first
     return names, {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _backward(module: nn.Module) -> bool:
+    """Whether hooks on gradients see the arguments: torch wraps them after all hooks before the call."""
+    everywhere = torch.nn.modules.module
+    return any(
+        (
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
+        )
+    )
 
 
 def _requires_grad(value: Any) -> bool:

@@ -543,16 +543,24 @@ def _hooked(pairs: Any) -> Iterator[None]:
 
 @contextmanager
 def _watching(module: nn.Module, arguments: list[Any], outputs: list[Any]) -> Iterator[None]:
-    """Record what the module is called with after our hook, and what it answers."""
-    before = module.register_forward_pre_hook(
-        lambda module, args, kwargs: arguments.append((args, kwargs)), with_kwargs=True
-    )
+    """Record what the module is run on, which hooks do not see while it is smoothed, and what it answers."""
+    own, run = vars(module).get("forward"), module.forward
+
+    @functools.wraps(run)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        arguments.append((args, kwargs))
+        return run(*args, **kwargs)
+
+    module.forward = recorded
     after = module.register_forward_hook(lambda module, args, output: outputs.append(_kept(output)))
     try:
         yield
     finally:
-        before.remove()
         after.remove()
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _record(into: list[Any]) -> Callable[..., None]:
