@@ -24,12 +24,17 @@ import wrapt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fs_plugins.errors import PixelError, warn
+from fs_plugins.errors import ModelError, PixelError, warn
 from fs_plugins.pickled import Pickled
 from fs_plugins.smoothing import FeatureSmoother, Pass, Tally
 from fs_plugins.vision import direct, is_direct
 
 DYNAMO = "torch._dynamo"
+NO_GRAPH = (
+    "Smoothing draws fresh noise in Python at every call, and an exported or traced graph would hold one call's noise, "
+    "for one number of images, for ever. Export the model without it (fs_plugins.disable(model)), and enable it where "
+    "the model is called from Python; torch.compile without fullgraph works"
+)
 LATER = "later"
 """Stands for a call whose passes are all run after the encoder has been, once, on the pixels as they came."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,6 +54,7 @@ def _eager(function: F) -> F:
         return disabled(*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = NO_GRAPH  # type: ignore[attr-defined]
     return cast(F, run)
 
 
@@ -128,6 +134,8 @@ class SmoothingHook(_Hook):
         self._pending.call = None
         if is_direct():
             return None
+        if _recorded() and not self.smoother.is_identity:
+            raise ModelError(f"{NO_GRAPH}.")
         if self._followed(module) or _backward(module):  # others have yet to see these arguments, or to change them
             self._pending.call = LATER
             return None
@@ -378,6 +386,12 @@ def named_arguments(
     if first is not None:
         names[0] = first
     return names, {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _recorded() -> bool:
+    """Whether torch is making a graph of this call, and of the tensors in it (torch.jit.trace, torch.export, ONNX)."""
+    # What torch.compile breaks its graph for, as it does for our hooks, runs after it has compiled.
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _backward(module: nn.Module) -> bool:
