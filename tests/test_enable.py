@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -283,6 +284,27 @@ def test_threads_do_not_disturb_each_other(llava, images):
             thread.join()
         assert not wrong
         assert handle.status().vision[0].calls == 3 + 8 * 5
+
+
+@pytest.mark.slow
+def test_twelve_threads_of_six_hundred_calls_each_get_their_own_answer(llava, images):
+    call = fs_plugins.vision_call(llava)
+    pixels = [pixels_of(images[i : i + 1]) for i in range(3)]
+    with fs_plugins.enable(llava, **PLAIN, noise_scope="image", seed=1, n0=2, chunk_size=1) as handle, torch.no_grad():
+
+        def ask(i: int) -> torch.Tensor:
+            return call.module(pixels[i], output_hidden_states=True).hidden_states[-2]
+
+        wanted = [ask(i) for i in range(3)]
+
+        def work(i: int) -> int:
+            with torch.no_grad():
+                return sum(not torch.allclose(ask(i), wanted[i], atol=1e-5) for _ in range(600))
+
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(work, [i % 3 for i in range(12)])) == [0] * 12
+        seen = handle.status().vision[0]
+        assert (seen.calls, seen.images, seen.draws) == (7203, 7203, 14406)
 
 
 def test_second_enable_and_disable_without_enable_are_errors(llava):
