@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +33,7 @@ def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +55,17 @@ def replace(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content if isinstance(content, bytes) else content.encode()
     atomically(path, lambda file: file.write(data))
+
+
+def begun(path: Path) -> None:
+    """An empty file, unless there is one already, which another process may have made just now. The folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.open("xb").close()
 
 
 def text(path: Path) -> str:
@@ -110,58 +121,6 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-class Lines:
-    """A file of JSON values, one a line, that grows: whatever was appended is on disk when ``append`` returns.
-
-    A line that a kill cut off in the middle of writing is not there for readers, and makes way for the next.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-
-    def read(self) -> list[Any]:
-        """Every whole line's value; none where there is no file.
-
-        Raises:
-            ValueError: a whole line is no JSON, with its number.
-        """
-        values = []
-        for number, line in enumerate(whole_lines(self.path), start=1):
-            try:
-                values.append(parsed(line))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-        return values
-
-    def append(self, values: Iterable[Any]) -> None:
-        """Add lines.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # half a line would swallow the next one
-                    file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-            file.write("".join(json.dumps(value) + "\n" for value in values).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def replace(self, values: Iterable[Any]) -> None:
-        """Put these lines in place of all there are."""
-        replace(self.path, "".join(json.dumps(value) + "\n" for value in values))
-
-
-def whole_lines(path: Path) -> list[str]:
-    """A file's lines, none where there is no file; what follows the last line break was never finished."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1].decode().splitlines()
-
-
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder for this process; another one that wants it is told who has it.
@@ -174,23 +133,45 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises:
         SettingError: another process holds it, or it cannot be written to.
     """
+    with _held(folder / LOCK, folder, f"Wait for it, or give another folder for {what}.", 0.0):
+        yield
+
+
+@contextmanager
+def locked_file(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
+    """``locked`` for one file, by a hidden one beside it.
+
+    Args:
+        wait: seconds to wait for another process.
+
+    Raises:
+        SettingError: as for ``locked``.
+    """
+    with _held(path.with_name(f".{path.name}{LOCK}"), path, f"Wait for it, or give another file for {what}.", wait):
+        yield
+
+
+@contextmanager
+def _held(place: Path, held: Path, advice: str, wait: float) -> Iterator[None]:
+    told = place.with_name(f"{place.name}-owner")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, blocking=False)
-        lock.acquire()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place)
+        lock.acquire(timeout=wait)
     except Timeout:
         owner = "another process"
-        with suppress(OSError):
-            owner = (folder / f"{LOCK}-owner").read_text("utf-8").strip() or owner
-        raise SettingError(f"{folder} is in use by {owner}. Wait for it, or give another folder for {what}.") from None
+        with suppress(OSError, ValueError):
+            owner = text(told).strip() or owner
+        raise SettingError(f"{held} is in use by {owner}. {advice}") from None
     except OSError as error:
-        raise SettingError(f"Nothing can be written to {folder}: {error}.") from None
+        raise SettingError(f"{place.parent} cannot be written to: {error}.") from None
     try:
-        (folder / f"{LOCK}-owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
+        with suppress(OSError):
+            replace(told, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         with suppress(OSError):
-            (folder / f"{LOCK}-owner").unlink()
+            told.unlink()
         lock.release()
 
 
@@ -241,66 +222,16 @@ def _owning(scratch: Path) -> Iterator[bool]:
             os.unlink(lock.lock_file)
 
 
-def unused(folder: Path, mark: str, what: str) -> None:
+def unused(folder: Path, *marks: str, what: str) -> None:
     """Refuse a folder that holds something else.
 
     Args:
-        mark: the file by which a folder of this kind is known; hidden files do not count.
-        what: it should hold, such as "a training".
+        marks: patterns of the files by which a folder of this kind is known; one of them will do.
+        what: it should hold, such as "a training". Hidden files do not count.
 
     Raises:
         SettingError: it is a file, or a folder of other things.
     """
-    others = [item.name for item in folder.glob("[!.]*")] if folder.is_dir() else []
-    if folder.is_file() or (others and mark not in others):
+    others = folder.is_dir() and any(folder.glob("[!.]*"))
+    if folder.is_file() or (others and not any(path for mark in marks for path in folder.glob(mark))):
         raise SettingError(f"{folder} exists and holds no {what}; choose another folder or empty it.")
-
-
-def hold(path: Path, settings: Mapping[str, Any], what: str) -> None:
-    """Write down what a run depends on, or compare it with what an earlier run wrote.
-
-    Raises:
-        SettingError: other settings, which are named; a file that nothing of ours wrote, or that cannot be written.
-    """
-    if path.exists():
-        agree(path, settings, what)
-        return
-    try:
-        replace(path, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise SettingError(f"Nothing can be written to {path.parent}: {error}.") from None
-
-
-def agree(path: Path, settings: Mapping[str, Any], what: str) -> None:
-    """Compare settings with those in a file.
-
-    Raises:
-        SettingError: they differ, or the file holds none.
-    """
-    try:
-        different = changed(value(path), settings)
-    except (ValueError, AttributeError) as error:
-        raise SettingError(f"{path} is not what {what} wrote: {error}.") from None
-    if different:
-        raise SettingError(
-            f"{path.parent} holds {what} with other settings: {'; '.join(different[:4])}. Give the same ones, or "
-            "another folder."
-        )
-
-
-def changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs' settings, in words."""
-    before, now = flat(found), flat(wanted)
-    return [
-        f"{name} was {before.get(name)} and is {now.get(name)} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-
-
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings -> dotted names, as JSON would give them back."""
-    told: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(settings)).items():
-        told |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-    return told

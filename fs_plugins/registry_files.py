@@ -12,12 +12,14 @@ import yaml
 from pydantic import ValidationError
 
 from fs_plugins import files, plain_yaml
-from fs_plugins.errors import RegistryError
+from fs_plugins.errors import RegistryError, SettingError
 from fs_plugins.registry_entries import Content, Families
 from fs_plugins.sources import at_home
 
 USER = "FS_PLUGINS_REGISTRY"
 """Environment variable: the user's registry file."""
+_TURN = 60.0
+"""Seconds that a writer waits for others."""
 
 
 def load(path: Path, families: Families | None = None) -> Content:
@@ -57,22 +59,43 @@ def put(
     name: str,
     entry: Mapping[str, Any],
     families: Families | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Put an entry at the top of a file's section, in place of any of its name; the file is replaced whole.
 
-    Comments in the file are lost.
+    Comments in the file are lost. Several processes may do this at once; each waits for its turn.
 
     Args:
         families: what the architectures of known families must say.
+        replace: whether an entry of the file that has this name already makes way.
 
     Raises:
-        RegistryError: the file, or the entry, breaks the schema, or it cannot be written; the file is as it was.
+        RegistryError: the file, or the entry, breaks the schema, the name is taken, or the file cannot be written; it
+            is as it was.
     """
     path = path.resolve()
     if not path.is_file():
         raise RegistryError(f"{path} is no file to write a registry to.")
+    try:
+        with files.locked_file(path, "this entry", wait=_TURN):
+            _put(path, section, name, entry, families, replace)
+    except SettingError as error:
+        raise RegistryError(str(error)) from None
+
+
+def _put(
+    path: Path,
+    section: Literal["encoders", "purifiers"],
+    name: str,
+    entry: Mapping[str, Any],
+    families: Families | None,
+    replace: bool,
+) -> None:
     data = _read(path)
     _valid(data, path, families)
+    if not replace and any(name in data.get(part, {}) for part in ("encoders", "purifiers")):
+        raise RegistryError(f"{name!r} is in {path} already.")
     for entries in (data.get("encoders", {}), data.get("purifiers", {})):
         entries.pop(name, None)
     data[section] = {name: dict(entry), **data.get(section, {})}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "fs_plugins"
 FLOORS = (
     ("errors", "pickled", "terminal"),
-    ("checks", "contents", "fields", "files", "noise", "outputs", "plain_yaml", "settings", "identity"),
+    ("checks", "contents", "fields", "files", "kept", "noise", "outputs", "plain_yaml", "settings", "identity"),
     ("layouts", "pictures"),
     ("vision",),
     ("sources", "psm"),

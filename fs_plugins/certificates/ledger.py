@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
+from fs_plugins.certificates.credible import doubts
 from fs_plugins.certificates.values import C
 from fs_plugins.errors import SettingError
-from fs_plugins.files import Lines
+from fs_plugins.kept import Lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +71,11 @@ class File:
         """
         try:
             start = path.read_bytes()[: len(_START)] if path.exists() else b""
-            lines = Lines(path).read() if start == _START else []
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise SettingError(f"{path} cannot be read: {error}. {_ADVICE}") from None
         if not _START.startswith(start):
             raise SettingError(f"{path} is not a file of certificates that certify wrote. Give another file.")
+        lines = Lines(path).read() if start == _START else []
         if not lines:
             return None
         with _line(path, 1):
@@ -84,12 +85,17 @@ class File:
         """The finished images by their names.
 
         Raises:
-            SettingError: a row that is none, or holds another kind of certificate; the message says which.
+            SettingError: a row that is none, that repeats another, that holds another kind of certificate, or one that
+                the file's settings cannot have given; the message says which.
         """
         rows: dict[str, Row[C]] = {}
         for number, line in enumerate(self.lines, start=2):
             with _line(self.path, number):
                 name, certificate = str(line["image"]), kind.from_json(json.dumps(line["certificate"]))
+                if name in rows:
+                    raise ValueError(f"it is a second row of {name}")
+                if wrong := doubts(certificate, self.settings):
+                    raise ValueError(f"its certificate is not of these settings: {'; '.join(wrong)}")
                 rows[name] = Row(name, str(line["sha256"]), certificate)
         return rows
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fs_plugins.certificates.prediction import PredictionCertificate
 from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import FRESH, C
 from fs_plugins.errors import SettingError
+from fs_plugins.files import locked_file
 from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.pictures import channels_first, check_unit
 from fs_plugins.smoothing import FeatureSmoother
@@ -49,7 +52,8 @@ def certify_features(
     for i, image in enumerate(background or ()):
         _check_image(f"{i} of the background", image, smoother)
     features = Features(smoother, plan, list(images.values()) if background is None else background)
-    return certify_named(features, images, encoder=encoder, seed=seed, rows=rows, out=out, advance=advance)
+    with nullcontext() if out is None else locked_file(Path(out), "these certificates"):
+        return certify_named(features, images, encoder=encoder, seed=seed, rows=rows, out=out, advance=advance)
 
 
 def certify_labels(
@@ -74,7 +78,8 @@ def certify_labels(
         SettingError, ModelError: as for ``fs_plugins.certify_predictions``.
     """
     labels = Labels.among(smoother, plan, directions)
-    return certify_named(labels, images, encoder=encoder, seed=seed, rows=rows, out=out, advance=advance)
+    with nullcontext() if out is None else locked_file(Path(out), "these certificates"):
+        return certify_named(labels, images, encoder=encoder, seed=seed, rows=rows, out=out, advance=advance)
 
 
 def certify_named(
@@ -87,7 +92,7 @@ def certify_named(
     out: str | os.PathLike[str] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[C]:
-    """A certificate of each image, in order, kept in the file ``out`` and taken from it.
+    """A certificate of each image, in order, kept in the file ``out``, which no other run may have, and taken from it.
 
     Args:
         certifier: ``Features`` or ``Labels``.

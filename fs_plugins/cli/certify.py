@@ -171,7 +171,14 @@ def _table(run: FolderRun[Certificate], threshold: float) -> None:
 
 
 def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
-    """Each file's certificates, with a word of how long it will take."""
+    """Each file's certificates, with a word of how long it will take.
+
+    Raises:
+        SettingError: the folder holds something else, of which plots and tables could replace a part.
+    """
+    from fs_plugins.files import unused
+
+    unused(run.out, "certificates*.jsonl", "predictions*.jsonl", what="certificates")
     run.check()
     with run.held():
         if run.crew.rank == 0:

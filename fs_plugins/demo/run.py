@@ -6,7 +6,6 @@ suites on the embedded world, and a picture. Everything is computed while it run
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from fs_plugins.demo.result import Demo
 from fs_plugins.demo.settings import Settings
 from fs_plugins.demo.suites import attack, glimpse, suites
 from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Dataset, Sample, open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
 from fs_plugins.evaluation.means import Track
@@ -32,7 +32,8 @@ from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import Condition
 from fs_plugins.evaluation.whole import Loader
-from fs_plugins.files import locked
+from fs_plugins.files import locked, unused
+from fs_plugins.kept import read
 from fs_plugins.settings import build
 
 BATCH = 44
@@ -58,6 +59,7 @@ def run(
     """
     settings = build(Settings, vars(settings))
     began, out, attacked = time.time(), settings.out, attack(settings.eps)
+    unused(out, f"{ROWS}/{SETTINGS}", f"scenes-*/{DATASET}", what="demo")
     with locked(out, "this demo"):
         _clear(out / ROWS)
         data = open_dataset(dataset.write(out / f"scenes-{settings.count}", settings.count))
@@ -98,7 +100,7 @@ def _setup(settings: Settings) -> Setup:
 def _clear(rows: Path) -> None:
     """A demo computes everything anew; what an evaluation left in the folder is not thrown away."""
     if (rows / SETTINGS).exists():
-        if json.loads((rows / SETTINGS).read_text()).get("made_by") != MADE_BY:
+        if read(rows / SETTINGS, "a demo").get("made_by") != MADE_BY:
             raise SettingError(f"{rows} holds an evaluation that is no demo's; give another folder.")
         shutil.rmtree(rows)
 

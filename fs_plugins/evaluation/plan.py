@@ -180,5 +180,10 @@ def fixed(model: str, towers: Mapping[str, str], dataset: Dataset, setup: Setup)
 
 
 def setup_of(kept: Mapping[str, Any]) -> Setup:
-    """The setup out of what ``fixed`` told."""
-    return Setup(**{one.name: kept[one.name] for one in fields(Setup) if one.name in kept})
+    """The setup out of what ``fixed`` told.
+
+    Raises:
+        KeyError: that told no such thing.
+    """
+    names = {one.name for one in fields(Setup)} - (set() if "robust_images" in kept else {"robust_images"})
+    return Setup(**{name: kept[name] for name in names})

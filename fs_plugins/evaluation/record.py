@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from fs_plugins.evaluation.datasets import Dataset, Prompts, Sample
 from fs_plugins.evaluation.plan import Plan, setup_of
 from fs_plugins.evaluation.store import SETTINGS
 from fs_plugins.evaluation.suites import Suite
-from fs_plugins.files import replace
+from fs_plugins.kept import read, write
 
 RECORD, FORMAT = "evaluation.json", 1
 _DATASET = ("name", "classes", "target_class", "none_option", "skipped")
@@ -57,7 +56,7 @@ class Record:
                 "samples": [sample.model_dump(exclude_none=True) for sample in data.samples],
             },
         }
-        replace(folder / RECORD, json.dumps(told, indent=1) + "\n")
+        write(folder / RECORD, told)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -73,7 +72,7 @@ class Record:
                 f"it has answers but no {RECORD}, which says what they are about. Run the same command again with "
                 "the same folder; what is there is not asked again, and the folder can be read afterwards."
             )
-        told = _json(folder / RECORD)
+        told = read(folder / RECORD, "an evaluation")
         if told.get("format") != FORMAT:
             raise SettingError(
                 f"{folder / RECORD} is of format {told.get('format')}; this version of fs-plugins reads {FORMAT}. "
@@ -110,14 +109,4 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """
     if not (folder / SETTINGS).is_file():
         raise SettingError(f"{folder} holds no evaluation: it has no {SETTINGS}.")
-    return _json(folder / SETTINGS)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise SettingError(f"{path} is not what an evaluation wrote: {error}.") from None
-    if not isinstance(told, dict):
-        raise SettingError(f"{path} is not what an evaluation wrote: it holds no settings.")
-    return told
+    return read(folder / SETTINGS, "an evaluation")

@@ -31,7 +31,8 @@ from fs_plugins.evaluation.store import SHOWN as PICTURES
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
 from fs_plugins.evaluation.tables import Table, parted, title_of
 from fs_plugins.evaluation.tasks import TASKS, VQA, Choice, Verdict
-from fs_plugins.files import flat, replace
+from fs_plugins.files import replace
+from fs_plugins.kept import flat
 
 if TYPE_CHECKING:
     from fs_plugins.evaluation.results import Answer, Results
@@ -45,6 +46,8 @@ _UNSET = {
     "sigma": "the PSM's own",
 }
 """What a setting that is None means, in words."""
+
+_GENERATOR = '<meta name="generator" content="fs-plugins">'
 
 
 def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
@@ -78,6 +81,15 @@ def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
         suites=[asked for suite in plan.suites if (asked := _asked(said, suite)) is not None],
     )
     replace(path, page.encode(errors="replace"))  # a reply may hold half a surrogate pair, which no file can
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is a report that ``write`` wrote."""
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR.encode() in file.read(2000)
+    except OSError:
+        return False
 
 
 def _template() -> Any:

@@ -9,22 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
+from fs_plugins.attacks.masking import MaskingReport
 from fs_plugins.certificates import Certificate
+from fs_plugins.certificates.ledger import File
+from fs_plugins.errors import SettingError
 from fs_plugins.evaluation import report
 from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.metrics import mean, proportion
 from fs_plugins.evaluation.plan import FEATURES, answers_key
-from fs_plugins.evaluation.record import Record
+from fs_plugins.evaluation.record import RECORD, Record
 from fs_plugins.evaluation.store import SETTINGS, Row, Store
 from fs_plugins.evaluation.suites import CLEAN, Condition, Defence, Suite
 from fs_plugins.evaluation.tables import Cell, Figure, Table, title_of
 from fs_plugins.evaluation.tasks import TASKS, Captioning, Choice, Verdict
-from fs_plugins.files import replace, whole_lines
+from fs_plugins.files import replace, unused
+from fs_plugins.kept import read
 
 ROWS = "results"
 """The folder of rows in that of an evaluation, beside tables and report."""
 
+_ANEW = "Delete it and run the same command again: it is then made anew."
 COSINES = ("FCS", "unrelated", "FCS pooled", "unrelated pooled")
 DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """The l2 distances of the paper's Table 2, in [0, 1] pixels."""
@@ -91,15 +98,24 @@ class Results:
     def write(self, out: str | os.PathLike[str]) -> Path:
         """Write a CSV of each table, summary.json and report.html; the same results give the same bytes.
 
+        Args:
+            out: the evaluation's folder; or another, which is new, empty, or was written to in this way before.
+
         Returns:
             the report.
+
+        Raises:
+            SettingError: the folder holds something else.
         """
         folder = Path(out)
+        page = folder / "report.html"
+        if not report.is_one(page):
+            unused(folder, RECORD, f"{ROWS}/{RECORD}", what="results of an evaluation")
+        report.write(self, page)  # the first, for it marks the folder
         for table in self.tables():
             table.write_csv(folder / f"{table.name}.csv")
         replace(folder / "summary.json", json.dumps(self.summary(), indent=2) + "\n")
-        report.write(self, folder / "report.html")
-        return folder / "report.html"
+        return page
 
     def answers(
         self, defence: Defence, condition: Condition, task: str, samples: Iterable[Sample] | None = None
@@ -151,15 +167,18 @@ class Results:
         return Figure(mean([row[of] for row in found if row is not None]), "number")
 
     def certificates(self, defence: Defence) -> dict[float, dict[str, Certificate]]:
-        """sigma -> picture -> certificate, of all processes."""
+        """sigma -> picture -> certificate, of all processes.
+
+        Raises:
+            SettingError: a row is damaged, or none of its file's settings; the message says where.
+        """
         found: dict[float, dict[str, Certificate]] = {}
         wanted = {one.image for one in self.plan.samples(self.plan.setup.certified_images)}
         for path in self.store.certificates(defence.name):
-            for line in whole_lines(path)[1:]:
-                row = json.loads(line)
-                if row["image"] in wanted:
-                    one = Certificate.from_json(json.dumps(row["certificate"]))
-                    found.setdefault(one.sigma, {})[row["image"]] = one
+            file = File.read(path)
+            for name, row in file.rows(Certificate).items() if file else ():
+                if name in wanted:
+                    found.setdefault(row.certificate.sigma, {})[name] = row.certificate
         return found
 
     def _asked(self, suite: Suite) -> Table:
@@ -234,27 +253,35 @@ class Results:
         return Table(name, title, columns, tuple(lines), note)
 
     def _masking(self, suite: Suite) -> Table:
-        found = json.loads(self.store.masking_file(suite.conditions[0].eps).read_text())
+        found = self._searched(suite.conditions[0].eps)
         lines: list[tuple[Cell, ...]] = [
             (
-                one["name"],
-                len(one["margins"]),
-                Figure(proportion([margin > 0 for margin in one["margins"]]), "share"),
-                Figure(mean(one["margins"]), "number"),
+                one.name,
+                len(one.margins),
+                Figure(proportion([margin > 0 for margin in one.margins]), "share"),
+                Figure(mean(one.margins), "number"),
             )
-            for one in found["attacks"]
+            for one in found.attacks
         ]
-        count = len(found["attacks"][0]["margins"])
-        hits = round(found["unbounded"] * count)
+        count = len(found.attacks[0].margins)
+        hits = round(found.unbounded * count)
         away = proportion([i < hits for i in range(count)])
         lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
-        verdict = " ".join(found["problems"]) or "Nothing speaks for masked gradients."
+        verdict = " ".join(found.problems) or "Nothing speaks for masked gradients."
         note = (
             f"{verdict} l-inf {suite.conditions[0].eps255:g}/255. Margin: cosine of the served feature to the "
             "target's less that to the picture's own; above 0 the attack has succeeded. The adaptive attack must "
             "not be weaker than the others, and without a bound it must reach every picture."
         )
         return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)
+
+    def _searched(self, eps: float) -> MaskingReport:
+        path = self.store.masking_file(eps)
+        told = read(path, "an evaluation", _ANEW)
+        try:
+            return TypeAdapter(MaskingReport).validate_python(told)
+        except ValueError as error:
+            raise SettingError(f"{path} is not what an evaluation wrote: {error}. {_ANEW}") from None
 
 
 def accuracy(answers: Iterable[Answer]) -> Figure:

@@ -1,5 +1,8 @@
 """What an evaluation has done so far: attacked pictures and replies in a folder, whole after a kill at any moment.
 
+All carry a checksum (``fs_plugins.kept``): a damaged row is refused by its line, a damaged picture counts as missing
+and is made anew.
+
 settings.json                       what every row depends on; a run with others is refused
 evaluation.json                     suites, data, and what the run found out: all that ``Results`` needs besides
 attacked/TOWER/CONDITION/*.safetensors      one picture each, exactly as it was shown
@@ -16,13 +19,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from fs_plugins.files import Lines, hold, replace, unused
+from fs_plugins.errors import SettingError
+from fs_plugins.files import replace, unused
+from fs_plugins.kept import UNSEALED, Lines, check, hold, stamped
 
 SETTINGS, JUDGED, DEFENCES = "settings.json", "judged.jsonl", "defences"
 ATTACKED, SHOWN = "attacked", "shown"
@@ -51,7 +56,7 @@ class Store:
         Raises:
             SettingError: the folder holds something else, or a run with other settings, which are named.
         """
-        unused(folder, SETTINGS, "evaluation")
+        unused(folder, SETTINGS, what="evaluation")
         hold(folder / SETTINGS, settings, "an evaluation")
         return cls(folder, process)
 
@@ -73,35 +78,55 @@ class Store:
 
     def picture(self, place: str, name: str) -> Tensor | None:
         """What ``keep_picture`` kept, or None if it is not there, whole."""
-        path = self.path(place, name)
         try:
-            return load_file(path)["image"] if path.exists() else None
-        except (SafetensorError, KeyError, OSError):
+            data = self.path(place, name).read_bytes()
+            check(data)
+            return load(data)["image"]
+        except (SafetensorError, KeyError, OSError, ValueError):
             return None
 
     def keep_picture(self, place: str, name: str, image: Tensor) -> None:
-        replace(self.path(place, name), save({"image": image.detach().cpu().contiguous()}, {"name": name}))
+        """Keep a picture, on disk when this returns."""
+        data = save({"image": image.detach().cpu().contiguous()}, {"name": name, **UNSEALED})
+        replace(self.path(place, name), stamped(data))
 
     def path(self, place: str, name: str) -> Path:
         """Where a picture lies. Pictures' names may be anything, files' may not."""
         return self.folder / place / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
 
     def rows(self, key: str) -> dict[tuple[str, str], Row]:
-        """(picture, task) -> its row, of all processes."""
+        """(picture, task) -> its row, of all processes.
+
+        Raises:
+            SettingError: a row is damaged, or there are two of one picture and task; the message says where.
+        """
         place = self.folder / "answers" / key
         parts = [
             p for p in place.parent.glob("*.jsonl") if re.fullmatch(rf"{re.escape(place.name)}\.\d+\.jsonl", p.name)
         ]
-        return {(row["image"], row["task"]): row for part in sorted(parts) for row in Lines(part).read()}
+        rows: dict[tuple[str, str], Row] = {}
+        for part in sorted(parts):
+            own = Lines(part).keyed("image", "task")
+            for image, task in own.keys() & rows.keys():
+                raise SettingError(
+                    f"{part} says again what another file beside it says of {image}, {task}. Remove one of the two and "
+                    "run again."
+                )
+            rows |= cast(dict[tuple[str, str], Row], own)
+        return rows
 
     def add(self, key: str, rows: Iterable[Row]) -> None:
         """Rows with ``image`` and ``task``, on disk when this returns."""
         Lines(self.folder / "answers" / f"{key}.{self.process}.jsonl").append(rows)
 
     def scores(self, judge: str) -> dict[tuple[str, str], float]:
-        """(said, reference) -> a judge's score."""
-        rows = Lines(self.folder / JUDGED).read()
-        return {(row["said"], row["reference"]): row["score"] for row in rows if row["judge"] == judge}
+        """(said, reference) -> a judge's score.
+
+        Raises:
+            SettingError: a row is damaged, or there are two of one pair; the message says where.
+        """
+        rows = Lines(self.folder / JUDGED).keyed("judge", "said", "reference")
+        return {(said, reference): row["score"] for (who, said, reference), row in rows.items() if who == judge}
 
     def score(self, judge: str, said: str, reference: str, score: float) -> None:
         Lines(self.folder / JUDGED).append([{"judge": judge, "said": said, "reference": reference, "score": score}])

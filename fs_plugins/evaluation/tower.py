@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -20,8 +19,8 @@ from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import Asked, Plan, attacked_key
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, TARGET, Condition, Defence
-from fs_plugins.files import replace
 from fs_plugins.identity import digest
+from fs_plugins.kept import write
 from fs_plugins.smoothing import FeatureSmoother
 
 
@@ -209,7 +208,7 @@ class Tower:
             steps=steps,
             queries=queries,
         )
-        replace(self.store.masking_file(eps), json.dumps(asdict(report)))
+        write(self.store.masking_file(eps), asdict(report))
 
 
 def _oblivious(

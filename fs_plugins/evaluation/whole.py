@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from fs_plugins import checks
 from fs_plugins.errors import JudgeError, SettingError
+from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Corrupt, Dataset, open_dataset
 from fs_plugins.evaluation.judges import Judge, judge
 from fs_plugins.evaluation.means import Track
@@ -18,10 +19,10 @@ from fs_plugins.evaluation.plan import Plan, Setup, fixed
 from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.settings import Settings
-from fs_plugins.evaluation.store import Store
+from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import NONE, Suite, chosen
-from fs_plugins.files import locked
+from fs_plugins.files import locked, unused
 from fs_plugins.settings import build
 
 Loader = Callable[[str, Dataset], Subject]
@@ -77,7 +78,7 @@ def evaluate(
         data = settings.data or _scenes(settings, scenes, held if first else None, wait)
         dataset = _dataset(settings, data, suites)
         if settings.data is not None and first:  # a picture that cannot be read is told before anything is begun
-            held.enter_context(locked(folder, "this evaluation"))
+            _hold(folder, held)
         towers = _towers(settings, robust)
         plan = Plan(suites, dataset, _setup(settings, mapper_only), tuple(towers))
         kept = {**fixed(settings.model, towers, dataset, plan.setup), "class_prompt": settings.class_prompt}
@@ -109,6 +110,16 @@ def evaluate(
     return results
 
 
+def _hold(folder: Path, held: ExitStack) -> None:
+    """Keep other evaluations out of a folder, which is new, empty, or an evaluation's.
+
+    Raises:
+        SettingError: it is in use, or holds something else, of which nothing may be replaced.
+    """
+    unused(folder, f"{ROWS}/{SETTINGS}", f"scenes-*/{DATASET}", what="evaluation")
+    held.enter_context(locked(folder, "this evaluation"))
+
+
 def _judge(settings: Settings) -> Judge:
     if settings.judge == "endpoint" and not (settings.judge_url and settings.judge_model):
         raise SettingError("--judge endpoint needs --judge-url, such as http://localhost:8000/v1, and --judge-model.")
@@ -123,11 +134,11 @@ def _scenes(settings: Settings, scenes: Scenes | None, held: ExitStack | None, w
     count = settings.effort["images"]
     folder = settings.folder / f"scenes-{count}"
     if held is not None:
-        held.enter_context(locked(settings.folder, "this evaluation"))
+        _hold(settings.folder, held)
         try:
             scenes(folder, count)
         except OSError as error:
-            raise SettingError(f"Nothing can be written to {settings.folder}: {error}.") from None
+            raise SettingError(f"{settings.folder} cannot be written to: {error}.") from None
     wait()
     return folder
 

@@ -42,8 +42,7 @@ def add(
         SettingError: transformers is needed to load the model, and is not installed.
     """
     path = registry.user_path()
-    if not path.exists():
-        files.replace(path, "")
+    files.begun(path)
     known = known_encoders()
     where = source_of(psm, sha256)
     found = PSM.from_pretrained(where.fetch(Path(), f"The PSM {psm!r}"), **plugin_parts())
@@ -58,9 +57,9 @@ def add(
     if config.readouts:
         entry = _encoder(known, encoder, found) | {"fingerprint": list(config.fingerprint)}
         entry["psms"] = [{"readout": readout.name, **facts} for readout in config.readouts]
-        registry.put(path, "encoders", name, entry, encoder_families())
+        registry.put(path, "encoders", name, entry, encoder_families(), replace=replace)
     elif config.purifier is not None:
-        registry.put(path, "purifiers", name, {"kind": config.purifier.kind, **facts})
+        registry.put(path, "purifiers", name, {"kind": config.purifier.kind, **facts}, replace=replace)
     else:
         raise RegistryError(f"{psm!r} has neither mappers nor a purifier.")
     return name

@@ -127,7 +127,8 @@ class _Stages:
         names = [*self.config.stages, DONE]
         at, step = (kept["stage"], kept["step"]) if kept else (names[0], 0)
         if self.folder:
-            self.folder.begin(settings, {name: stage.steps for name, stage in self.config.stages.items()}, at, step)
+            steps = {name: stage.steps for name, stage in self.config.stages.items()}
+            self.folder.begin(settings, steps, at, step, kept.get("log") if kept else None)
         fresh = self.crew.scaler and self.crew.scaler.state_dict()
         for stage, following in pairwise(names[names.index(at) :]):
             if stage == "mapper" and not step:

@@ -29,13 +29,12 @@ from fs_plugins.training.ablate import Trial, ablate
 from fs_plugins.training.config import Stage, TrainingConfig
 from fs_plugins.training.crew import Crew, assemble
 from fs_plugins.training.data import ImageFolder
-from fs_plugins.training.folder import SETTINGS, TrainingFolder
+from fs_plugins.training.folder import HELD_OUT, SETTINGS, TrainingFolder
 from fs_plugins.training.psm import Report, check_trainable, train_psm
 from fs_plugins.training.settings import Settings
 from fs_plugins.training.start import configured
 from fs_plugins.vision import VisionCall
 
-HELD_OUT = "held-out.txt"
 MEASURED, WATCHED = 64, 16
 """Held-out pictures that scores are of in the end, and while training goes on."""
 CERTIFICATES = "certificates"
@@ -121,7 +120,6 @@ def train_and_publish(work: Work, *, report: Report | None = None, command: str 
     settings, folder = work.settings, work.folder
     if folder is None:
         raise SettingError("A dry run and an ablation write nothing: leave dry_run and ablate out to train.")
-    finished = folder.finished
     folder.held = work.shown[:WATCHED]
     with folder.using():
         psm = train_psm(
@@ -136,7 +134,7 @@ def train_and_publish(work: Work, *, report: Report | None = None, command: str 
             accelerator=work.crew,
             workers=work.workers,
         )
-        if finished or not work.crew.is_main_process:
+        if not work.crew.is_main_process or folder.finished:
             return None
         scores = publish.measure(
             work.call,

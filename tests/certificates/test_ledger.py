@@ -185,4 +185,4 @@ def test_a_process_that_wrote_nothing_is_no_traceback(ledger, tmp_path):
     with pytest.raises(SettingError, match="No process certified 2"):
         merge(parts, tmp_path / "merged.jsonl", ["0", "2"], Certificate)
     assert list(merge(parts, tmp_path / "merged.jsonl", ["1", "0"], Certificate)) == ["1", "0"]
-    assert [one.name for one in tmp_path.iterdir()] == ["merged.jsonl"]
+    assert [one.name for one in tmp_path.glob("[!.]*")] == ["merged.jsonl"]

@@ -72,7 +72,7 @@ def test_a_folder_of_photos_becomes_a_psm_that_serves(trained):
     with fs_plugins.enable(load_model("demo-clip"), psm=out) as handle:
         assert handle.status().vision[0].psm == "my-psm"
     names = {path.name for path in out.iterdir()}
-    published = {"README.md", "config.json", "held-out.txt", "psm.safetensors"}
+    published = {"README.md", "SHA256SUMS", "config.json", "held-out.txt", "psm.safetensors"}
     assert names == {*published, "log.csv", "training.json", LOCK}
     held = (out / "held-out.txt").read_text().split()
     assert len(held) == 1

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fs_plugins.certificates import Certificate
+from fs_plugins.certificates.ledger import File, Row
 from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
@@ -111,11 +112,8 @@ def make(
     for i, name in enumerate(NAMES[:2]):
         store.keep("fs_psm/foa-16-adaptive", name, unit(shifted(pixels(i), -40)))
     certificates = store.folder / "certificates" / "fs_psm-sigma0.25.0-of-1.jsonl"
-    certificates.parent.mkdir()
-    rows = [
-        {"image": name, "certificate": json.loads(one.to_json())} for name, one in zip(NAMES, CERTIFIED, strict=False)
-    ]
-    certificates.write_text("".join(json.dumps(row) + "\n" for row in [{}, *rows]))
+    rows = [Row(name, "", one).line for name, one in zip(NAMES, CERTIFIED, strict=False)]
+    File(certificates, {"sigma": 0.25}, b"", rows).write()
     for i, name in enumerate(NAMES):
         store.keep_picture("shown/clean", name, unit(pixels(i)))
         store.keep_picture("shown/target", name, unit(pixels((i - 1) % 3)))
@@ -125,7 +123,8 @@ def make(
     judge = ExactMatch()
     for condition in (CLEAN, FOA):
         found = captions(store, NONE, condition, dataset.samples)
-        pairs = [(one.said, reference) for one in found for reference in (one.own, one.aim)]
+        asked = dict.fromkeys((one.said, reference) for one in found for reference in (one.own, one.aim))
+        pairs = [pair for pair in asked if pair not in store.scores(judge.name)]
         for (said, reference), score in zip(pairs, judge.scores(pairs), strict=True):
             store.score(judge.name, said, reference, score)
     plan = Plan(tuple(suites), dataset, setup, tuple(towers), tuple(tasks))

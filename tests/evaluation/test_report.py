@@ -14,6 +14,7 @@ from fs_plugins.errors import SettingError
 from fs_plugins.evaluation import report
 from fs_plugins.evaluation.report import write
 from fs_plugins.evaluation.tables import Table
+from fs_plugins.kept import Lines
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +211,9 @@ def test_an_unfinished_run_and_half_a_character_can_be_reported(tmp_path):
     results = make(tmp_path)
     store = results.store
     store.path("attacked/none/foa-16", NAMES[0]).unlink()
-    row = {"image": NAMES[1], "task": "classification", "reply": "\ud83d", "seconds": 0.5}
-    store.add("none/clean", [row])
+    answers = Lines(store.folder / "answers" / "none" / "clean.0.jsonl")
+    half = {(NAMES[1], "classification"): {"reply": "\ud83d"}}
+    answers.replace([row | half.get((row["image"], row["task"]), {}) for row in answers.read()])
     page = page_of(results, tmp_path / "report.html")
     first = page.all("article")[0]
     assert list(shown(first)) == ["clean", "FOA-Attack 16/255, adaptive, made through FS-PSM"]

@@ -11,7 +11,7 @@ from pages import make
 from painting import SUITE
 
 import fs_plugins
-from fs_plugins import SettingError
+from fs_plugins import SettingError, kept
 from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, SUITES
 
@@ -73,15 +73,15 @@ def test_a_folder_of_something_else_or_of_another_format_is_refused(tmp_path):
         Results(tmp_path)
     results = make(tmp_path)
     record = results.folder / "evaluation.json"
-    kept = json.loads(record.read_text())
-    record.write_text(json.dumps({**kept, "format": 99}))
+    told = kept.read(record, "an evaluation")
+    kept.write(record, {**told, "format": 99})
     with pytest.raises(SettingError, match="of format 99"):
         Results(tmp_path)
     record.write_text("{")
     with pytest.raises(SettingError, match="is not what an evaluation wrote"):
         Results(tmp_path)
-    del kept["suites"]
-    record.write_text(json.dumps(kept))
+    del told["suites"]
+    kept.write(record, told)
     with pytest.raises(SettingError, match="is not what an evaluation wrote"):
         Results(tmp_path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.metrics import Estimate, mean, proportion
 from fs_plugins.evaluation.suites import CLEAN, DEFENCES, FOA, FS_PSM, NONE, SUITES, TARGET, Condition
 from fs_plugins.evaluation.tables import Figure, Table, title_of
+from fs_plugins.kept import Lines
 
 
 def test_tables_count_what_was_said(start):
@@ -24,11 +24,11 @@ def test_tables_count_what_was_said(start):
     # What the model said is replaced: two right, one the attacker's, one refusal, one wrong.
     path = store.folder / "answers" / "none" / "attackvlm-16.0.jsonl"
     said = {"0.png": "0", "1.png": "1.", "2.png": "2", "3.png": "I cannot say.", "4.png": "1"}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = Lines(path).read()
     for row in rows:
         if row["task"] == "classification":
             row["reply"] = said[row["image"]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Lines(path).replace(rows)
     [table] = Results(evaluation.store.folder).tables()
     by_cell = {(row[0], row[1]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
     cell = by_cell[("AttackVLM 16/255", "none")]
