@@ -308,7 +308,7 @@ class GradScope(_Hook):
 
     @_eager
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_direct():  # a further pass inside the scope
+        if is_direct():  # around any smoothing
             return
         self._entered.undo = None
         if torch.is_inference_mode_enabled() or not _requires_grad((args, kwargs)):
