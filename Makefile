@@ -88,12 +88,13 @@ $(VENV)5/.ready: pyproject.toml constraints.txt
 	$(VENV)5/bin/pip install -q --upgrade -c $(VENV)5/constraints.txt -e ".[dev]"
 	touch $@
 
-# OpenFlamingo and the original LLaVA pin versions of torch and transformers that they do not need.
+# OpenFlamingo and the original LLaVA pin versions of torch and transformers that they do not need, torchattacks one of
+# requests.
 $(VENV)-all/.ready: pyproject.toml constraints.txt
 	test -d $(VENV)-all || $(PYTHON) -m venv $(VENV)-all
 	$(VENV)-all/bin/pip install -q -c constraints.txt -e ".[dev]" \
-	    torchvision open_clip_torch einops einops-exts bitsandbytes
-	$(VENV)-all/bin/pip install -q --no-deps open_flamingo==2.0.1 llava-torch==1.2.2.post1
+	    torchvision open_clip_torch einops einops-exts bitsandbytes foolbox
+	$(VENV)-all/bin/pip install -q --no-deps -c constraints.txt open_flamingo==2.0.1 llava-torch==1.2.2.post1 torchattacks
 	touch $@
 
 clean:
