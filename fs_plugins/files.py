@@ -6,13 +6,17 @@ is written here. Text is UTF-8 whatever the platform; readers take a byte order 
 
 from __future__ import annotations
 
+import codecs
+import csv
+import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from fs_plugins.errors import SettingError
 
+_ARMED = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _PARTIAL = ".fs-plugins-partial-"
 LOCK = ".lock"
 
@@ -53,7 +58,7 @@ def replace(path: Path, content: str | bytes) -> None:
         OSError: the folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content if isinstance(content, bytes) else content.encode()
+    data = content if isinstance(content, bytes) else spelled(content).encode()
     atomically(path, lambda file: file.write(data))
 
 
@@ -66,6 +71,33 @@ def begun(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.open("xb").close()
+
+
+def spelled(text: str) -> str:
+    """A text as UTF-8 can hold it: half a surrogate pair, as names of files have that are no text, is an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def mark(text: str) -> str:
+    """SHA-256 of a text, such as a name, also of one that no file can hold."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def table(rows: Iterable[Iterable[object]]) -> str:
+    """CSV. A text that a spreadsheet would run as a formula gets an apostrophe before it; numbers stay numbers."""
+    written = io.StringIO(newline="")
+    csv.writer(written).writerows([_unarmed(cell) for cell in row] for row in rows)
+    return written.getvalue()
+
+
+def _unarmed(cell: object) -> object:
+    if not isinstance(cell, str) or not cell.startswith(_ARMED):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def text(path: Path) -> str:
@@ -94,6 +126,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
     return told
+
+
+def bare(path: Path) -> bytes:
+    """What a text file holds, without a byte order mark; for those who decode it themselves.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def value(path: Path) -> Any:

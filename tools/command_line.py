@@ -56,4 +56,4 @@ def _sentence(help: str | None) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), "utf-8")

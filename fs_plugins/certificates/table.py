@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from fs_plugins.certificates.certifiers import Features
 from fs_plugins.certificates.methods import CERTIFIED, method_of
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.choice import PSMChoice, Smoothable, choose
-from fs_plugins.files import replace
+from fs_plugins.files import replace, table
 
 SIGMAS = (0.25, 0.5)
 DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -100,12 +98,9 @@ def write(path: Path, rows: Iterable[Average], *, distances: Sequence[float] = D
     Raises:
         OSError: it cannot be written.
     """
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["sigma", "PSM", "method", *(f"{eps:g}" for eps in distances), "R"])
-    for row in rows:
-        table.writerow([f"{row.sigma:g}", row.psm or "none", row.method, *row.cosines, row.radius])
-    replace(path, text.getvalue())
+    head = ["sigma", "PSM", "method", *(f"{eps:g}" for eps in distances), "R"]
+    lines = [[f"{row.sigma:g}", row.psm or "none", row.method, *row.cosines, row.radius] for row in rows]
+    replace(path, table([head, *lines]))
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fs_plugins import checks
 from fs_plugins.checks import number, plain, settle, whole
 from fs_plugins.errors import SettingError
+from fs_plugins.files import parsed
 
 PIXELS = (
     "l2 distance in [0, 1] pixels of one image as the encoder sees it (a tile or frame where the model cuts pictures): "
@@ -55,7 +56,7 @@ class Stored:
             SettingError: not such a line.
         """
         try:
-            fields = json.loads(text)
+            fields = parsed(text)
             if not isinstance(fields, dict) or fields.pop("certificate", None) != cls.kind:
                 raise ValueError(f'it does not say "certificate": "{cls.kind}"')
             if (version := fields.pop("version", None)) != _VERSION:

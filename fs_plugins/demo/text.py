@@ -70,4 +70,4 @@ def save_tokenizer(folder: Path, *, append_eos: bool, model_max_length: int) -> 
     }
     if not append_eos:
         settings["extra_special_tokens"] = {"image_token": IMAGE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

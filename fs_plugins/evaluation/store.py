@@ -15,7 +15,6 @@ certificates/                       rows of fs_plugins.certify
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
-from fs_plugins.files import replace, unused
+from fs_plugins.files import mark, replace, spelled, unused
 from fs_plugins.kept import UNSEALED, Lines, check, hold, stamped
 
 SETTINGS, JUDGED, DEFENCES = "settings.json", "judged.jsonl", "defences"
@@ -87,12 +86,12 @@ class Store:
 
     def keep_picture(self, place: str, name: str, image: Tensor) -> None:
         """Keep a picture, on disk when this returns."""
-        data = save({"image": image.detach().cpu().contiguous()}, {"name": name, **UNSEALED})
+        data = save({"image": image.detach().cpu().contiguous()}, {"name": spelled(name), **UNSEALED})
         replace(self.path(place, name), stamped(data))
 
     def path(self, place: str, name: str) -> Path:
         """Where a picture lies. Pictures' names may be anything, files' may not."""
-        return self.folder / place / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+        return self.folder / place / f"{mark(name)[:24]}.safetensors"
 
     def rows(self, key: str) -> dict[tuple[str, str], Row]:
         """(picture, task) -> its row, of all processes.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Literal
 from fs_plugins.attacks.methods import known_attacks
 from fs_plugins.evaluation.metrics import Estimate
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition
-from fs_plugins.files import replace
+from fs_plugins.files import replace, table
 
 Unit = Literal["share", "number"]
 
@@ -74,12 +72,10 @@ class Table:
     def write_csv(self, path: Path) -> None:
         """Figures take three columns: value, low and high (shares from 0 to 1)."""
         wide = {place for row in self.rows for place, cell in enumerate(row) if isinstance(cell, Figure)}
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
         head: list[str] = []
         for place, column in enumerate(self.columns):
             head += [column, f"{column} low", f"{column} high"] if place in wide else [column]
-        writer.writerow(head)
+        lines: list[list[str | float]] = [[*head]]
         for row in self.rows:
             line: list[str | float] = []
             for cell in row:
@@ -87,8 +83,8 @@ class Table:
                     line += [cell.estimate.value, cell.estimate.low, cell.estimate.high]
                 else:
                     line.append(cell)
-            writer.writerow(line)
-        replace(path, text.getvalue())
+            lines.append(line)
+        replace(path, table(lines))
 
 
 def _plain(cell: Cell) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.errors import ModelError, RegistryError, SettingError
+from fs_plugins.files import value
 from fs_plugins.hf.conversion import Architecture, converted, describe
 from fs_plugins.plugins import known_encoders
 from fs_plugins.sources import offline
@@ -153,7 +153,7 @@ def _configured(file: Path) -> Architecture:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = value(file)
         vision = config.get("vision_config", config)
         return {key: vision[key] for key in ("num_attention_heads", "hidden_act") if key in vision}
     except (ValueError, AttributeError, TypeError) as error:

@@ -8,7 +8,6 @@ several processes draw together what one would.
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fs_plugins import files
 from fs_plugins.errors import SettingError
 from fs_plugins.noise import keyed, normal, uniform
 from fs_plugins.pictures import EXTENSIONS, pictures_below, read
@@ -92,7 +92,7 @@ class ImageFolder(Dataset[Tensor]):
 
     def split(self, count: int, seed: int) -> tuple[ImageFolder, ImageFolder]:
         """The pictures to train on, and ``count`` that are held out, chosen by their names and the seed."""
-        marks = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in self.names]
+        marks = [files.mark(f"{seed}/{name}") for name in self.names]
         held = {path for _, path in sorted(zip(marks, self.paths, strict=True))[:count]}
         return self._only([path for path in self.paths if path not in held]), self._only(sorted(held))
 
@@ -105,7 +105,7 @@ class ImageFolder(Dataset[Tensor]):
     def digest(self) -> str:
         """A digest of the pictures' names and file sizes, whatever the folder is called."""
         listed = "\n".join(f"{name} {self.bytes(path)}" for name, path in zip(self.names, self.paths, strict=True))
-        return f"{len(self)} images, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+        return f"{len(self)} images, {files.mark(listed)[:16]}"
 
     def bytes(self, path: Path) -> int:
         return path.stat().st_size

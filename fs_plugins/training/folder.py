@@ -201,7 +201,8 @@ class TrainingFolder:
         """Put the finished PSM and its model card here; until its configuration is in place, there is none."""
         (self.path / kept.SUMS).unlink(missing_ok=True)
         contents = psm.files()
-        for name, data in {CARD: card.encode(), **contents}.items():
+        written: dict[str, str | bytes] = {CARD: card, **contents}
+        for name, data in written.items():
             files.replace(self.path / name, data)
         kept.write_sums(self.path, [name for name in (*contents, LOG, HELD_OUT) if (self.path / name).exists()])
         (self.path / CHECKPOINT).unlink(missing_ok=True)

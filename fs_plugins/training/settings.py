@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fs_plugins.files import spelled
 from fs_plugins.settings import knob
 
 _DATA, _PARTS, _STAGES, _RUN, _REPORT = "Data", "Parts", "Stages", "Run", "Report"
@@ -67,9 +68,9 @@ class Settings:
     @property
     def title(self) -> str:
         """What the PSM is called."""
-        return self.name or self.out.resolve().name
+        return spelled(self.name or self.out.resolve().name)
 
     @property
     def encoder(self) -> str:
         """What its configuration says it was trained for."""
-        return Path(self.model).name if os.path.exists(self.model) else self.model
+        return spelled(Path(self.model).name if os.path.exists(self.model) else self.model)

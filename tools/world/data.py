@@ -88,4 +88,4 @@ def write_image_processor(out: Path, processor_class: str) -> None:
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
-    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

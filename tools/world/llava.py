@@ -184,5 +184,5 @@ def write_llava_processor(out: Path) -> None:
         "vision_feature_select_strategy": "default",
         "image_token": text.IMAGE,
     }
-    (out / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (out / "chat_template.jinja").write_text(text.CHAT_TEMPLATE)
+    (out / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    (out / "chat_template.jinja").write_text(text.CHAT_TEMPLATE, "utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import string
 from collections import Counter
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
+from fs_plugins.files import mark
 from fs_plugins.pictures import read
 
 NONE_OPTION = "None of the above"
@@ -205,9 +205,10 @@ class Dataset:
         for sample in self.samples:
             aim = self.target_path(sample) if sample.target or sample.image in self.aims else None
             sizes = [path.stat().st_size for path in (self.root / sample.image, aim) if path is not None]
-            listed.append(f"{sample.model_dump_json()} {aim and _name(aim, self.root)} {sizes}")
-        content = "\n".join(listed).encode()
-        return f"{len(self.samples)} samples, {hashlib.sha256(content).hexdigest()[:16]}"
+            told = json.dumps(sample.model_dump(), ensure_ascii=False, separators=(",", ":"))
+            listed.append(f"{told} {aim and _name(aim, self.root)} {sizes}")
+        content = "\n".join(listed)
+        return f"{len(self.samples)} samples, {mark(content)[:16]}"
 
     def some(self, count: int, seed: int = 0) -> Dataset:
         """``count`` of the samples in their order, of all labels as equally many as there are.
@@ -231,7 +232,7 @@ class Dataset:
 
 def shuffled(names: Iterable[str], seed: int, purpose: str) -> list[str]:
     """The names in an order that depends on the names and the seed alone."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest())
+    return sorted(names, key=lambda name: mark(f"{seed}/{purpose}/{name}"))
 
 
 def _doubled(names: Iterable[str]) -> str | None:

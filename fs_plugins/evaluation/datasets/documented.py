@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets.dataset import NONE_OPTION, Dataset, Prompts, Sample, Strict
 from fs_plugins.evaluation.datasets.reader import Reader, first_of
+from fs_plugins.files import bare
 
 SAMPLES, SETTINGS = "samples.jsonl", "dataset.json"
 
@@ -29,13 +30,13 @@ def read(root: Path) -> Dataset:
     settings = _Settings()
     if (root / SETTINGS).exists():
         try:
-            settings = _Settings.model_validate_json((root / SETTINGS).read_bytes())
+            settings = _Settings.model_validate_json(bare(root / SETTINGS))
         except ValidationError as error:
             raise SettingError(
                 f"{root / SETTINGS}: {first_of(error)}. It holds {', '.join(_Settings.model_fields)}."
             ) from None
     samples = []
-    for number, line in enumerate((root / SAMPLES).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    for number, line in enumerate(bare(root / SAMPLES).splitlines(), start=1):
         if line.strip():
             try:
                 samples.append(Sample.model_validate_json(line))

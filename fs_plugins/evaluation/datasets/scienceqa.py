@@ -9,6 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets.dataset import Dataset
 from fs_plugins.evaluation.datasets.reader import Reader, first_of, sample_of
+from fs_plugins.files import bare
 
 
 class _Problem(BaseModel):
@@ -29,7 +30,7 @@ def read(root: Path) -> Dataset:
     """The problems that have a picture, of those splits that are there."""
     listing = root / "problems.json"
     try:
-        problems = TypeAdapter(dict[str, _Problem]).validate_json(listing.read_bytes())
+        problems = TypeAdapter(dict[str, _Problem]).validate_json(bare(listing))
     except ValidationError as error:
         raise SettingError(f"{listing} is not ScienceQA's: {first_of(error)}.") from None
     base = root / "images" if (root / "images").is_dir() else root
