@@ -1,7 +1,7 @@
 """What an evaluation has done so far: attacked pictures and replies in a folder, whole after a kill at any moment.
 
-All carry a checksum (``fs_plugins.kept``): a damaged row is refused by its line, a damaged picture counts as missing
-and is made anew.
+All carry a checksum (``fs_plugins.kept``): what is damaged is refused by name, a row by its line. Only an attacked
+picture that is damaged when a run goes on is made anew instead.
 
 settings.json                       what every row depends on; a run with others is refused
 evaluation.json                     suites, data, and what the run found out: all that ``Results`` needs besides
@@ -68,21 +68,42 @@ class Store:
         hold(self.folder / DEFENCES / f"{defence}.json", made_of, "an evaluation")
 
     def attacked(self, key: str, name: str) -> Tensor | None:
-        """The picture (C, H, W) in [0, 1], or None if it is not there, whole."""
+        """The picture (C, H, W) in [0, 1], or None if it is not there.
+
+        Raises:
+            SettingError: it is damaged; the message says which file.
+        """
         return self.picture(f"{ATTACKED}/{key}", name)
+
+    def has(self, key: str, name: str) -> bool:
+        """Whether an attacked picture is there, whole."""
+        try:
+            return self.attacked(key, name) is not None
+        except SettingError:
+            return False
 
     def keep(self, key: str, name: str, image: Tensor) -> None:
         """An attacked picture, on disk when this returns: the answers that come next are about it."""
         self.keep_picture(f"{ATTACKED}/{key}", name, image)
 
     def picture(self, place: str, name: str) -> Tensor | None:
-        """What ``keep_picture`` kept, or None if it is not there, whole."""
+        """What ``keep_picture`` kept, or None if it is not there.
+
+        Raises:
+            SettingError: it is damaged; the message says which file.
+        """
+        path = self.path(place, name)
         try:
-            data = self.path(place, name).read_bytes()
+            data = path.read_bytes()
             check(data)
             return load(data)["image"]
-        except (SafetensorError, KeyError, OSError, ValueError):
+        except FileNotFoundError:
             return None
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            raise SettingError(
+                f"{path}, the picture of {name}, is damaged: {error}. Delete it and run the same command again: it is "
+                "then made anew."
+            ) from None
 
     def keep_picture(self, place: str, name: str, image: Tensor) -> None:
         """Keep a picture, on disk when this returns."""

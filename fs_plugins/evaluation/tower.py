@@ -122,7 +122,7 @@ class Tower:
         steps, draws = setup.steps, 1
         if condition.adaptive:
             steps, draws = setup.adaptive_steps, setup.adaptive_draws
-        missing = [s for s in self.means.mine(samples) if self.store.attacked(key, s.image) is None]
+        missing = [s for s in self.means.mine(samples) if not self.store.has(key, s.image)]
         if not missing:
             return
         advance = self.means.track(what, steps * len(missing))
