@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fs_plugins.adapters.hf_checkpoint import Saved, processors
 from torch import nn
 
 from fs_plugins import SettingError
@@ -47,28 +50,56 @@ DEFAULTS: dict[str, Normalisation] = {
 
 
 def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None) -> PixelSpace:
-    """Mean, std and size from the processor saved beside the checkpoint, else the family's own, else unknown.
+    """Mean, std and size from the model's ``image_processor``, else from the processor saved beside its checkpoint.
 
-    Looks on this machine only: ``enable`` never reaches for the network.
+    Failing these the family's own are assumed, if it has any. Looks on this machine only: ``enable`` never reaches for
+    the network.
     """
-    from transformers.image_processing_base import ImageProcessingMixin
+    layout, channels = layout or Layout(), channels_of(vision)
+    unknown = PixelSpace((0.5,) * channels, (0.5,) * channels, argument, "", layout=layout)
+    carried = getattr(model, "image_processor", None)
+    beside = [] if carried is not None else processors(model.config)
+    try:
+        if carried is not None:
+            source = getattr(carried, "source", "the model's own image_processor")
+            found = PixelSpace.from_processor(carried, source=source, channels=channels)
+        else:
+            found = _agreed(beside, channels) or _usual(vision, beside)
+    except SettingError:  # it does not rescale, say: then nobody knows, and a default would be a guess
+        return unknown
+    if len(found.mean) != channels:
+        return unknown
+    return replace(found, argument=argument, layout=layout)
 
-    layout = layout or Layout()
-    checkpoint = getattr(model.config, "_name_or_path", "")
-    if checkpoint:
-        saved = None
-        with suppress(OSError, ValueError):
-            saved, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint, local_files_only=True)
-        if saved is not None:
-            source = f"the image processor of {checkpoint}"
-            try:
-                found = PixelSpace.from_processor(SimpleNamespace(**saved), source=source)
-            except SettingError:  # it does not rescale, say: then nobody knows, and a default would be a guess
-                return PixelSpace(*HALF, argument, "", layout=layout)
-            return PixelSpace(found.mean, found.std, argument, source, found.size, layout)
+
+def channels_of(vision: Any) -> int:
+    """How many channels an encoder's images have, which a vision configuration writes in several ways."""
+    said = (getattr(vision, name, None) for name in ("num_channels", "in_channels", "in_chans"))
+    return next((count for count in said if isinstance(count, int)), 3)
+
+
+def _agreed(beside: Sequence[tuple[Path, Saved | None]], channels: int) -> PixelSpace | None:
+    """What the processors of all places that the model can have come from say, if all do, and the same."""
+    spaces = [
+        saved
+        and PixelSpace.from_processor(
+            SimpleNamespace(**saved), source=f"the image processor of {place}", channels=channels
+        )
+        for place, saved in beside
+    ]
+    first, *others = spaces or [None]
+    if not first or any(not one or (one.mean, one.std) != (first.mean, first.std) for one in others):
+        return None
+    return replace(first, size=first.size if all(one.size == first.size for one in others if one) else None)
+
+
+def _usual(vision: Any, beside: Sequence[tuple[Path, Saved | None]]) -> PixelSpace:
     mean, std = DEFAULTS.get(vision.model_type, HALF)
-    source = f"the default of {vision.model_type} (no processor found beside the checkpoint)"
-    return PixelSpace(mean, std, argument, source if vision.model_type in DEFAULTS else "", layout=layout)
+    why = "no processor found beside the checkpoint"
+    if any(saved for _, saved in beside):
+        why = f"it can have come from {' or '.join(str(place) for place, _ in beside)}, whose processors differ"
+    source = f"the default of {vision.model_type} ({why})" if vision.model_type in DEFAULTS else ""
+    return PixelSpace(mean, std, source=source, assumed=bool(source))
 
 
 def image_size(vision: Any, space: PixelSpace | None = None) -> tuple[int, int] | None:

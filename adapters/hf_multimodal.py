@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fs_plugins.adapters.hf import PACKAGES, architecture, find, image_size, pixel_space
+from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
 from torch import nn
 
@@ -160,7 +160,8 @@ def _tower(whole: Any, name: str) -> nn.Module | None:
 def _layout(vision: Any) -> tuple[Layout, str]:
     """How a vision configuration's encoder takes pixels, and the argument's name."""
     if hasattr(vision, "temporal_patch_size"):
-        return PatchRows(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size), "hidden_states"
+        rows = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, channels_of(vision))
+        return PatchRows(*rows), "hidden_states"
     if vision.model_type == "pixtral":
         return Packed(), "pixel_values"
     if vision.model_type == "mllama_vision_model":

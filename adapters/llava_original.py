@@ -59,4 +59,4 @@ def _pixel_space(tower: Any) -> PixelSpace:
     if getattr(tower, "image_processor", None) is not None:
         return PixelSpace.from_processor(tower.image_processor, source="LLaVA's own image_processor")
     mean, std = CLIP
-    return PixelSpace(mean, std, source="the default of CLIP (the tower has no image_processor)")
+    return PixelSpace(mean, std, source="the default of CLIP (the tower has no image_processor)", assumed=True)

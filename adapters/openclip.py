@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fs_plugins import hookimpl
-from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, unwrapped
+from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, per_channel, unwrapped
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,8 +38,10 @@ def pixel_space(visual: Any, *, argument: str) -> PixelSpace:
     record = getattr(visual, "preprocess_cfg", None)
     if record:
         source = "open_clip's own record (visual.preprocess_cfg)"
-        return PixelSpace(tuple(record["mean"]), tuple(record["std"]), argument, source, image_size(visual))
-    return PixelSpace(MEAN, STD, argument, "the default of open_clip (the tower has no preprocess_cfg)")
+        mean, std = (per_channel(record[name], len(MEAN)) for name in ("mean", "std"))
+        return PixelSpace(mean, std, argument, source, image_size(visual))
+    source = "the default of open_clip (the tower has no preprocess_cfg)"
+    return PixelSpace(MEAN, STD, argument, source, assumed=True)
 
 
 def image_size(visual: Any) -> tuple[int, int]:

@@ -39,3 +39,4 @@ from .vision import is_a as is_a
 from .vision import unwrapped as unwrapped
 
 __version__: str
+_began_in: str

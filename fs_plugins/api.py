@@ -90,7 +90,8 @@ def enable(
             (beams and ``use_cache=False`` on older transformers, gradient checkpointing around the encoder).
         seed: reproducible draws, for experiments. An attacker who knows the seed knows the noise.
         chunk_size: rows (draws times images) per forward of the encoder; bounds memory, never the result.
-        processor: the model's processor, image processor or a PixelSpace, where mean and std cannot be found.
+        processor: the model's processor, image processor or a PixelSpace, where mean and std cannot be found. Where
+            nobody says them, those that are usual for the family are taken, with a warning.
         adapter: the plugin to use where several claim the model.
 
     Returns:
@@ -182,21 +183,25 @@ def smoothers(
     return tuple(choose(model, psm=psm, sigma=sigma, draws=draws, processor=processor, adapter=adapter)[1])
 
 
-def vision_call(model: nn.Module, *, adapter: str | None = None, encoder: int | None = None) -> VisionCall:
+def vision_call(
+    model: nn.Module, *, processor: Any = None, adapter: str | None = None, encoder: int | None = None
+) -> VisionCall:
     """Where this model looks at images, by the adapter that claims it.
 
     Args:
+        processor, adapter: as for ``enable``.
         encoder: which place, from 0, of a model that has several (Video-LLaVA: images, then video).
 
     Raises:
         ModelError: no adapter, or several, claim the model; it has several vision encoders and ``encoder`` is left out.
-        SettingError: there is no such encoder.
+        SettingError: there is no such encoder, or a processor that is not for it.
     """
     calls = claim(model, adapter)[1]
     if encoder is None and len(calls) > 1:
         kinds = ", ".join(f"{i}: {type(call.module).__name__}" for i, call in enumerate(calls))
         raise ModelError(f"This model has {len(calls)} vision encoders ({kinds}). Say which with encoder=0, say.")
-    return numbered(calls, 0 if encoder is None else encoder)
+    call = numbered(calls, 0 if encoder is None else encoder)
+    return call if processor is None else call.with_processor(processor)
 
 
 def certify(
@@ -235,7 +240,7 @@ def certify(
         angular: refine the inner product to a cosine, at the price of a short pilot sample.
         target: an l2 radius at which sampling stops early, or as soon as it is out of reach.
         threshold: the cosine that ``target`` speaks of.
-        psm, sigma, processor, adapter: as for ``enable``.
+        psm, sigma, processor, adapter: as for ``enable``, but that mean and std must be known.
         seed: reproducible draws; without it the entropy is the operating system's.
         chunk_size: draws per forward of the encoder; bounds memory, never the result.
         out: a JSON-lines file that gets a row as each image is finished. A run that was interrupted goes on from it
@@ -248,7 +253,8 @@ def certify(
         a certificate for each image, in order.
 
     Raises:
-        SettingError: a value out of range, images of another size or range, or a file of another run.
+        SettingError: a value out of range, images of another size or range, a file of another run, or nobody knows how
+            the model's pixels are normalised.
         ModelError: no adapter claims the model, it is in training mode, or an image has no feature.
         PSMError, RegistryError, PluginError: see their docstrings.
     """
@@ -327,7 +333,9 @@ def _pipeline(
 ) -> FeatureSmoother:
     """What is to be certified."""
     if not isinstance(model, FeatureSmoother):
-        return choose(model, psm=psm, sigma=sigma, processor=processor, adapter=adapter, encoder=encoder)[1][0]
+        return choose(model, psm=psm, sigma=sigma, processor=processor, adapter=adapter, encoder=encoder, certain=True)[
+            1
+        ][0]
     if psm != "auto" or sigma is not None or processor is not None:
         raise SettingError(
             "A FeatureSmoother has its own PSM, sigma and pixel space; leave psm, sigma and processor out."

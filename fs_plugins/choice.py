@@ -47,17 +47,21 @@ def choose(
     processor: Any = None,
     adapter: str | None = None,
     encoder: int | None = None,
+    certain: bool = False,
 ) -> tuple[str, list[FeatureSmoother]]:
     """The claiming adapter, and a smoother for each vision encoder, or for the one numbered ``encoder``.
 
     Everything is checked and nothing touched. What its user should know of a choice is said as an FSPluginsWarning.
+
+    Args:
+        certain: refuse where mean and std are only assumed, for what proves something.
 
     Raises:
         ModelError: no adapter, or several, claim the model; it is in training mode.
         SettingError: a value out of range, or one that is missing.
         PSMError, RegistryError, PluginError: see their docstrings.
     """
-    name, calls = calls_of(model, processor=processor, adapter=adapter, encoder=encoder)
+    name, calls = calls_of(model, processor=processor, adapter=adapter, encoder=encoder, certain=certain)
     sigma = None if sigma is None else checks.sigma(sigma)
     psms: list[PSMChoice] = list(psm) if isinstance(psm, list | tuple) else [cast(PSMChoice, psm)] * len(calls)
     if len(psms) != len(calls):
@@ -77,13 +81,18 @@ def choose(
 
 
 def calls_of(
-    model: Smoothable, *, processor: Any = None, adapter: str | None = None, encoder: int | None = None
+    model: Smoothable,
+    *,
+    processor: Any = None,
+    adapter: str | None = None,
+    encoder: int | None = None,
+    certain: bool = False,
 ) -> tuple[str, tuple[VisionCall, ...]]:
     """The claiming adapter, and the vision calls that can be smoothed: all, or the one numbered ``encoder``.
 
     Raises:
         ModelError: no adapter, or several, claim the model; it is in training mode.
-        SettingError: there is no such encoder, or nobody knows how its pixels are normalised.
+        SettingError: there is no such encoder, or see ``check_pixels``.
         PluginError: the adapter's answer cannot be used.
     """
     calls: tuple[VisionCall, ...]
@@ -98,18 +107,45 @@ def calls_of(
     if encoder is not None:
         calls = (numbered(calls, encoder),)
     if processor is not None:
-        pixels = processor if isinstance(processor, PixelSpace) else PixelSpace.from_processor(processor)
-        calls = tuple(call.with_pixels(pixels) for call in calls)
+        calls = tuple(call.with_processor(processor) for call in calls)
     for call in calls:
         call.check_eval()
-        if not call.pixels.source:
-            raise SettingError(
-                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there "
-                "is no processor beside the checkpoint. Pass processor=<the model's processor or a PixelSpace>."
-            )
     if isinstance(model, nn.Module):
         _inside(model, name, calls)
+    check_pixels(calls, certain=certain)
     return name, calls
+
+
+def check_pixels(calls: Sequence[VisionCall], *, certain: bool = False) -> None:
+    """Refuse encoders of which nobody knows how pixels are normalised, and warn where that is assumed.
+
+    Args:
+        certain: refuse these too.
+
+    Raises:
+        SettingError: mean and std are not known.
+    """
+    for call in calls:
+        if not call.pixels.source:
+            channels = len(call.pixels.mean)
+            raise SettingError(
+                f"Nobody knows how pixels are normalised for this encoder ({call.architecture.get('family')}): there "
+                f"is no processor beside the checkpoint that says it for images of {channels} "
+                f"{'channels' if channels > 1 else 'channel'}. Pass processor=<the model's processor or a PixelSpace>."
+            )
+    for guess in dict.fromkeys(_guess(call.pixels) for call in calls if call.pixels.assumed):
+        if certain:
+            raise SettingError(f"{guess} A certificate, or a PSM, would speak of another sigma.")
+        warn(guess)
+
+
+def _guess(pixels: PixelSpace) -> str:
+    return (
+        f"Nobody knows how this model's pixels are normalised; assumed are mean {pixels.mean} and std {pixels.std}, "
+        f"{pixels.source}. If its processor has others, sigma and eps are not what they say. Tell it with "
+        "processor=<the model's processor or a PixelSpace>, which enable, smoothers, certify and vision_call take "
+        "(commands: --processor)."
+    )
 
 
 def numbered(calls: Sequence[VisionCall], encoder: int) -> VisionCall:

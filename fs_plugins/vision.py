@@ -52,6 +52,8 @@ class PixelSpace:
             ``enable`` asks for a processor.
         size: (H, W) that the preprocessing makes, where it makes one size.
         layout: how the argument holds images.
+        assumed: whether mean and std are only the usual ones of such encoders, because nobody knows those of this
+            one. ``enable`` warns of that; what proves something, and training, refuse.
     """
 
     mean: tuple[float, ...]
@@ -60,6 +62,7 @@ class PixelSpace:
     source: str = "given by hand"
     size: tuple[int, int] | None = None
     layout: Layout = field(default_factory=Layout)
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not len(self.mean):
@@ -71,16 +74,21 @@ class PixelSpace:
         )
 
     @classmethod
-    def from_processor(cls, processor: Any, *, source: str = "the processor given") -> PixelSpace:
-        """Read mean, std and size off a Hugging Face processor or image processor.
+    def from_processor(cls, processor: Any, *, source: str = "the processor given", channels: int = 3) -> PixelSpace:
+        """Read mean, std and size off a Hugging Face processor or image processor; a PixelSpace is one already.
+
+        Args:
+            channels: of the images; a mean or std that is one number is that of all.
 
         Raises:
             SettingError: the object has no ``image_mean``/``image_std``, or does not rescale to [0, 1].
         """
+        if isinstance(processor, PixelSpace):
+            return processor
         images = getattr(processor, "image_processor", processor)
         mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
         if getattr(images, "do_normalize", True) is False:
-            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+            mean, std = 0.0, 1.0
         if mean is None or std is None:
             raise SettingError(
                 f"{type(processor).__name__} has no image_mean and image_std. Pass the model's own processor, "
@@ -97,7 +105,7 @@ class PixelSpace:
                 f"{type(processor).__name__} rescales pixels by {factor} instead of 1/255, so its mean and std are not "
                 "in [0, 1] units. Pass a PixelSpace(mean=..., std=...) in [0, 1] units."
             )
-        return cls(tuple(map(float, mean)), tuple(map(float, std)), source=source, size=_size(images))
+        return cls(per_channel(mean, channels), per_channel(std, channels), source=source, size=_size(images))
 
     def to_unit(self, pixels: Tensor) -> Tensor:
         """(..., C, H, W) normalised pixels -> fp32 images, nominally in [0, 1]."""
@@ -123,7 +131,12 @@ class PixelSpace:
         if not isinstance(pixels, Tensor):
             raise PixelError(f"{self.argument} must be a tensor, got {type(pixels).__name__}.")
         if wrong := self.layout.check(pixels, len(self.mean)):
-            raise PixelError(f"{self.argument} {wrong}, got shape {tuple(pixels.shape)}.")
+            shape, channels = tuple(pixels.shape), len(self.mean)
+            other = len(shape) in (3, 4) and shape[-3] != channels
+            ask = (
+                f" Mean and std are for {channels} channels ({self.source}): is it another processor=?" if other else ""
+            )
+            raise PixelError(f"{self.argument} {wrong}, got shape {shape}.{ask}")
         if not pixels.is_floating_point():
             raise PixelError(
                 f"{self.argument} must be floating point, normalised with mean {self.mean} and std {self.std}; "
@@ -157,6 +170,12 @@ class PixelSpace:
                 "processor=...)."
             )
         return None
+
+
+def per_channel(given: Any, channels: int) -> tuple[Any, ...]:
+    """A mean or a std as frameworks write it: for every channel, or one number for all."""
+    values = tuple(given) if isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0 else (given,)
+    return values * channels if len(values) == 1 else values
 
 
 def _size(images: Any) -> tuple[int, int] | None:
@@ -314,9 +333,34 @@ class VisionCall:
         features = self.features(self.look(images))
         return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
 
+    def with_processor(self, processor: Any) -> VisionCall:
+        """The same call under the mean, std and size of the model's processor, or of a PixelSpace.
+
+        Raises:
+            SettingError: see ``PixelSpace.from_processor`` and ``with_pixels``.
+        """
+        return self.with_pixels(PixelSpace.from_processor(processor, channels=len(self.pixels.mean)))
+
     def with_pixels(self, pixels: PixelSpace) -> VisionCall:
-        """The same call under another mean, std and, if it says one, size."""
-        own = replace(self.pixels, mean=pixels.mean, std=pixels.std, source=pixels.source, size=pixels.size)
+        """The same call under another mean, std and, if it says one, size.
+
+        Raises:
+            SettingError: they are for images of another number of channels.
+        """
+        if len(pixels.mean) != len(self.pixels.mean):
+            raise SettingError(
+                f"The mean and std given are for {len(pixels.mean)} channels ({pixels.source}); this encoder's images "
+                f"have {len(self.pixels.mean)}. Pass processor=<one for such images>, or a PixelSpace(mean=..., "
+                "std=...) with a number for each channel."
+            )
+        own = replace(
+            self.pixels,
+            mean=pixels.mean,
+            std=pixels.std,
+            source=pixels.source,
+            size=pixels.size,
+            assumed=pixels.assumed,
+        )
         return replace(self, pixels=own, image_size=self.image_size and (pixels.size or self.image_size))
 
 

@@ -19,6 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import fs_plugins
 from fs_plugins import FSPluginsWarning
+from fs_plugins.testing import AdapterConformance
+
+pytestmark = AdapterConformance.pytestmark  # the kit's models, made on the spot, have no processor beside them
 
 TOWERS = {
     "CLIP": "vision_model",

@@ -15,7 +15,7 @@ os.environ.pop("COLUMNS", None)  # the command line's console would keep the wid
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import TinyEncoder, make_llava, randomise, tiny_call, vision_config
+from support import TinyEncoder, knowing, make_llava, randomise, tiny_call, vision_config
 from torch import Tensor
 
 import fs_plugins.cli.base  # noqa: F401  (makes that console before a test sets a width of its own)
@@ -39,7 +39,7 @@ def clip():
         "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39, "bos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     config = CLIPConfig(text_config=text, vision_config=vision_config().to_dict(), projection_dim=24)
-    return randomise(CLIPModel(config))
+    return knowing(randomise(CLIPModel(config)))
 
 
 @pytest.fixture

@@ -57,6 +57,17 @@ def randomise(model: nn.Module, std: float = 0.15, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def knowing(model: nn.Module) -> nn.Module:
+    """A model of transformers that carries what is usual for its family: one made on the spot has no processor beside
+    it, and every verb would say so.
+    """
+    from fs_plugins.adapters.hf import DEFAULTS
+
+    vision = getattr(model.config, "vision_config", model.config)
+    model.image_processor = PixelSpace(*DEFAULTS[vision.model_type], source="the tests")
+    return model
+
+
 def vision_config(**changes):
     from transformers import CLIPVisionConfig
 
@@ -77,7 +88,7 @@ def make_llava(**changes):
         image_token_index=IMAGE_TOKEN,
         **{"image_seq_length": 16, "vision_feature_layer": -2, "vision_feature_select_strategy": "default", **changes},
     )
-    return randomise(LlavaForConditionalGeneration(config))
+    return knowing(randomise(LlavaForConditionalGeneration(config)))
 
 
 def llava_inputs(images: Tensor, tokens: int = 16) -> dict[str, Tensor]:

@@ -80,7 +80,9 @@ def test_doctor_says_who_claims_a_model_and_what_enable_would_find():
 
 
 def test_doctor_says_which_psm_is_missing_for_an_unknown_encoder():
-    found = doctor.diagnose(make_llava())
+    llava = make_llava()
+    del llava.image_processor
+    found = doctor.diagnose(llava)
     (encoder,) = found.encoders
     assert found.problem is None
     assert encoder.recognised == ()

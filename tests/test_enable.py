@@ -102,11 +102,11 @@ def test_clip_zero_shot_serves_the_mean_unit_projection(clip, images):
 
 
 def test_vision_models_are_claimed_alone(images):
-    from support import randomise, vision_config
+    from support import knowing, randomise, vision_config
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
     for kind in (CLIPVisionModel, CLIPVisionModelWithProjection):
-        model = randomise(kind(vision_config()))
+        model = knowing(randomise(kind(vision_config())))
         with torch.no_grad():
             before = model(pixels_of(images))[0]
             with fs_plugins.enable(model, **PLAIN) as handle:

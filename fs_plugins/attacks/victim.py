@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fs_plugins.choice import calls_of
+from fs_plugins.choice import calls_of, check_pixels
 from fs_plugins.errors import ModelError
 from fs_plugins.identity import packed
 from fs_plugins.noise import Source, keyed
@@ -152,6 +152,8 @@ def encoder_of(model: Attackable) -> VisionCall | FeatureSmoother:
         ModelError: not one of the three, a model with several vision encoders, or see ``choice.calls_of``.
         SettingError, PluginError: see ``choice.calls_of``.
     """
+    if isinstance(model, VisionCall):
+        check_pixels([model])
     if isinstance(model, VisionCall | FeatureSmoother):
         return model
     if not isinstance(model, nn.Module):

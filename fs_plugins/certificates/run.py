@@ -19,6 +19,7 @@ from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
 from fs_plugins.certificates.sampling import unheard
 from fs_plugins.certificates.values import FRESH, C
+from fs_plugins.choice import check_pixels
 from fs_plugins.errors import SettingError
 from fs_plugins.files import locked_file
 from fs_plugins.identity import digest, fingerprint, is_readable
@@ -151,8 +152,9 @@ def check(smoother: FeatureSmoother, images: Mapping[str, Tensor]) -> None:
 
     Raises:
         ModelError: the encoder or the PSM is in training mode.
-        SettingError: sigma is 0, or an image of another size or range.
+        SettingError: sigma is 0, nobody knows how pixels are normalised, or an image of another size or range.
     """
+    check_pixels([smoother.call], certain=True)
     smoother.check_eval()
     if smoother.sigma <= 0:
         raise SettingError("sigma must be > 0 to certify (0.25 is usual): without noise nothing can be certified.")

@@ -58,7 +58,7 @@ def certifiers(
     background = list(pictures.values())
     return {
         f"certificates-sigma{sigma:g}-{'plain' if part is None else 'psm'}.jsonl": Features(
-            choose(model, psm=part, sigma=sigma, encoder=encoder)[1][0], plan, background
+            choose(model, psm=part, sigma=sigma, encoder=encoder, certain=True)[1][0], plan, background
         )
         for sigma in sigmas
         for part in parts

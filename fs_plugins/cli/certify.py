@@ -34,6 +34,9 @@ def certify(
             help='Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.'
         ),
     ] = "demo",
+    processor: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the model's processor, where none is beside the model.")
+    ] = None,
     psm: Annotated[
         str, typer.Option(help='"auto", "photo", "diffusion", "none" for plain smoothing, a PSM folder or hub id.')
     ] = "auto",
@@ -80,7 +83,7 @@ def certify(
         crew = Crew.assemble()
         if crew.size > 1 and seed is None:
             raise SettingError("Several processes need --seed, so that their draws are one run's.")
-        loaded = load_model(model).to(place())
+        loaded = load_model(model, processor=processor).to(place())
         wanted = vision_call(loaded, encoder=0).image_size or ((size, size) if size else None)
         if wanted is None:
             raise SettingError("This encoder takes images of any size: say which with --size.")
@@ -90,7 +93,7 @@ def certify(
 
             names = [name.strip() for name in classes.split(",") if name.strip()]
             directions = directions_of(loaded, source(model), names, prompt)
-            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0)[1][0]
+            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0, certain=True)[1][0]
             labels = Labels.among(smoother, plan, directions)
             _labels(FolderRun(out, pictures, {"predictions.jsonl": labels}, seed=seed, crew=crew))
         elif table:
@@ -98,7 +101,7 @@ def certify(
             jobs = papers.certifiers(loaded, pictures, plan, psm=psm, sigmas=sigmas)
             _table(FolderRun(out, pictures, jobs, seed=seed, crew=crew), threshold)
         else:
-            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0)[1][0]
+            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0, certain=True)[1][0]
             features = Features(smoother, plan, list(pictures.values()))
             _features(FolderRun(out, pictures, {ROWS: features}, seed=seed, crew=crew), threshold)
 

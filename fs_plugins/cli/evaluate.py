@@ -33,7 +33,7 @@ def _evaluate(settings: Settings) -> None:
         with progress() as track:
             whole.evaluate(
                 settings,
-                loader(settings.model, settings.class_prompt),
+                loader(settings.model, settings.class_prompt, processor=settings.processor),
                 scenes=write,
                 **shipped.belongings(settings.model),
                 track=track,

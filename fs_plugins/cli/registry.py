@@ -115,6 +115,9 @@ def add(
             "fingerprint."
         ),
     ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Folder or hub id of that model's processor, where none is beside the model.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Its name in the registry; the PSM's own if left out.")] = None,
     sha256: Annotated[str | None, typer.Option(help="The expected checksum; a url needs it.")] = None,
     replace: Annotated[bool, typer.Option(help="Take the place of the entry of this name, or hide it.")] = False,
@@ -126,7 +129,7 @@ def add(
 
         if encoder is not None:
             _quieten()
-        name = upkeep.add(psm, encoder, name=name, sha256=sha256, replace=replace)
+        name = upkeep.add(psm, encoder, processor=processor, name=name, sha256=sha256, replace=replace)
         console.print(f"{name} is at the top of {user_path()}.", soft_wrap=True)
         known = _known()
         for other in known.entries:

@@ -34,7 +34,7 @@ def _train(settings: Settings) -> None:
     from fs_plugins.training.work import Work
 
     quieten()
-    work = Work.of(settings, lambda: load_model(settings.model), scenes=Scenes)
+    work = Work.of(settings, lambda: load_model(settings.model, processor=settings.processor), scenes=Scenes)
     _say(work.crew, f"{len(work.pictures)} pictures to train on, {len(work.held)} held out.")
     if settings.dry_run:
         _dry_run(work)

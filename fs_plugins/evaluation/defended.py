@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypedDict
-
-from torch import nn
 
 import fs_plugins
 from fs_plugins.evaluation.plan import Setup
@@ -15,7 +14,7 @@ from fs_plugins.evaluation.suites import LIGHT, Defence, Smoothing
 from fs_plugins.noise import NoiseScope
 from fs_plugins.psm import PSM
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
-from fs_plugins.vision import VisionCall
+from fs_plugins.vision import PixelSpace, VisionCall
 
 Encoder = VisionCall | FeatureSmoother
 """A vision encoder, bare or as it is smoothed."""
@@ -30,10 +29,11 @@ class Options(TypedDict):
     seed: int
     noise_scope: NoiseScope
     chunk_size: int
+    processor: PixelSpace
 
 
 def options(
-    model: nn.Module,
+    subject: Subject,
     setup: Setup,
     smoothing: Smoothing,
     *,
@@ -52,13 +52,14 @@ def options(
         PSMError, RegistryError: the parts of a PSM are wanted, and it cannot be had.
     """
     sigma = setup.sigma if sigma is None else sigma
+    pixels = replace(subject.call.pixels, size=None)  # its resolution is the encoder's own
     psm: str | PSM | None = setup.light if smoothing.psm == LIGHT else smoothing.psm or setup.psm
     if smoothing.parts == "mapper" and setup.mapper_only is not None:
         psm = setup.mapper_only
     elif smoothing.parts == "none" and sigma is not None:
         psm = None
     elif smoothing.parts != "both":
-        whole = fs_plugins.smoothers(model, psm=psm, sigma=sigma)[0].psm
+        whole = fs_plugins.smoothers(subject.model, psm=psm, sigma=sigma, processor=pixels)[0].psm
         assert whole is not None
         if smoothing.parts == "none":
             psm, sigma = None, whole.config.sigma
@@ -71,6 +72,7 @@ def options(
         "seed": setup.seed,
         "noise_scope": "image",
         "chunk_size": chunk_size,
+        "processor": pixels,
     }
 
 

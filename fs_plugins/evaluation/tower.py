@@ -109,7 +109,7 @@ class Tower:
     def _options(self, defence: Defence, sigma: float | None = None) -> Options:
         assert defence.smoothing is not None
         return options(
-            self.subject.model,
+            self.subject,
             self.plan.setup,
             defence.smoothing,
             sigma=sigma,
@@ -182,6 +182,7 @@ class Tower:
             images,
             n=draws,
             psm=chosen["psm"],
+            processor=chosen["processor"],
             sigma=sigma,
             seed=self.plan.setup.seed,
             out=rows,

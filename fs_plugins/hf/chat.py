@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.evaluation.tasks import Task
 from fs_plugins.pictures import to_rgb
 from fs_plugins.state import Status
+from fs_plugins.vision import PixelSpace
 
 
 def dialogue(processor: Any, question: str) -> str:
@@ -147,8 +148,15 @@ def compare(
 
     ask(model, processor, [image], [question], max_new_tokens=1)  # the first call pays for warming up
     without = answer()
-    with enable(model, psm=psm, sigma=sigma, n0=n0, seed=seed) as handle:
+    with enable(model, psm=psm, sigma=sigma, n0=n0, seed=seed, processor=_pixels(processor)) as handle:
         return Comparison(without, answer(), handle.status())
+
+
+def _pixels(processor: Any) -> PixelSpace | None:
+    """Mean and std, if it says them; the resolution is for the encoder to say, whose weights may have been swapped."""
+    if not hasattr(getattr(processor, "image_processor", processor), "image_mean"):
+        return None
+    return replace(PixelSpace.from_processor(processor), size=None)
 
 
 class Chat:
@@ -159,7 +167,7 @@ class Chat:
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.call = vision_call(model)
+        self.call = vision_call(model, processor=_pixels(processor))
         self.size = size_of(self.call)
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:

@@ -7,6 +7,8 @@ it.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,25 +24,46 @@ def source(name: str) -> str:
     return str(MODELS.get(name, name))
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, *, processor: str | None = None) -> nn.Module:
     """A model of whatever class its configuration names, or an encoder of the registry; in eval mode.
 
+    It carries the image processor that says how its pixels are normalised, as its ``image_processor``.
+
+    Args:
+        processor: folder or hub id of that, where none is beside the model.
+
     Raises:
-        ModelError: transformers cannot load it, or see ``load_encoder``.
+        ModelError: transformers cannot load it, there is no such processor, or see ``load_encoder``.
     """
     import transformers
 
     from fs_plugins.hf.encoders import load_encoder
 
     if name not in MODELS and not os.path.exists(name) and name in known_encoders().entries:
-        return load_encoder(name)
+        model = load_encoder(name)
+        return model if processor is None else _carrying(model, processor)
     try:
         config = transformers.AutoConfig.from_pretrained(source(name))
         own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
         kind = getattr(transformers, own[0]) if own else transformers.AutoModel
-        return kind.from_pretrained(source(name), dtype="auto").eval()
+        model = kind.from_pretrained(source(name), dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot load {name!r} with transformers: {error}") from None
+    with suppress(ModelError) if processor is None else nullcontext():
+        return _carrying(model, processor or name)
+    return model
+
+
+def _carrying(model: Any, processor: str) -> nn.Module:
+    """The model, with what an image processor says of mean, std and size; its pictures are none of our business."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        saved, _ = ImageProcessingMixin.get_image_processor_dict(source(processor))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot load an image processor from {processor!r}: {error}") from None
+    model.image_processor = SimpleNamespace(**saved, source=f"the image processor of {source(processor)}")
+    return model
 
 
 def load_chat(
@@ -63,6 +86,7 @@ def load_chat(
         model: Any = AutoModelForImageTextToText.from_pretrained(source(name), dtype=dtype, device_map=device_map)
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
+    model.image_processor = getattr(processor, "image_processor", processor)
     return (model if device_map else model.to(device or place())).eval(), processor
 
 

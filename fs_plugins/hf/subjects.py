@@ -13,7 +13,7 @@ from fs_plugins.hf.zeroshot import ZeroShot, directions_of
 
 
 def loader(
-    name: str, class_prompt: str = "a photo of a {}", device: str | None = None
+    name: str, class_prompt: str = "a photo of a {}", device: str | None = None, processor: str | None = None
 ) -> Callable[[str, Dataset], Subject]:
     """How ``fs_plugins.evaluation.evaluate`` loads a model: with its own vision encoder, or with another in its place.
 
@@ -21,6 +21,7 @@ def loader(
         name: folder or hub id; ``"demo"`` and ``"demo-clip"`` ship.
         class_prompt: what a class is called in a sentence, for models that compare pictures with class names.
         device: where to put it; a GPU where there is one if left out.
+        processor: folder or hub id of its processor, where none is beside it.
 
     Returns:
         (weights of an encoder as ``swap_encoder`` takes them, "" for the model's own; the data) -> the subject, which
@@ -28,12 +29,12 @@ def loader(
     """
 
     def loaded(encoder: str, dataset: Dataset) -> Subject:
-        model = load_model(name).to(device or place()).requires_grad_(False)
-        processor = load_processor(name) if callable(getattr(model, "generate", None)) else None
+        model = load_model(name, processor=processor).to(device or place()).requires_grad_(False)
+        prepares = load_processor(processor or name) if callable(getattr(model, "generate", None)) else None
         if encoder:
-            swap_encoder(model, encoder, processor=processor)
-        if processor is not None:
-            return Chat(model, processor)
+            swap_encoder(model, encoder, processor=prepares)
+        if prepares is not None:
+            return Chat(model, prepares)
         return ZeroShot(model, directions_of(model, source(name), dataset.classes, class_prompt))
 
     return loaded

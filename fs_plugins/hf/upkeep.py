@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fs_plugins import files, registry
+from fs_plugins.choice import check_pixels
 from fs_plugins.errors import FSPluginsError, RegistryError, SettingError
 from fs_plugins.hf.load import load_model, source
 from fs_plugins.identity import fingerprint, same_encoder
@@ -22,7 +23,13 @@ from fs_plugins.vision import VisionCall
 
 
 def add(
-    psm: str, encoder: str | None = None, *, name: str | None = None, sha256: str | None = None, replace: bool = False
+    psm: str,
+    encoder: str | None = None,
+    *,
+    processor: str | None = None,
+    name: str | None = None,
+    sha256: str | None = None,
+    replace: bool = False,
 ) -> str:
     """Put a trained PSM at the top of the user's registry file, where ``psm="auto"`` finds it, and return its name.
 
@@ -32,6 +39,7 @@ def add(
         psm: its folder, owner/name@commit on the hub, or a url that ends in /.
         encoder: what it was trained for: an entry, or a model's folder or hub id; needed where no entry has its
             fingerprint.
+        processor: folder or hub id of that model's processor, where none is beside the model.
         name: its name in the registry; the PSM's own if left out.
         sha256: the expected checksum; a url needs it.
         replace: take the place of the entry of this name, or hide it.
@@ -39,7 +47,8 @@ def add(
     Raises:
         RegistryError: the name is taken, the encoder unknown or another one, or there is no such PSM.
         PSMError: damaged, or not what its checksum is of.
-        SettingError: transformers is needed to load the model, and is not installed.
+        SettingError: transformers is needed to load the model, and is not installed; nobody knows how the model's
+            pixels are normalised.
     """
     path = registry.user_path()
     files.begun(path)
@@ -55,7 +64,7 @@ def add(
         )
     facts = {**where.model_dump(exclude_none=True), "sigma": config.sigma, "sigma_range": list(config.sigma_range)}
     if config.readouts:
-        entry = _encoder(known, encoder, found) | {"fingerprint": list(config.fingerprint)}
+        entry = _encoder(known, encoder, found, processor) | {"fingerprint": list(config.fingerprint)}
         entry["psms"] = [{"readout": readout.name, **facts} for readout in config.readouts]
         registry.put(path, "encoders", name, entry, encoder_families(), replace=replace)
     elif config.purifier is not None:
@@ -65,7 +74,7 @@ def add(
     return name
 
 
-def _encoder(known: Registry, encoder: str | None, psm: PSM) -> dict[str, Any]:
+def _encoder(known: Registry, encoder: str | None, psm: PSM, processor: str | None) -> dict[str, Any]:
     """What the registry says of the encoder that a PSM was trained for, from another entry or from a model."""
     weights = psm.config.fingerprint
     if encoder is None:
@@ -75,7 +84,7 @@ def _encoder(known: Registry, encoder: str | None, psm: PSM) -> dict[str, Any]:
         raise RegistryError(
             "No entry has the fingerprint of this PSM's encoder. Say what it was trained for: --encoder."
         )
-    return _of_entry(known, encoder, weights) if encoder in known.entries else _of_model(encoder, psm)
+    return _of_entry(known, encoder, weights) if encoder in known.entries else _of_model(encoder, psm, processor)
 
 
 def _of_entry(known: Registry, encoder: str, weights: Sequence[float]) -> dict[str, Any]:
@@ -93,11 +102,12 @@ def _of_entry(known: Registry, encoder: str, weights: Sequence[float]) -> dict[s
     return facts
 
 
-def _of_model(model: str, psm: PSM) -> dict[str, Any]:
-    call = _call_of(model, psm.config.fingerprint)
+def _of_model(model: str, psm: PSM, processor: str | None) -> dict[str, Any]:
+    call = _call_of(model, psm.config.fingerprint, processor)
     if call is None:
         raise RegistryError(f"The PSM was trained for other weights than those of the model {model}.")
     psm.check(call, psm.config.sigma)
+    check_pixels([call], certain=True)
     folder = Path(source(model))
     local = {"source": "folder", "location": str(folder.resolve())}
     return {
@@ -124,9 +134,9 @@ def verify(known: Registry, name: str | None = None) -> Iterator[Check]:
         yield Check(f"{encoder}, weights", right, told)
 
 
-def _call_of(model: str, weights: Sequence[float]) -> VisionCall | None:
+def _call_of(model: str, weights: Sequence[float], processor: str | None = None) -> VisionCall | None:
     """The vision call of the model's encoder that has this fingerprint, if one does."""
     if find_spec("transformers") is None:
         raise SettingError('Loading a model needs transformers: pip install "fs-plugins[demo]".')
-    calls = claim(load_model(model))[1]
+    calls = claim(load_model(model, processor=processor))[1]
     return next((call for call in calls if same_encoder(fingerprint(call.module), weights)), None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins.checks import recording, whole
-from fs_plugins.choice import Smoothable
+from fs_plugins.choice import Smoothable, check_pixels
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.pictures import Picture, channels_first, check_unit
@@ -65,12 +65,12 @@ def train_psm(
         workers: threads that load images.
 
     Raises:
-        SettingError: images of another size or range, too few, ``out`` holds something else or another training, or it
-            is called inside ``torch.inference_mode``.
+        SettingError: images of another size or range, too few, ``out`` holds something else or another training, it is
+            called inside ``torch.inference_mode``, or nobody knows how the encoder's pixels are normalised.
         ModelError: no adapter claims the model, it has several vision encoders, or see ``check_trainable``.
     """
     recording("Training")
-    call, crew = one_call(model), accelerator or Alone()
+    call, crew = one_call(model, certain=True), accelerator or Alone()
     check_trainable(call)
     size = _image_size(call, images, config, crew.num_processes)
     folder = out if isinstance(out, TrainingFolder) or out is None else TrainingFolder(out)
@@ -183,20 +183,20 @@ def robustness_score(
     return torch.stack(scores).mean().item()
 
 
-def one_call(model: Smoothable) -> VisionCall:
+def one_call(model: Smoothable, *, certain: bool = False) -> VisionCall:
     """A VisionCall itself, or a model's only one.
 
     Raises:
         ModelError: no adapter, or several, claim the model, or it has several vision encoders.
+        SettingError: see ``choice.check_pixels``, also for ``certain``.
     """
-    if isinstance(model, VisionCall):
-        return model
-    calls = claim(model)[1]
+    calls = (model,) if isinstance(model, VisionCall) else claim(model)[1]
     if len(calls) > 1:
         raise ModelError(
             f"This model has {len(calls)} vision encoders, and a PSM is for one: pass "
             "vision_call(model, encoder=0), say."
         )
+    check_pixels(calls, certain=certain)
     return calls[0]
 
 

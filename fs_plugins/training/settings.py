@@ -21,6 +21,7 @@ class Settings:
         "demo",
         'Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.',
     )
+    processor: str | None = knob(None, "Folder or hub id of the model's processor, where none is beside the model.")
     out: Path = knob(Path("my-psm"), "Folder for the checkpoint, the log, and the PSM in the end.")
     name: str | None = knob(None, "What the PSM is called; left out, the folder's name.")
     scenes: int = knob(0, "So many scenes of the embedded world in place of PHOTOS.", panel=_DATA, least=0)

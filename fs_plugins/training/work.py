@@ -252,7 +252,7 @@ def _threads(settings: Settings) -> int:
 def _certifiable(model: Smoothable, settings: Settings) -> VisionCall:
     """The model's one vision call; what could not be certified in the end is refused now."""
     Plan(n=settings.n, alpha=settings.alpha)
-    smoothers: list[FeatureSmoother] = choose(model, psm=None, sigma=settings.sigma)[1]
+    smoothers: list[FeatureSmoother] = choose(model, psm=None, sigma=settings.sigma, certain=True)[1]
     if len(smoothers) > 1:
         raise ModelError(f"This model has {len(smoothers)} vision encoders; a PSM is trained for one at a time.")
     check_certifiable(smoothers[0], {})

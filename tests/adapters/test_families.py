@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fs_plugins.adapters.hf_layouts import Packed, PatchBatch, PatchRows, Tiles
-from support import make_llava, make_psm, randomise
+from support import knowing, make_llava, make_psm, randomise
 
 import fs_plugins
 from fs_plugins import ModelError, PixelError, PixelSpace, PSMError, SettingError
@@ -58,7 +58,7 @@ def qwen():
 def video_llava():
     clip = {**VISION, "model_type": "clip_vision_model"}
     settings = {"vision_feature_layer": -2, "image_token_index": 30, "video_token_index": 31}
-    return make("VideoLlavaForConditionalGeneration", text_config=LLAMA, vision_config=clip, **settings)
+    return knowing(make("VideoLlavaForConditionalGeneration", text_config=LLAMA, vision_config=clip, **settings))
 
 
 FAMILIES = {
@@ -130,6 +130,7 @@ def test_a_family_is_described_as_it_really_is(build, wanted):
     assert (call.pixels.mean, call.pixels.std) == wanted["norm"]
     vision = getattr(model.config, "vision_config", model.config)
     assert call.pixels.source == f"the default of {vision.model_type} (no processor found beside the checkpoint)"
+    assert call.pixels.assumed
     assert call.architecture["family"] == wanted.get("family", vision.model_type)
     assert call.inputs == wanted["inputs"]
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_a_family_is_described_as_it_really_is(build, wanted):
 
 @pytest.mark.parametrize(("build", "wanted"), FAMILIES.values(), ids=FAMILIES)
 def test_a_familys_encoder_is_smoothed_in_the_shape_it_answers(build, wanted):
-    model = build()
+    model = knowing(build())
     call = fs_plugins.vision_call(model)
     argument, others = call.pixels.layout.still(call.pixels.from_unit(torch.rand(2, 3, 16, 16), torch.float32))
     given = {call.pixels.argument: argument, **others, **call.kwargs}
@@ -200,7 +201,8 @@ def test_the_processor_given_goes_before_the_checkpoints_own_and_that_before_the
             assert told.pixels == smoother.call.pixels.source
             return smoother.call.pixels, smoother.call.image_size
 
-    default, size = enabled(siglip)
+    with pytest.warns(fs_plugins.FSPluginsWarning, match="assumed"):
+        default, size = enabled(siglip)
     assert (default.mean, default.std) == HALF
     assert "default of siglip_vision_model" in default.source
     assert size == (16, 16)
@@ -396,7 +398,7 @@ def qwen_psm(call, **changes):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_mapper_for_images_is_refused_on_a_video_and_the_purifier_is_not(count):
-    model = qwen()
+    model = knowing(qwen())
     psm = qwen_psm(fs_plugins.vision_call(model))
     frames = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     visual, video, image = model.model.visual, of_frames(frames), of_frames(frames[:1].repeat(2, 1, 1, 1))
@@ -420,7 +422,7 @@ def test_a_mapper_for_images_is_refused_on_a_video_and_the_purifier_is_not(count
 
 
 def test_a_mapper_is_refused_at_another_size_and_the_purifier_is_not():
-    model = qwen()
+    model = knowing(qwen())
     psm = qwen_psm(fs_plugins.vision_call(model))
     larger = of_frames(torch.rand(1, 3, 24, 16).repeat(2, 1, 1, 1))
     with torch.no_grad():

@@ -219,13 +219,13 @@ def test_rows_of_one_radius_are_not_those_of_another(start):
 
 
 def test_light_and_n0_reach_enable(start, psm):
-    setup, model = start().plan.setup, Painter(make_llava()).model
+    setup, subject = start().plan.setup, Painter(make_llava())
     light = next(d for d in SUITES["s6"].defences if d.smoothing)
     assert light.smoothing.psm == LIGHT
-    assert options(model, setup, light.smoothing)["psm"] == psm
-    assert [options(model, setup, d.smoothing)["n0"] for d in SUITES["s8"].defences] == [1, 2, 4, 8, 16]
-    plain = options(model, setup, SUITES["table5"].defences[1].smoothing)
+    assert options(subject, setup, light.smoothing)["psm"] == psm
+    assert [options(subject, setup, d.smoothing)["n0"] for d in SUITES["s8"].defences] == [1, 2, 4, 8, 16]
+    plain = options(subject, setup, SUITES["table5"].defences[1].smoothing)
     assert (plain["psm"], plain["sigma"]) == (None, 0.25)
     for place, (purifier, mapped) in ((2, (False, True)), (3, (True, False))):
-        part = options(model, setup, SUITES["table5"].defences[place].smoothing)["psm"]
+        part = options(subject, setup, SUITES["table5"].defences[place].smoothing)["psm"]
         assert (part.config.purifier is not None, bool(part.mapped)) == (purifier, mapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -75,5 +76,9 @@ def hub(call, tmp_path, monkeypatch, online):
 def trained(online, llava, tmp_path) -> tuple[Path, Path]:
     """A small model on disk, and a PSM that was trained for it."""
     llava.save_pretrained(tmp_path / "model")
+    pixels = llava.image_processor
+    (tmp_path / "model" / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": pixels.mean, "image_std": pixels.std}), encoding="utf-8"
+    )
     make_psm(fs_plugins.vision_call(llava), name="new").save_pretrained(tmp_path / "psm")
     return tmp_path / "model", tmp_path / "psm"
