@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import randomise, vision_config
+from support import knowing, randomise, vision_config
 
 import fs_plugins
 from fs_plugins import ModelError
@@ -14,7 +14,7 @@ from fs_plugins import ModelError
 def tower():
     from transformers import CLIPVisionModelWithProjection
 
-    return randomise(CLIPVisionModelWithProjection(vision_config()))
+    return knowing(randomise(CLIPVisionModelWithProjection(vision_config())))
 
 
 @pytest.fixture
