@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def command(kind: type[S], run: Callable[[S], None], *, argument: str | None = N
         from fs_plugins.cli.base import errors_for_people
 
         with errors_for_people():
-            if config is not None and not config.is_file():
+            if config is not None and not os.path.isfile(config):
                 raise SettingError(f"There is no file {config} to read settings from.")
             filed = read(kind, config) if config is not None else {}
             asked = {name: value for name, value in flags.items() if value is not None and value != []}

@@ -7,7 +7,8 @@ it.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from fs_plugins.demo.shipped import MODELS
-from fs_plugins.errors import ModelError
+from fs_plugins.errors import FSPluginsError, ModelError
 from fs_plugins.plugins import known_encoders
 
 
@@ -42,13 +43,11 @@ def load_model(name: str, *, processor: str | None = None) -> nn.Module:
     if name not in MODELS and not os.path.exists(name) and name in known_encoders().entries:
         model = load_encoder(name)
         return model if processor is None else _carrying(model, processor)
-    try:
+    with _loading(f"{name!r} with transformers"):
         config = transformers.AutoConfig.from_pretrained(source(name))
         own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
         kind = getattr(transformers, own[0]) if own else transformers.AutoModel
         model = kind.from_pretrained(source(name), dtype="auto").eval()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load {name!r} with transformers: {error}") from None
     with suppress(ModelError) if processor is None else nullcontext():
         return _carrying(model, processor or name)
     return model
@@ -58,10 +57,8 @@ def _carrying(model: Any, processor: str) -> nn.Module:
     """The model, with what an image processor says of mean, std and size; its pictures are none of our business."""
     from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
+    with _loading(f"an image processor from {processor!r}"):
         saved, _ = ImageProcessingMixin.get_image_processor_dict(source(processor))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load an image processor from {processor!r}: {error}") from None
     model.image_processor = SimpleNamespace(**saved, source=f"the image processor of {source(processor)}")
     return model
 
@@ -82,10 +79,8 @@ def load_chat(
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(name)
-    try:
+    with _loading(f"{name!r} as an image-text-to-text model"):
         model: Any = AutoModelForImageTextToText.from_pretrained(source(name), dtype=dtype, device_map=device_map)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load {name!r} as an image-text-to-text model: {error}") from None
     model.image_processor = getattr(processor, "image_processor", processor)
     return (model if device_map else model.to(device or place())).eval(), processor
 
@@ -98,10 +93,8 @@ def load_processor(name: str) -> Any:
     """
     from transformers import AutoProcessor
 
-    try:
+    with _loading(f"a processor for {name!r}"):
         return AutoProcessor.from_pretrained(source(name))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load a processor for {name!r}: {error}") from None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -112,10 +105,23 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _loading(f"a tokenizer from {name!r}"):
         return AutoTokenizer.from_pretrained(source(name))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load a tokenizer from {name!r}: {error}") from None
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """What transformers raises for names and files that it cannot use depends on where they are wrong.
+
+    Raises:
+        ModelError: in place of all that, but for a want of memory.
+    """
+    try:
+        yield
+    except (FSPluginsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"Cannot load {what}: {error or type(error).__name__}") from error
 
 
 def place() -> str:
