@@ -16,6 +16,7 @@ from .errors import FSPluginsError as FSPluginsError
 from .errors import FSPluginsWarning as FSPluginsWarning
 from .errors import JudgeError as JudgeError
 from .errors import ModelError as ModelError
+from .errors import OutputError as OutputError
 from .errors import PixelError as PixelError
 from .errors import PluginError as PluginError
 from .errors import PSMError as PSMError

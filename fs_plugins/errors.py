@@ -38,6 +38,10 @@ class JudgeError(FSPluginsError, RuntimeError):
     """A judge gives no score: its model cannot be loaded, its endpoint not be reached, or what it says is no score."""
 
 
+class OutputError(SettingError, OSError):
+    """A file or folder cannot be written: it is in the way, protected, or the disk is full. What was there stays."""
+
+
 class FSPluginsWarning(UserWarning):
     """Something legitimate that weakens, or may weaken, the protection."""
 

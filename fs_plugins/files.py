@@ -23,19 +23,47 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import OutputError, SettingError
 
 _ARMED = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _PARTIAL = ".fs-plugins-partial-"
 LOCK = ".lock"
 
 
-def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that, whenever the machine stops, either the old or the new one is there, whole.
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """What hinders the system in writing there is said of the place.
 
     Raises:
-        OSError: the folder is not there, or cannot be written to; nothing is left behind.
+        OutputError: in place of any other OSError.
     """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _unwritten(place, error) from error
+
+
+def _unwritten(place: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{place} cannot be written: {error.strerror or error}. Make room for it, or give another place."
+    )
+
+
+def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that, whenever the machine stops, either the old or the new one is there, whole. The folder is
+    made.
+
+    Raises:
+        OutputError: it cannot be written; nothing is left behind.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _atomically(path, write)
+
+
+def _atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w+b") as file:
@@ -52,12 +80,11 @@ def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """``atomically`` for what is at hand; text is UTF-8. The folder is made.
+    """``atomically`` for what is at hand; text is UTF-8.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OutputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content if isinstance(content, bytes) else spelled(content).encode()
     atomically(path, lambda file: file.write(data))
 
@@ -66,11 +93,12 @@ def begun(path: Path) -> None:
     """An empty file, unless there is one already, which another process may have made just now. The folder is made.
 
     Raises:
-        OSError: it cannot be written.
+        OutputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        path.open("xb").close()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.open("xb").close()
 
 
 def spelled(text: str) -> str:
@@ -172,7 +200,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         what: that the folder is held for, such as "a training".
 
     Raises:
-        SettingError: another process holds it, or it cannot be written to.
+        SettingError: another process holds it.
+        OutputError: it cannot be written to.
     """
     with _held(folder / LOCK, folder, f"Wait for it, or give another folder for {what}.", 0.0):
         yield
@@ -186,7 +215,7 @@ def locked_file(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for another process.
 
     Raises:
-        SettingError: as for ``locked``.
+        SettingError, OutputError: as for ``locked``.
     """
     with _held(path.with_name(f".{path.name}{LOCK}"), path, f"Wait for it, or give another file for {what}.", wait):
         yield
@@ -205,7 +234,7 @@ def _held(place: Path, held: Path, advice: str, wait: float) -> Iterator[None]:
             owner = text(told).strip() or owner
         raise SettingError(f"{held} is in use by {owner}. {advice}") from None
     except OSError as error:
-        raise SettingError(f"{place.parent} cannot be written to: {error}.") from None
+        raise _unwritten(held, error) from error
     try:
         with suppress(OSError):
             replace(told, f"process {os.getpid()} on {socket.gethostname()}\n")

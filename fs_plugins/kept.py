@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fs_plugins.errors import SettingError
-from fs_plugins.files import parsed, replace
+from fs_plugins.files import parsed, replace, writing
 
 SUMS = "SHA256SUMS"
 SEAL = "seal"
@@ -83,7 +83,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     """Put a sealed JSON object in place of what is there.
 
     Raises:
-        OSError: it cannot be written.
+        OutputError: it cannot be written.
     """
     replace(path, sealed(value, indent=1) + b"\n")
 
@@ -160,15 +160,20 @@ class Lines:
         """Add lines.
 
         Raises:
-            OSError: it cannot be written.
+            OutputError: it cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = b"".join(sealed(value) + b"\n" for value in values)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(data)
+
+    def _append(self, data: bytes) -> None:
         with self.path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # half a line would swallow the next one
                     file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-            file.write(b"".join(sealed(value) + b"\n" for value in values))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
@@ -221,9 +226,10 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Write ``SHA256SUMS`` of these files of a folder.
 
     Raises:
-        OSError: one cannot be read, or it cannot be written.
+        OutputError: one cannot be read, or it cannot be written.
     """
-    replace(folder / SUMS, "".join(f"{_sum(folder / name)}  {name}\n" for name in names))
+    with writing(folder / SUMS):
+        replace(folder / SUMS, "".join(f"{_sum(folder / name)}  {name}\n" for name in names))
 
 
 def wrong_sums(folder: Path, names: Iterable[str]) -> list[str]:
@@ -254,15 +260,13 @@ def hold(path: Path, settings: Mapping[str, Any], what: str) -> None:
     """Write down what a run depends on, or compare it with what an earlier run wrote.
 
     Raises:
-        SettingError: other settings, which are named; a file that nothing of ours wrote, or that cannot be written.
+        SettingError: other settings, which are named; a file that nothing of ours wrote.
+        OutputError: it cannot be written.
     """
     if path.exists():
         agree(path, settings, what)
         return
-    try:
-        write(path, settings)
-    except OSError as error:
-        raise SettingError(f"{path.parent} cannot be written to: {error}.") from None
+    write(path, settings)
 
 
 def agree(path: Path, settings: Mapping[str, Any], what: str) -> None:

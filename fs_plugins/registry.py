@@ -16,7 +16,7 @@ from torch import nn
 
 from fs_plugins import sources
 from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
-from fs_plugins.files import filling
+from fs_plugins.files import filling, writing
 from fs_plugins.identity import fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
@@ -325,7 +325,7 @@ def _convert(entry: PurifierEntry, checkpoint: Path, folder: Path) -> None:
     with torch.device("meta"):
         psm = PSM(PSMConfig(**facts, purifier=purifier, encoder="any", fingerprint=()))
     psm.purifier = load_guided_diffusion(checkpoint / entry.names[0], **entry.args)
-    with filling(folder) as fresh:
+    with writing(folder), filling(folder) as fresh:
         psm.save_pretrained(fresh)
 
 

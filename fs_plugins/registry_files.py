@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from fs_plugins import files, plain_yaml
-from fs_plugins.errors import RegistryError, SettingError
+from fs_plugins.errors import OutputError, RegistryError, SettingError
 from fs_plugins.registry_entries import Content, Families
 from fs_plugins.sources import at_home
 
@@ -71,8 +71,8 @@ def put(
         replace: whether an entry of the file that has this name already makes way.
 
     Raises:
-        RegistryError: the file, or the entry, breaks the schema, the name is taken, or the file cannot be written; it
-            is as it was.
+        RegistryError: the file, or the entry, breaks the schema, or the name is taken; the file is as it was.
+        OutputError: it cannot be written.
     """
     path = path.resolve()
     if not path.is_file():
@@ -80,6 +80,8 @@ def put(
     try:
         with files.locked_file(path, "this entry", wait=_TURN):
             _put(path, section, name, entry, families, replace)
+    except OutputError:
+        raise
     except SettingError as error:
         raise RegistryError(str(error)) from None
 
@@ -101,10 +103,7 @@ def _put(
     data[section] = {name: dict(entry), **data.get(section, {})}
     _valid(data, path, families)
     text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-    try:
-        files.replace(path, text)
-    except OSError as error:
-        raise RegistryError(f"The registry {path} cannot be written: {error}.") from None
+    files.replace(path, text)
 
 
 def user_path() -> Path:

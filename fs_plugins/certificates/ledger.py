@@ -103,12 +103,9 @@ class File:
         """All of it, in place of what is there.
 
         Raises:
-            SettingError: it cannot be written.
+            OutputError: it cannot be written.
         """
-        try:
-            Lines(self.path).replace([{"settings": self.settings, "key": self.key.hex()}, *self.lines])
-        except OSError as error:
-            raise SettingError(f"{self.path} cannot be written: {error}.") from None
+        Lines(self.path).replace([{"settings": self.settings, "key": self.key.hex()}, *self.lines])
 
 
 @contextmanager

@@ -44,7 +44,6 @@ def draw(certificates: Sequence[Certificate], path: Path) -> None:
     axes.set(xlabel="eps (l2, [0, 1] pixels)", ylabel="cosine to the clean feature", ylim=(0, 1), xlim=(0, eps[-1]))
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"{len(certificates)} images, {certificates[0]}".split(":")[0], fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomically(path, lambda file: figure.savefig(file, dpi=200, format=path.suffix[1:] or None))
 
 

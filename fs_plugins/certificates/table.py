@@ -96,7 +96,7 @@ def write(path: Path, rows: Iterable[Average], *, distances: Sequence[float] = D
     """The averages as CSV.
 
     Raises:
-        OSError: it cannot be written.
+        OutputError: it cannot be written.
     """
     head = ["sigma", "PSM", "method", *(f"{eps:g}" for eps in distances), "R"]
     lines = [[f"{row.sigma:g}", row.psm or "none", row.method, *row.cosines, row.radius] for row in rows]

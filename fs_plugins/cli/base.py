@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,11 @@ def errors_for_people() -> Iterator[None]:
         yield
     except errors.FSPluginsError as error:
         _leave(error, "")
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # nobody reads on: no error of this command
+            raise
+        where = "" if error.filename is None else f": {error.filename}"
+        _leave(errors.OutputError(f"{error.strerror}{where}. Nothing else was done."), "")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported it
             raise

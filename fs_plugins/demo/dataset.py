@@ -9,7 +9,7 @@ from pathlib import Path
 from fs_plugins.demo import world
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import SAMPLES, SETTINGS, Prompts, Sample
-from fs_plugins.files import filling, replace
+from fs_plugins.files import filling, replace, writing
 
 _OFFER = " Output one: "
 
@@ -51,7 +51,7 @@ def write(folder: str | os.PathLike[str], count: int, *, start: int = 0) -> Path
     replace(root / SETTINGS, told)
     scenes = world.scenes("heldout", count, start)
     for part, some in (("images", scenes), ("targets", world.scenes("target", count, start))):
-        with filling(root / part) as fresh:
+        with writing(root / part), filling(root / part) as fresh:
             for scene in some:
                 scene.draw().save(fresh / f"{scene.index:04d}.png")
     lines = [_sample(scene).model_dump_json(exclude_none=True) for scene in scenes]

@@ -18,6 +18,7 @@ from fs_plugins.evaluation.plan import answers_key, attacked_key
 from fs_plugins.evaluation.results import Results
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence
+from fs_plugins.files import atomically
 from fs_plugins.noise import normal
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def draw(drawn: Sequence[Panel], settings: Settings, path: Path) -> None:
         axes = figure.add_subplot(grid[i, 5])
         axes.set_axis_off()
         _say(axes, panel)
-    figure.savefig(path, metadata={"Software": "fs-plugins demo"})
+    atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fs-plugins demo"}))
 
 
 def _say(axes: Axes, panel: Panel) -> None:

@@ -176,7 +176,6 @@ class Tower:
     def _certify_at(self, sigma: float, defence: Defence, chosen: Options, images: dict[str, Tensor]) -> None:
         draws = self.plan.setup.certified_draws
         rows = self.store.certificates_file(defence.name, sigma, self.means.share)
-        rows.parent.mkdir(exist_ok=True)
         fs_plugins.certify(
             self.subject.model,
             images,

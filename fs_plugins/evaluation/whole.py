@@ -135,10 +135,7 @@ def _scenes(settings: Settings, scenes: Scenes | None, held: ExitStack | None, w
     folder = settings.folder / f"scenes-{count}"
     if held is not None:
         _hold(settings.folder, held)
-        try:
-            scenes(folder, count)
-        except OSError as error:
-            raise SettingError(f"{settings.folder} cannot be written to: {error}.") from None
+        scenes(folder, count)
     wait()
     return folder
 

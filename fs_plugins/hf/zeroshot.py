@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,15 +27,17 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
         prompt: what a class is called in a sentence, with ``{}`` for its name.
 
     Raises:
-        SettingError: fewer than two classes, or a prompt without ``{}``.
+        SettingError: fewer than two classes, or a prompt that has not ``{}`` once.
         ModelError: the model embeds no texts.
     """
     if len(set(classes)) < 2 or len(set(classes)) < len(classes):
         raise SettingError(
             f'Zero-shot classes are two different names or more, such as "cat, dog"; got {list(classes)}.'
         )
-    if "{}" not in prompt:
-        raise SettingError(f"The prompt must say where the class goes with {{}}, got {prompt!r}.")
+    if not _takes_one(prompt):
+        raise SettingError(
+            f"The prompt must say where the class goes with {{}}, once and with no other braces, got {prompt!r}."
+        )
     if not hasattr(model, "get_text_features"):
         raise ModelError(
             f"Zero-shot classification needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} "
@@ -51,6 +54,14 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
     found = model.get_text_features(**tokens.to(model.device))
     features = getattr(found, "pooler_output", found)
     return dict(zip(classes, torch.nn.functional.normalize(features.float(), dim=-1), strict=True))
+
+
+def _takes_one(prompt: str) -> bool:
+    try:
+        parts = list(string.Formatter().parse(prompt))
+    except ValueError:
+        return False
+    return [part[1:] for part in parts if part[1] is not None] == [("", "", None)]
 
 
 class ZeroShot:

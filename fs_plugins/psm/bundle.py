@@ -9,7 +9,7 @@ import os
 import reprlib
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fs_plugins.errors import FSPluginsError, PSMError
 from fs_plugins.fields import Count, Number, Sigma, Whole
-from fs_plugins.files import atomically, replace, value
+from fs_plugins.files import atomically, replace, value, writing
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
@@ -244,23 +244,12 @@ class PSM(nn.Module):
 
         Raises:
             PSMError: the folder is a file, or holds something other than a PSM.
-            OSError: it cannot be written.
+            OutputError: it cannot be written.
         """
         target = _place(folder)
         contents = self.files(dtype=dtype)
-        target.mkdir(parents=True, exist_ok=True)
-        spare = spare_weights(target)
-        if spare and (target / WEIGHTS_NAME).is_file() and not spare.exists():
-            _link(target / WEIGHTS_NAME, spare)
-        try:
-            for name, data in contents.items():
-                replace(target / name, data)
-        except BaseException:
-            if spare and spare.exists() and spare == spare_weights(target):  # the old configuration is there
-                os.replace(spare, target / WEIGHTS_NAME)
-            raise
-        for left in target.glob(f".{WEIGHTS_NAME}-{'?' * 64}"):
-            left.unlink(missing_ok=True)
+        with writing(target):
+            _write(target, contents)
 
     @classmethod
     @torch.inference_mode(False)  # weights made in the mode would let no gradient through, ever
@@ -321,6 +310,22 @@ def _place(folder: str | os.PathLike[str]) -> Path:
     if others and not (target / CONFIG_NAME).exists():
         raise PSMError(f"{folder} exists and is not a PSM folder; choose another or empty it.")
     return target
+
+
+def _write(target: Path, contents: Mapping[str, bytes]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    spare = spare_weights(target)
+    if spare and (target / WEIGHTS_NAME).is_file() and not spare.exists():
+        _link(target / WEIGHTS_NAME, spare)
+    try:
+        for name, data in contents.items():
+            replace(target / name, data)
+    except BaseException:
+        if spare and spare.exists() and spare == spare_weights(target):  # the old configuration is there
+            os.replace(spare, target / WEIGHTS_NAME)
+        raise
+    for left in target.glob(f".{WEIGHTS_NAME}-{'?' * 64}"):
+        left.unlink(missing_ok=True)
 
 
 def _link(old: Path, new: Path) -> None:

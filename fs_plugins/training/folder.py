@@ -155,11 +155,12 @@ class TrainingFolder:
                 raise self._damaged("it is not what it was when the checkpoint was written")
             files.replace(self.path / LOG, b"".join(line + b"\n" for line in lines))
         if self._writer is not None:
-            self._board = self._writer(self.path / "tensorboard", purge_step=now + 1)
+            with files.writing(self.path / "tensorboard"):
+                self._board = self._writer(self.path / "tensorboard", purge_step=now + 1)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append a row."""
-        with (self.path / LOG).open("ab") as file:
+        with files.writing(self.path / LOG), (self.path / LOG).open("ab") as file:
             file.write(_lines([{"stage": stage, "step": step, **{name: f"{v:.6g}" for name, v in values.items()}}]))
         if self._board is not None:
             for name, value in values.items():
