@@ -72,8 +72,8 @@ def _beside(folder: Path, root: Path) -> Saved | None:
     from transformers.image_processing_base import ImageProcessingMixin
 
     for place in (folder, *folder.parents):
-        with suppress(OSError, ValueError):
-            return dict(ImageProcessingMixin.get_image_processor_dict(str(place), local_files_only=True)[0])
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # none, or a damaged one
+            return {**ImageProcessingMixin.get_image_processor_dict(str(place), local_files_only=True)[0]}
         if place == root:
             break
     return None

@@ -52,7 +52,13 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     warnings.filterwarnings("once", category=errors.FSPluginsWarning)  # however often a command asks
-    app()
+    try:
+        app()
+    except OSError as error:  # standard output itself cannot be written to: in help, in the version
+        if error.errno is None:
+            raise
+        complaints.print(f"Error  {error.strerror}")
+        sys.exit(2)
 
 
 def _show_warning(

@@ -76,7 +76,7 @@ def errors_for_people() -> Iterator[None]:
         if error.errno in (None, errno.EPIPE):  # nobody reads on: no error of this command
             raise
         where = "" if error.filename is None else f": {error.filename}"
-        _leave(errors.OutputError(f"{error.strerror}{where}. Nothing else was done."), "")
+        _leave(errors.OutputError(f"{error.strerror}{where}."), "")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not every command has imported it
             raise
@@ -84,7 +84,13 @@ def errors_for_people() -> Iterator[None]:
 
 
 def _leave(error: Exception, advice: str) -> NoReturn:
-    console.print(styled("Error", "bold red"), f" {type(error).__name__}: {error}{advice}", soft_wrap=True)
+    told = (styled("Error", "bold red"), f" {type(error).__name__}: {error}{advice}")
+    try:
+        console.print(*told, soft_wrap=True)
+    except OSError as full:
+        if full.errno == errno.EPIPE:
+            raise
+        complaints.print(*told, soft_wrap=True)
     raise typer.Exit(2) from None
 
 

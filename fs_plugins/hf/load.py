@@ -59,7 +59,8 @@ def _carrying(model: Any, processor: str) -> nn.Module:
 
     with _loading(f"an image processor from {processor!r}"):
         saved, _ = ImageProcessingMixin.get_image_processor_dict(source(processor))
-    model.image_processor = SimpleNamespace(**saved, source=f"the image processor of {source(processor)}")
+        told = {**saved, "source": f"the image processor of {source(processor)}"}  # no mapping, where it is damaged
+    model.image_processor = SimpleNamespace(**told)
     return model
 
 
