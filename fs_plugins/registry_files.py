@@ -74,7 +74,7 @@ def put(
         RegistryError: the file, or the entry, breaks the schema, or the name is taken; the file is as it was.
         OutputError: it cannot be written.
     """
-    path = path.resolve()
+    path = files.real(path)
     if not path.is_file():
         raise RegistryError(f"{path} is no file to write a registry to.")
     try:

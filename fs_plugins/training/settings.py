@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fs_plugins.files import spelled
+from fs_plugins.files import real, spelled
 from fs_plugins.settings import knob
 
 _DATA, _PARTS, _STAGES, _RUN, _REPORT = "Data", "Parts", "Stages", "Run", "Report"
@@ -69,7 +69,7 @@ class Settings:
     @property
     def title(self) -> str:
         """What the PSM is called."""
-        return spelled(self.name or self.out.resolve().name)
+        return spelled(self.name or real(self.out).name)
 
     @property
     def encoder(self) -> str:

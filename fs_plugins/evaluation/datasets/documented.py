@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets.dataset import NONE_OPTION, Dataset, Prompts, Sample, Strict
 from fs_plugins.evaluation.datasets.reader import Reader, first_of
-from fs_plugins.files import bare
+from fs_plugins.files import bare, real
 
 SAMPLES, SETTINGS = "samples.jsonl", "dataset.json"
 
@@ -49,7 +49,7 @@ def read(root: Path) -> Dataset:
     if classes is None:
         classes = tuple(sorted({sample.label for sample in samples if sample.label is not None}))
     return Dataset(
-        settings.name or root.resolve().name,
+        settings.name or real(root).name,
         root,
         tuple(samples),
         classes,

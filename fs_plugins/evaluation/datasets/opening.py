@@ -13,6 +13,7 @@ from fs_plugins.errors import PluginError, SettingError
 from fs_plugins.evaluation.datasets.dataset import Dataset, shuffled
 from fs_plugins.evaluation.datasets.plain import read as read_pictures
 from fs_plugins.evaluation.datasets.readers import READERS, known_readers
+from fs_plugins.files import real
 from fs_plugins.hooks import DISABLE
 from fs_plugins.pictures import EXTENSIONS, check, pictures_below
 
@@ -148,6 +149,6 @@ def _aims(dataset: Dataset, pool: Sequence[Path], seed: int) -> dict[str, Path]:
 
 def _in_turn(pool: Sequence[Path], turn: int, own: Path) -> Path:
     for choice in (pool[turn % len(pool)], pool[(turn + 1) % len(pool)]):
-        if choice.resolve() != own.resolve():
+        if real(choice) != real(own):
             return choice
     raise SettingError(f"The only target picture is {own} itself; give a folder with another as targets.")
