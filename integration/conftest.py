@@ -71,4 +71,4 @@ class Recorder:
             "families": {family: self.families[family] for family in families},
             "absent": {name: exceptions.ABSENT[name] for name in absent()},
         }
-        self.path.write_text(json.dumps(told, indent=1))
+        self.path.write_text(json.dumps(told, indent=1), "utf-8")

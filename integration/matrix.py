@@ -20,7 +20,9 @@ A number is of tests that passed. `+1 (a)` is a test that must fail or is not ru
 
 
 def main(out: Path, reports: list[Path]) -> None:
-    runs = sorted((json.loads(path.read_text()) for path in reports), key=lambda run: _order(run["transformers"]))
+    runs = sorted(
+        (json.loads(path.read_text("utf-8")) for path in reports), key=lambda run: _order(run["transformers"])
+    )
     reasons: dict[str, str] = {}
     rows = [_row(family, runs, reasons) for family in _families(runs)]
     columns = [f"transformers {run['transformers']}" for run in runs]

@@ -61,8 +61,8 @@ def tasks(tmp_path_factory) -> Path:
     ]
     kinds = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
     Dataset.from_list(rows, features=kinds).to_parquet(folder / "scenes.parquet")
-    (folder / "scenes.py").write_text("def pictures(doc):\n    return [doc['image']]\n")
-    (folder / "scenes.yaml").write_text(TASK.format(folder=folder))
+    (folder / "scenes.py").write_text("def pictures(doc):\n    return [doc['image']]\n", "utf-8")
+    (folder / "scenes.yaml").write_text(TASK.format(folder=folder), "utf-8")
     return folder
 
 
@@ -230,7 +230,7 @@ def test_its_own_command_scores_the_demo(tasks, tmp_path):
     )
     assert told.returncode == 0, told.stderr
     (report,) = (tmp_path / "out").rglob("*results.json")
-    found = json.loads(report.read_text())
+    found = json.loads(report.read_text("utf-8"))
     assert found["results"]["fs_scenes"]["exact_match,none"] > 0.8
     assert found["config"]["model_args"] == options["model_args"]
     assert "noise_scope=image,seed=0,pin=fs-" in told.stdout

@@ -27,7 +27,7 @@ def blocks(language: str) -> list[pytest.param]:
     """The code of all pages; that of a tutorial is one walk."""
     found = []
     for page in PAGES:
-        code = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        code = re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
         if page.parent.name == "tutorial" and language == "python":
             code = ["\n".join(code)]
         found += [pytest.param(text, id=f"{page.relative_to(ROOT)}-{i}") for i, text in enumerate(code)]
@@ -63,7 +63,7 @@ def place(tmp_path, monkeypatch):
 def test_python_blocks_run(code, place):
     """The demo's model stands in for the one a reader has; a file that is shown is the file."""
     if shown := shown_file(code):
-        assert code[shown.end() :] == (ROOT / shown[1]).read_text()
+        assert code[shown.end() :] == (ROOT / shown[1]).read_text("utf-8")
     code = re.sub(r'"llava-hf/[^"]+"', repr(str(assets.LLAVA)), code)
     code = re.sub(r'"openai/[^"]+"', repr(str(assets.CLIP)), code)
     code = code.replace('"fare4"', '"demo-clip"')
@@ -85,7 +85,7 @@ def test_settings_in_a_file_are_settings(code, tmp_path):
     if command is None:
         assert yaml.safe_load(code)["version"] == 1
         return
-    (tmp_path / "settings.yaml").write_text(code)
+    (tmp_path / "settings.yaml").write_text(code, "utf-8")
     package = {"evaluate": "evaluation", "train": "training"}[command[1]]
     kind = importlib.import_module(f"fs_plugins.{package}.settings").Settings
     assert build(kind, read(kind, tmp_path / "settings.yaml"))
@@ -95,31 +95,31 @@ def test_settings_in_a_file_are_settings(code, tmp_path):
 def test_toml_blocks_are_part_of_the_file_they_name(code):
     shown = shown_file(code)
     assert shown
-    lines = (ROOT / shown[1]).read_text().splitlines()
+    lines = (ROOT / shown[1]).read_text("utf-8").splitlines()
     assert all(line in lines for line in code[shown.end() :].splitlines())
 
 
 def test_json_blocks_are_a_dataset(tmp_path):
     """The format's own examples: lines of samples, and what is said of them all."""
-    page = (DOCS / "reference" / "dataset-format.md").read_text()
+    page = (DOCS / "reference" / "dataset-format.md").read_text("utf-8")
     samples, about = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     named = re.findall(r'"(?:image|target)": "([^"]+)"', samples)
     for i, path in enumerate([*named, "sharks/0.png"]):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         world.scene("train", i).draw().save(tmp_path / path)
-    (tmp_path / "samples.jsonl").write_text(samples)
-    (tmp_path / "dataset.json").write_text(about)
+    (tmp_path / "samples.jsonl").write_text(samples, "utf-8")
+    (tmp_path / "dataset.json").write_text(about, "utf-8")
     dataset = open_dataset(tmp_path, targets=tmp_path / "sharks")
     assert (dataset.name, dataset.target_class, len(dataset.samples)) == ("farm", "shark", len(samples.splitlines()))
 
 
 def ci() -> str:
     """What .ci/run runs, and the Makefile with its variables written out."""
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     values = dict(re.findall(r"^(\w+) \??= (.*)$", makefile, re.MULTILINE))
     for _ in range(3):
         makefile = re.sub(r"\$\((\w+)\)", lambda name: values.get(name[1], name[0]), makefile)
-    return (ROOT / ".ci" / "run").read_text() + makefile
+    return (ROOT / ".ci" / "run").read_text("utf-8") + makefile
 
 
 @pytest.mark.parametrize("code", blocks("bash"))
@@ -151,17 +151,17 @@ def test_links_between_pages_lead_somewhere(page):
 
 def test_pages_that_messages_name_are_there():
     for path in (ROOT / "fs_plugins").rglob("*.py"):
-        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text()):
+        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8")):
             assert (ROOT / page).exists(), f"{path}: {page}"
 
 
 def test_every_page_is_on_the_site():
-    listed = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE))
     assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} <= listed
 
 
 def test_the_page_of_public_names_is_the_list_of_them():
-    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "reference" / "public-names.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / "reference" / "public-names.md").read_text("utf-8"), re.MULTILINE)
     assert len(rows) == len(set(rows))
     assert set(rows) == set(fs_plugins.__all__)
 
@@ -169,7 +169,7 @@ def test_the_page_of_public_names_is_the_list_of_them():
 @pytest.mark.parametrize("package", ["attacks", "certificates", "evaluation", "hf", "training"])
 def test_the_reference_of_a_package_has_all_its_names(package):
     """Of packages whose names are loaded lazily, mkdocstrings cannot tell which are public."""
-    page = (DOCS / "reference" / f"{package}.md").read_text()
+    page = (DOCS / "reference" / f"{package}.md").read_text("utf-8")
     shown = re.findall(rf"^::: fs_plugins\.{package}\.(\w+)$", page, re.MULTILINE)
     assert set(importlib.import_module(f"fs_plugins.{package}").__all__) <= set(shown)
 
@@ -177,16 +177,16 @@ def test_the_reference_of_a_package_has_all_its_names(package):
 def test_the_page_of_the_command_line_is_what_its_options_say():
     from tools.command_line import page
 
-    assert (DOCS / "reference" / "command-line.md").read_text() == page()
+    assert (DOCS / "reference" / "command-line.md").read_text("utf-8") == page()
 
 
 def test_the_page_of_hooks_lists_those_there_are():
-    listed = re.findall(r"^\| `(fs_\w+)\(", (DOCS / "reference" / "hooks.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `(fs_\w+)\(", (DOCS / "reference" / "hooks.md").read_text("utf-8"), re.MULTILINE)
     assert set(listed) == {name for name in vars(hooks) if name.startswith("fs_")}
 
 
 def test_every_environment_variable_is_on_their_page():
-    page = (DOCS / "reference" / "environment.md").read_text()
-    source = "".join(path.read_text() for path in (ROOT / "fs_plugins").rglob("*.py"))
+    page = (DOCS / "reference" / "environment.md").read_text("utf-8")
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "fs_plugins").rglob("*.py"))
     for name in set(re.findall(r'"(FS_PLUGINS_[A-Z_]+)"', source)):
         assert f"| `{name}` |" in page, name

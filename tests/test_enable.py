@@ -390,10 +390,10 @@ def test_a_damaged_psm_is_an_error_and_nothing_stands_in_for_it(tmp_path, monkey
     (tmp_path / "psm").mkdir()
     for name in ("config.json", "psm.safetensors"):
         (tmp_path / "psm" / name).write_bytes((assets.PSM_CLIP / name).read_bytes() + b" ")
-    known = yaml.safe_load(registry.shipped_path().read_text())
+    known = yaml.safe_load(registry.shipped_path().read_text("utf-8"))
     for psm in known["encoders"]["demo-clip"]["psms"]:
         psm.update(state="folder", path=str(tmp_path / "psm"))
-    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(known))
+    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(known), "utf-8")
     monkeypatch.setenv(registry.USER, str(tmp_path / "registry.yaml"))
     clip = CLIPModel.from_pretrained(assets.CLIP).eval()
     with pytest.raises(PSMError, match="does not have the registry's checksum"):

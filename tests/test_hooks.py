@@ -172,7 +172,7 @@ def test_fs_attacks_that_are_none_or_taken_are_refused(manager):
 
 def cards(root):
     """A plugin's layout: a line of cards.txt is a picture's name and what it shows."""
-    lines = (root / "cards.txt").read_text().splitlines()
+    lines = (root / "cards.txt").read_text("utf-8").splitlines()
     samples = tuple(sample_of(root, root / line.split()[0], label=line.split()[1]) for line in lines)
     return Dataset("cards", root, samples, ("ace", "king"))
 
@@ -180,7 +180,7 @@ def cards(root):
 def test_fs_datasets_are_read(manager, tmp_path):
     for name in ("1.png", "2.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    (tmp_path / "cards.txt").write_text("1.png ace\n2.png king\n")
+    (tmp_path / "cards.txt").write_text("1.png ace\n2.png king\n", "utf-8")
     assert open_dataset(tmp_path).tasks == ("captioning",), "just pictures"
     hooks.register(manager, plugin(fs_datasets=lambda: {"cards": Reader(("cards.txt", "deck/"), cards)}), "cards")
     found = open_dataset(tmp_path)
@@ -189,12 +189,12 @@ def test_fs_datasets_are_read(manager, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SettingError, match=r"problems\.json, cards\.txt, \*\.png"):
         open_dataset(tmp_path / "empty")
-    (tmp_path / "samples.jsonl").write_text('{"image": "1.png", "target": "2.png"}\n')
+    (tmp_path / "samples.jsonl").write_text('{"image": "1.png", "target": "2.png"}\n', "utf-8")
     assert len(open_dataset(tmp_path).samples) == 1, "what a reader that ships recognises, it reads"
 
 
 def test_fs_datasets_that_are_none_taken_or_in_doubt_are_refused(manager, tmp_path):
-    (tmp_path / "cards.txt").write_text("")
+    (tmp_path / "cards.txt").write_text("", "utf-8")
     one, other = Reader(("cards.txt",), lambda root: None), Reader(("cards.txt",), cards)
     for answer, told in (
         ({"nips17": other}, "'mine' provides a reader 'nips17', and so does fs_plugins itself"),
@@ -263,7 +263,7 @@ def test_judges_that_are_none_are_refused(manager, answer, told):
 
 def test_fs_registries_add_entries(manager, tmp_path):
     shipped = Path(fs_plugins.registry.shipped_path()).read_text(encoding="utf-8")
-    (tmp_path / "more.yaml").write_text(shipped.replace("  llava-1.5:", "  mine:"))
+    (tmp_path / "more.yaml").write_text(shipped.replace("  llava-1.5:", "  mine:"), "utf-8")
     hooks.register(manager, plugin(fs_registries=lambda: [tmp_path / "more.yaml"]), "more")
     assert "mine" in known_encoders().entries
 
@@ -285,14 +285,14 @@ def entry_of(**architecture):
 def test_fs_encoder_families_say_what_a_registry_has_to_tell(manager, monkeypatch, tmp_path):
     path = tmp_path / "mine.yaml"
     monkeypatch.setenv("FS_PLUGINS_REGISTRY", str(path))
-    path.write_text(entry_of(family="eye", lenses=2))
+    path.write_text(entry_of(family="eye", lenses=2), "utf-8")
     assert "mine" in known_encoders().entries, "a family that nobody describes is taken as it is"
     eye = plugin(fs_encoder_families=lambda: {"eye": {"lenses": int, "glass": str}})
     hooks.register(manager, eye, "eye")
-    path.write_text(entry_of(family="eye", lenses=2, glass="flint"))
+    path.write_text(entry_of(family="eye", lenses=2, glass="flint"), "utf-8")
     assert known_encoders().entries["mine"].architecture.model_dump()["glass"] == "flint"
     for wrong in ({"lenses": 2}, {"lenses": 2, "glass": 3}, {"lenses": 2, "glass": "flint", "colour": "red"}):
-        path.write_text(entry_of(family="eye", **wrong))
+        path.write_text(entry_of(family="eye", **wrong), "utf-8")
         with pytest.raises(RegistryError, match=r"(glass|colour): eye has lenses \(a number\), glass \(a word\)"):
             known_encoders()
 
@@ -394,4 +394,4 @@ def test_every_hook_is_documented_and_has_a_test_of_its_own(name):
     assert re.search(rf"^def test_{name}|^def test_.*{name}", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
     docs = Path(__file__).parent.parent / "docs" / "reference" / "hooks.md"
     arguments = ", ".join(hook.__code__.co_varnames[: hook.__code__.co_argcount])
-    assert f"| `{name}({arguments})` |" in docs.read_text()
+    assert f"| `{name}({arguments})` |" in docs.read_text("utf-8")

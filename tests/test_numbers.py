@@ -133,7 +133,7 @@ def certified(folder: Path, **changes):
     (folder / "rows.jsonl").unlink(missing_ok=True)
     made = [fs_plugins.certify(call(), rand(1, 3, 8, 8), **settings) for _ in range(2)]  # the second reads the file
     assert made[0] == made[1]
-    return [one.to_json() for one in made[0]], (folder / "rows.jsonl").read_text()
+    return [one.to_json() for one in made[0]], (folder / "rows.jsonl").read_text("utf-8")
 
 
 def predicted(folder: Path, **changes):
@@ -141,14 +141,14 @@ def predicted(folder: Path, **changes):
     (folder / "rows.jsonl").unlink(missing_ok=True)
     made = [fs_plugins.certify_predictions(call(), rand(1, 3, 8, 8), torch.eye(24)[:3], **settings) for _ in range(2)]
     assert made[0] == made[1]
-    return [one.to_json() for one in made[0]], (folder / "rows.jsonl").read_text()
+    return [one.to_json() for one in made[0]], (folder / "rows.jsonl").read_text("utf-8")
 
 
 def folder_of(out: Path, **changes):
     (out / "certificates.jsonl").unlink(missing_ok=True)
     plan = Plan(n=20, alpha=0.125)
     made = certify_folder(smoother(), {"a": rand(3, 8, 8)}, out, plan=plan, **changes)
-    return made["a"].to_json(), (out / "certificates.jsonl").read_text()
+    return made["a"].to_json(), (out / "certificates.jsonl").read_text("utf-8")
 
 
 SCORES = np.linspace(0.5, 1, 40)

@@ -72,12 +72,12 @@ def test_verbs_refuse_what_is_no_noise_level(llava, call, sigma):
 @pytest.mark.parametrize("sigma", [*WRONG, 0, 0.0, None], ids=lambda sigma: repr(sigma)[:8])
 def test_configurations_refuse_what_is_no_noise_level(call, tmp_path, sigma):
     make_psm(call).save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
+    told = json.loads((tmp_path / "config.json").read_text("utf-8"))
     for name, value in (("sigma", sigma), ("sigma_range", [0.25, sigma]), ("sigma_range", [sigma, 0.25])):
         with pytest.raises(ValueError, match=f"(?s){name}.*{MESSAGE}"):
             PSMConfig.model_validate({**told, name: value})
         if sigma != 10**400:
-            (tmp_path / "config.json").write_text(json.dumps({**told, name: value}))
+            (tmp_path / "config.json").write_text(json.dumps({**told, name: value}), "utf-8")
             with pytest.raises(FSPluginsError, match=rf"config\.json is not a PSM configuration: {name}"):
                 PSM.from_pretrained(tmp_path)
 
@@ -105,7 +105,7 @@ def test_a_certificate_of_another_space_may_have_another_unit():
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_settings_files_refuse_what_is_no_noise_level(tmp_path, monkeypatch, command, text):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "settings.yaml").write_text(f"sigma: {text}\nout: {tmp_path / 'out'}")
+    (tmp_path / "settings.yaml").write_text(f"sigma: {text}\nout: {tmp_path / 'out'}", "utf-8")
     result = CliRunner().invoke(app, [command, "--config", "settings.yaml"])
     assert result.exit_code == 2, result.output
     assert "sigma" in result.output

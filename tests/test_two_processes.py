@@ -132,7 +132,7 @@ def test_two_processes_put_entries_into_a_registry_and_none_is_lost(tmp_path):
 
 def test_a_name_that_another_process_took_meanwhile_is_refused(tmp_path):
     path = tmp_path / "registry.yaml"
-    path.write_text("version: 1\n")
+    path.write_text("version: 1\n", "utf-8")
     entry = {"kind": "unet", "state": "not trained yet"}
     registry.put(path, "purifiers", "mine", entry, replace=False)
     with pytest.raises(fs_plugins.RegistryError, match=r"'mine' is in .* already"):
@@ -149,22 +149,22 @@ def test_a_folder_of_others_is_left_as_it_is(name, stranger, picture, tmp_path):
         pytest.importorskip("accelerate")
     out = tmp_path / "out"
     (out / "results").mkdir(parents=True)
-    (out / stranger).write_text("years of work")
+    (out / stranger).write_text("years of work", "utf-8")
     command = [word.format(pictures=picture) for word in COMMANDS[name]]
     result = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert result.exit_code == 2, result.output
     assert "choose another folder or empty it" in " ".join(result.output.split())
     assert {path.name for path in out.glob("[!.]*")} == {"results", stranger}
-    assert (out / stranger).read_text() == "years of work"
+    assert (out / stranger).read_text("utf-8") == "years of work"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_file_in_place_of_the_folder_is_a_sentence(name, picture, tmp_path):
-    (tmp_path / "out").write_text("years of work")
+    (tmp_path / "out").write_text("years of work", "utf-8")
     command = [word.format(pictures=picture) for word in COMMANDS[name]]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2, result.output
-    assert (tmp_path / "out").read_text() == "years of work"
+    assert (tmp_path / "out").read_text("utf-8") == "years of work"
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def build(folder: Path) -> Path:
 def test_every_package_is_in_the_list_of_packages():
     import tomllib
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fs_plugins").rglob("__init__.py")}
     assert set(listed) == there | {"fs_plugins.adapters"}
 
@@ -49,7 +49,7 @@ def test_every_stub_of_public_names_is_in_the_package_data():
     """Without it, importing that package from a wheel fails."""
     import tomllib
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fs_plugins").rglob("__init__.pyi")}
     assert there == {package for package, names in listed.items() if "__init__.pyi" in names}
 
@@ -70,7 +70,7 @@ def test_the_wheel_works_in_an_empty_environment_away_from_the_checkout(tmp_path
     )
     helped = subprocess.run([tmp_path / "venv" / "bin" / "fs-plugins", "--help"], capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
-    (tmp_path / "try.py").write_text(SCRIPT)
+    (tmp_path / "try.py").write_text(SCRIPT, "utf-8")
     told = subprocess.run([python, "try.py"], cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert "demo-psm-llava" in told.stdout

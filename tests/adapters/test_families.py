@@ -187,7 +187,7 @@ def siglip():
 def saved_beside(model, folder, **processor):
     """The model, saved with a preprocessor_config.json beside it and loaded again."""
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
     return type(model).from_pretrained(folder).eval()
 
 

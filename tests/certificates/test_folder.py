@@ -52,7 +52,7 @@ def test_a_folder_gets_the_rows_of_certify_and_goes_on_from_them(smoother, pictu
 
     found = certify_folder(smoother, pictures, tmp_path / "out", plan=PLAN, seed=0, track=track)
     assert list(found.values()) == whole
-    assert (tmp_path / "out" / ROWS).read_text() == (tmp_path / "rows.jsonl").read_text()
+    assert (tmp_path / "out" / ROWS).read_text("utf-8") == (tmp_path / "rows.jsonl").read_text("utf-8")
     assert drawn[0] == ("certificates", 3 * 40)
     assert sum(draws for _, draws in drawn[1:]) == 3 * 40
     drawn.clear()
@@ -66,7 +66,7 @@ def test_several_processes_share_the_pictures_and_the_first_merges(smoother, pic
     assert list(second) == ["b"]
     assert (tmp_path / "two" / "certificates.2-of-2.jsonl").exists()
     assert certify_folder(smoother, pictures, tmp_path / "two", plan=PLAN, seed=0, crew=OneOfTwo(0)) == alone
-    assert (tmp_path / "two" / ROWS).read_text() == (tmp_path / "one" / ROWS).read_text()
+    assert (tmp_path / "two" / ROWS).read_text("utf-8") == (tmp_path / "one" / ROWS).read_text("utf-8")
     assert [path.name for path in (tmp_path / "two").glob("[!.]*")] == [ROWS]
     again = FolderRun(
         tmp_path / "two", pictures, {ROWS: Features(smoother, PLAN, list(pictures.values()))}, 0, 0, OneOfTwo(1)
@@ -113,7 +113,7 @@ def test_pictures_are_files_and_all_below_folders(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name in ("deep/er/b.png", "deep/a.JPG", "c.png"):
         world.scene("heldout", 0).draw().save(tmp_path / name)
-    (tmp_path / "deep" / "notes.txt").write_text("no picture")
+    (tmp_path / "deep" / "notes.txt").write_text("no picture", "utf-8")
     found = pictures_of([tmp_path / "c.png", tmp_path / "deep"], (16, 16))
     assert list(found) == [str(tmp_path / name) for name in ("c.png", "deep/a.JPG", "deep/er/b.png")]
     assert {tuple(picture.shape) for picture in found.values()} == {(3, 16, 16)}
@@ -130,7 +130,7 @@ def test_averages_count_an_image_without_a_promise_as_0(smoother, pictures, tmp_
     assert rows[-1].cosines == (pytest.approx(sum(one.fcsb(0.01) or 0 for one in certificates) / 3), 0.0)
     assert rows[-1].radius == pytest.approx(sum(one.radius(0.3) or 0 for one in certificates) / 3)
     table.write(tmp_path / "table.csv", rows, distances=(0.01, 9.0))
-    written = (tmp_path / "table.csv").read_text().splitlines()
+    written = (tmp_path / "table.csv").read_text("utf-8").splitlines()
     assert written[0] == "sigma,PSM,method,0.01,9,R"
     assert written[1].startswith("0.2,none,plugin,")
 
@@ -148,13 +148,13 @@ def test_two_processes_give_the_same_certificates_as_one(tmp_path):
     assert one.returncode == 0, one.stderr
     two = run(2, "--seed", "0", "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
-    rows = [(tmp_path / out / "certificates.jsonl").read_text() for out in ("one", "two")]
+    rows = [(tmp_path / out / "certificates.jsonl").read_text("utf-8") for out in ("one", "two")]
     assert rows[0] == rows[1]
     shown = sorted(path.name for path in (tmp_path / "two").iterdir() if path.name != LOCK)
     assert shown == ["certificates.jsonl", "certificates.png"]
     again = run(2, "--seed", "0", "--out", str(tmp_path / "two"))
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "two" / "certificates.jsonl").read_text() == rows[1], "a finished run is read again"
+    assert (tmp_path / "two" / "certificates.jsonl").read_text("utf-8") == rows[1], "a finished run is read again"
     unseeded = run(2, "--out", str(tmp_path / "three"))
     assert unseeded.returncode != 0, "there were not two processes"
     assert "Several processes need --seed" in " ".join((unseeded.stdout + unseeded.stderr).split())

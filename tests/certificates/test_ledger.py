@@ -20,14 +20,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(images, tmp_path):
     settings = {"n": 40, "psm": None, "sigma": 0.1}
     named = dict(zip("abc", images, strict=True))
     whole = fs_plugins.certify(llava, named, **settings, out=tmp_path / "whole.jsonl")
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    lines = (tmp_path / "whole.jsonl").read_text("utf-8").splitlines(keepends=True)
     assert [json.loads(line).get("image") for line in lines] == [None, "a", "b", "c"]
     cut = tmp_path / "cut.jsonl"
-    cut.write_text("".join(lines[:2]) + lines[2][:50])
+    cut.write_text("".join(lines[:2]) + lines[2][:50], "utf-8")
     draws = []
     again = fs_plugins.certify(llava, named, **settings, out=cut, advance=draws.append)
     assert again == whole
-    assert cut.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert cut.read_text("utf-8") == (tmp_path / "whole.jsonl").read_text("utf-8")
     assert draws[0] == 40, "the finished image is not drawn again"
     assert sum(draws[1:]) == 2 * (40 + Plan(n=40).pilot)
 
@@ -38,7 +38,7 @@ def test_a_ledger_of_another_run_is_refused(tmp_path):
     assert Ledger(path, Certificate, {"n": 10, "sigma": 0.25}, b"other").key == b"key"
     with pytest.raises(SettingError, match=r"other settings \(n\)"):
         Ledger(path, Certificate, {"n": 20, "sigma": 0.25}, b"key")
-    path.write_text("something else\n")
+    path.write_text("something else\n", "utf-8")
     with pytest.raises(SettingError, match="not a file of certificates"):
         Ledger(path, Certificate, {}, b"key")
 
@@ -67,10 +67,10 @@ def test_rows_of_a_whole_psm_are_not_those_of_its_parts(images, tmp_path):
 
 def test_a_foreign_file_is_never_overwritten(images, tmp_path):
     for text in ("precious single line", "precious\nlines\n"):
-        (tmp_path / "notes.txt").write_text(text)
+        (tmp_path / "notes.txt").write_text(text, "utf-8")
         with pytest.raises(SettingError, match="not a file of certificates"):
             fs_plugins.certify(make_llava(), images, n=10, psm=None, sigma=0.1, out=tmp_path / "notes.txt")
-        assert (tmp_path / "notes.txt").read_text() == text
+        assert (tmp_path / "notes.txt").read_text("utf-8") == text
 
 
 def test_rows_of_several_processes_are_merged_in_order_or_refused(images, tmp_path):
@@ -85,12 +85,12 @@ def test_rows_of_several_processes_are_merged_in_order_or_refused(images, tmp_pa
         merge(parts, tmp_path / "merged.jsonl", list(named), Certificate)
     fs_plugins.certify(llava, {"b": images[1]}, **settings, out=parts[1])
     assert list(merge(parts, tmp_path / "merged.jsonl", list(named), Certificate).values()) == whole
-    assert (tmp_path / "merged.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert (tmp_path / "merged.jsonl").read_text("utf-8") == (tmp_path / "whole.jsonl").read_text("utf-8")
     assert not any(part.exists() for part in parts)
     again = tmp_path / "again.jsonl"
-    again.write_text((tmp_path / "merged.jsonl").read_text())
+    again.write_text((tmp_path / "merged.jsonl").read_text("utf-8"), "utf-8")
     assert list(merge([again], tmp_path / "merged.jsonl", ["b"], Certificate)) == ["b"]
-    assert (tmp_path / "merged.jsonl").read_text().count("\n") == 4, (
+    assert (tmp_path / "merged.jsonl").read_text("utf-8").count("\n") == 4, (
         "rows of images that are not asked for now are kept"
     )
 
@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_written_or_read_is_told(images, tmp_path):
     settings = {"n": 10, "psm": None, "sigma": 0.1, "seed": 0}
     with pytest.raises(SettingError, match="cannot be read"):
         fs_plugins.certify(make_llava(), images, **settings, out=tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(SettingError, match="cannot be"):
         fs_plugins.certify(make_llava(), images, **settings, out=tmp_path / "file" / "rows.jsonl")
 
@@ -180,7 +180,7 @@ def test_parts_are_removed_only_when_the_merged_file_is_on_disk(ledger, tmp_path
 
 def test_a_process_that_wrote_nothing_is_no_traceback(ledger, tmp_path):
     path, _ = ledger
-    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.jsonl").write_text("", "utf-8")
     parts = [path, tmp_path / "empty.jsonl", tmp_path / "none.jsonl"]
     with pytest.raises(SettingError, match="No process certified 2"):
         merge(parts, tmp_path / "merged.jsonl", ["0", "2"], Certificate)

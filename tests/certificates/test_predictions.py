@@ -134,10 +134,10 @@ def test_a_models_predictions_are_kept_and_an_interrupted_run_goes_on(clip, imag
     whole = fs_plugins.certify_predictions(clip, images, named, **settings, out=rows)
     assert [one.label for one in whole] == [list(named)[one.predicted] for one in whole]
     assert all(one.image_shape == (3, 16, 16) and one.seed == "seed 0" for one in whole)
-    lines = rows.read_text().splitlines()
-    rows.write_text("\n".join([*lines[:2], lines[2][:40]]))
+    lines = rows.read_text("utf-8").splitlines()
+    rows.write_text("\n".join([*lines[:2], lines[2][:40]]), "utf-8")
     assert fs_plugins.certify_predictions(clip, images, named, **settings, out=rows) == whole
-    assert rows.read_text().splitlines() == lines
+    assert rows.read_text("utf-8").splitlines() == lines
     assert isinstance(whole[0], PredictionCertificate)
     with pytest.raises(SettingError, match=r"other settings \(directions"):
         fs_plugins.certify_predictions(clip, images, -texts, **settings, out=rows)

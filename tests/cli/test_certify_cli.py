@@ -50,7 +50,7 @@ def picture(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_a_sentence_and_exit_with_2(picture, tmp_path, arguments, message):
-    (tmp_path / "notes.png").write_text("no image")
+    (tmp_path / "notes.png").write_text("no image", "utf-8")
     folder = tmp_path / "empty"
     folder.mkdir()
     filled = [a.format(text=tmp_path / "notes.png", folder=folder, picture=picture) for a in arguments]
@@ -71,13 +71,13 @@ def test_certify_writes_rows_a_table_and_a_plot_and_goes_on_from_them(picture, t
     assert re.search(r"1 images, 50 draws: about \d+ s", result.output)
     assert "scene.png" in result.output
     assert "each wrong with probability at most 0.001" in " ".join(result.output.split())
-    rows = (out / "certificates.jsonl").read_text()
+    rows = (out / "certificates.jsonl").read_text("utf-8")
     assert rows.count("\n") == 2
     with Image.open(out / "certificates.png") as plot:
         assert plot.size[0] > 500
     again = runner.invoke(app, arguments, env={"COLUMNS": "160"})
     assert again.exit_code == 0, again.output
-    assert (out / "certificates.jsonl").read_text() == rows
+    assert (out / "certificates.jsonl").read_text("utf-8") == rows
 
 
 def test_certify_prints_the_papers_table_of_averages_and_writes_it(picture, tmp_path):
@@ -87,10 +87,10 @@ def test_certify_prints_the_papers_table_of_averages_and_writes_it(picture, tmp_
     assert result.exit_code == 0, result.output
     for expected in ("sigma 0.5, plain smoothing", "sigma 0.5, PSM demo-psm-llava", "paper's estimate", "certified"):
         assert expected in result.output
-    with (out / "table.csv").open() as file:
+    with (out / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["plugin", "mean", "distribution", "certified"] * 2
-    lines = (out / "certificates-sigma0.5-psm.jsonl").read_text().splitlines()[1:]
+    lines = (out / "certificates-sigma0.5-psm.jsonl").read_text("utf-8").splitlines()[1:]
     certificates = [Certificate.from_json(json.dumps(json.loads(line)["certificate"])) for line in lines]
     for row in rows[-4:]:
         assert (row["sigma"], row["PSM"]) == ("0.5", "demo-psm-llava")
@@ -116,7 +116,7 @@ def test_certify_names_zero_shot_predictions(picture, tmp_path):
     result = runner.invoke(app, [*arguments, "--n", "50", "--seed", "0", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert re.search(r"scene.png\s+square\s+50\s+100.0 %\s+0\.\d+", result.output)
-    assert (tmp_path / "out" / "predictions.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").count("\n") == 2
 
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it(picture, tmp_path):

@@ -71,7 +71,7 @@ def test_ask_takes_jpeg_plain_smoothing_and_a_folder(picture, tmp_path):
     ],
 )
 def test_mistakes_are_told_in_a_sentence_and_exit_with_2(picture, tmp_path, arguments, message):
-    (tmp_path / "notes.png").write_text("no image")
+    (tmp_path / "notes.png").write_text("no image", "utf-8")
     data = bytearray(picture.read_bytes())
     data[16:24] = 2 * (20000).to_bytes(4, "big")
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")

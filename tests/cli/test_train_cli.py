@@ -74,13 +74,13 @@ def test_a_folder_of_photos_becomes_a_psm_that_serves(trained):
     names = {path.name for path in out.iterdir()}
     published = {"README.md", "SHA256SUMS", "config.json", "held-out.txt", "psm.safetensors"}
     assert names == {*published, "log.csv", "training.json", LOCK}
-    held = (out / "held-out.txt").read_text().split()
+    held = (out / "held-out.txt").read_text("utf-8").split()
     assert len(held) == 1
     assert held[0] in {f"{i}.png" for i in range(12)}
 
 
 def test_the_log_has_losses_and_scores(trained):
-    with (trained[0] / "log.csv").open() as file:
+    with (trained[0] / "log.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["step"]) for row in rows] == [
         *(("purifier", n) for n in "123"),
@@ -93,7 +93,7 @@ def test_the_log_has_losses_and_scores(trained):
 
 
 def test_the_model_card_says_what_was_done_and_leaves_the_licence_open(trained):
-    card = (trained[0] / "README.md").read_text()
+    card = (trained[0] / "README.md").read_text("utf-8")
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] is None
     assert "fs-plugins" in header["tags"]
@@ -127,11 +127,11 @@ def test_settings_come_from_a_file_and_flags_win_over_it(trained, photos, tmp_pa
     asked = dict(zip(SHORT[::2], SHORT[1::2], strict=True))
     filed = {flag.removeprefix("--").replace("-", "_"): int(value) for flag, value in asked.items()}
     filed |= {"photos": str(photos), "model": "demo-clip", "out": str(trained[0]), "sigma_range": [0.2, 0.3]}
-    (tmp_path / "psm.yaml").write_text(yaml.safe_dump(filed))
+    (tmp_path / "psm.yaml").write_text(yaml.safe_dump(filed), "utf-8")
     assert "Finished already" in invoke("--config", tmp_path / "psm.yaml")
     told = invoke("--config", tmp_path / "psm.yaml", "--lambda2", "0.5", code=2)
     assert "config.lambda2 was 0.25 and is 0.5 now" in told
-    (tmp_path / "psm.yaml").write_text("stepps: 3")
+    (tmp_path / "psm.yaml").write_text("stepps: 3", "utf-8")
     assert "there is no setting 'stepps'" in invoke("--config", tmp_path / "psm.yaml", code=2)
 
 
@@ -173,8 +173,8 @@ def test_half_precision_and_a_purifier_to_go_on_from(photos, trained, tmp_path):
     first, second = PSM.from_pretrained(trained[0]), PSM.from_pretrained(tmp_path / "psm")
     for name, value in first.purifier.state_dict().items():
         assert torch.equal(second.purifier.state_dict()[name], value)
-    assert "Average certified" not in (tmp_path / "psm" / "README.md").read_text()
-    assert '"precision": "bf16"' in (tmp_path / "psm" / "training.json").read_text()
+    assert "Average certified" not in (tmp_path / "psm" / "README.md").read_text("utf-8")
+    assert '"precision": "bf16"' in (tmp_path / "psm" / "training.json").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_two_processes_train_what_one_trains_with_the_double_batch(photos, tmp_p
     run(1, "--batch-size", "4", "--out", tmp_path / "one")
     told = run(2, "--batch-size", "2", "--out", tmp_path / "two")
     assert told.count("pictures to train on") == 1
-    logs = [list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("one", "two")]
+    logs = [list(csv.reader((tmp_path / name / "log.csv").open(encoding="utf-8"))) for name in ("one", "two")]
     assert len(logs[0]) == 11
     for one, other in zip(*(rows[1:] for rows in logs), strict=True):
         assert one[:2] == other[:2]
@@ -353,6 +353,6 @@ def test_two_processes_train_what_one_trains_with_the_double_batch(photos, tmp_p
     one, two = (PSM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     apart = {name: (value - two[name]).abs().max().item() for name, value in one.items()}
     assert max(apart.values()) < 1e-5, apart
-    card = (tmp_path / "two" / "README.md").read_text()
+    card = (tmp_path / "two" / "README.md").read_text("utf-8")
     assert "accelerate launch --num_processes 2 -m fs_plugins.cli train --scenes 40" in card
     assert "Finished already" in run(2, "--batch-size", "2", "--out", tmp_path / "two")

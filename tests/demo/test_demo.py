@@ -36,7 +36,7 @@ def quick(tmp_path_factory):
 def test_a_short_demo_has_the_promised_summary_and_picture(quick):
     result, _ = quick
     out = result.settings.out
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
     assert list(summary["clean"]) == list(summary["attacked"]) == list(DEFENCES.values())
     for rows in (summary["clean"], summary["attacked"]):
         for row in rows.values():
@@ -56,7 +56,7 @@ def test_a_short_demo_has_the_promised_summary_and_picture(quick):
 
 
 def test_every_value_of_the_summary_has_its_interval(quick):
-    summary = json.loads((quick[0].settings.out / "summary.json").read_text())
+    summary = json.loads((quick[0].settings.out / "summary.json").read_text("utf-8"))
     for which in ("clean", "attacked", "ablation"):
         for name, row in summary[which].items():
             assert set(summary["intervals"][which][name]) == set(row)
@@ -70,7 +70,7 @@ def test_every_value_of_the_summary_has_its_interval(quick):
 
 
 def test_a_clean_picture_is_served_twice_with_other_draws(quick):
-    summary = json.loads((quick[0].settings.out / "summary.json").read_text())
+    summary = json.loads((quick[0].settings.out / "summary.json").read_text("utf-8"))
     for name, row in summary["clean"].items():
         assert row["fcs"] < 1 if name.endswith("fs_psm") else row["fcs"] == 1
 
@@ -141,7 +141,7 @@ DEFENCES = {
 def documented() -> dict[str, list[float]]:
     """The README's table of results: defence -> ACC of clean pictures, ACC and ASR of attacked ones."""
     rows = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "README.md").read_text("utf-8").splitlines():
         cells = [cell.strip().removesuffix(" %") for cell in line.strip("|").split("|")]
         if cells[0] in DEFENCES and len(cells) == 4:
             rows[cells[0]] = [float(cell) / 100 for cell in cells[1:]]
@@ -176,7 +176,7 @@ def test_the_demo_holds_what_the_project_promises_and_documents(tmp_path):
         assert attacked[tower]["acc"] < attacked["fs_psm"]["acc"], "16/255 is beyond what they were trained against"
         assert attacked[tower]["asr"] < attacked["none"]["asr"]
     assert ablation["fs_pm"]["acc"] > ablation["fs"]["acc"]
-    lines = (ROOT / "docs" / "explanation" / "results.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "explanation" / "results.md").read_text("utf-8").splitlines()
     for row in summary["certificates"]:
         [quoted] = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith(f"| {row['picture']} |")]
         measured = [row[name] for name in ("plugin", "mean", "certified")]

@@ -34,13 +34,13 @@ def data(tmp_path):
              "options": list(COLOURS)[:2], "answer": name}
         )  # fmt: skip
     Image.new("RGB", (16, 16), COLOURS["blue"]).save(folder / "aim.png")
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     settings = {
         "classes": list(COLOURS),
         "target_class": "blue",
         "prompts": {"vqa_answers": "option", "vqa": "{question} {options}"},
     }
-    (folder / "dataset.json").write_text(json.dumps(settings))
+    (folder / "dataset.json").write_text(json.dumps(settings), "utf-8")
     return open_dataset(folder)
 
 

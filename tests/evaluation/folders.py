@@ -35,9 +35,9 @@ def documented(root: Path, samples: list[dict], **settings) -> Path:
         for name in (sample["image"], sample.get("target")):
             if name is not None:
                 picture(root / name)
-    (root / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (root / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), "utf-8")
     if settings:
-        (root / "dataset.json").write_text(json.dumps(settings))
+        (root / "dataset.json").write_text(json.dumps(settings), "utf-8")
     return root
 
 

@@ -83,9 +83,10 @@ def make(
         samples.append({"image": NAMES[i], "target": NAMES[i - 1], "label": label, "caption": f"a {label}"})
     samples[2] |= {"question": "How?", "options": ["so", "none of the above"], "answer": "none of the above"}
     samples[0] |= {"question": "Is it <b>wet</b>?", "options": ["yes", "no"], "answer": "no"}
-    (data / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (data / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), "utf-8")
     (data / "dataset.json").write_text(
-        json.dumps({"name": "pets <3", "classes": ["cat", "dog", "shark"], "target_class": "shark"})
+        json.dumps({"name": "pets <3", "classes": ["cat", "dog", "shark"], "target_class": "shark"}),
+        "utf-8",
     )
     dataset = open_dataset(data)
     setup = Setup(adaptive_images=2, seed=17)

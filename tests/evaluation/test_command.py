@@ -68,12 +68,12 @@ def test_the_command_writes_tables_csv_summary_and_report(tmp_path):
     assert result.exit_code == 0, result.output
     assert "Classification under three attacks" in result.output
     assert "There is no fare tower" in " ".join(result.output.split())
-    told = json.loads((out / "summary.json").read_text())
+    told = json.loads((out / "summary.json").read_text("utf-8"))
     first = told["tables"]["table3"][0]
     assert (first["pictures"], first["defence"], first["n"]) == ("clean", "none", 4)
     assert first["ACC"]["value"] == 1.0
     assert (out / "table3.csv").exists()
-    assert "FOA-Attack" in (out / "report.html").read_text()
+    assert "FOA-Attack" in (out / "report.html").read_text("utf-8")
     again = CliRunner().invoke(app, [*command[:-1], str(out), "--seed", "1"])
     assert again.exit_code == 2
     assert "seed was 0 and is 1 now" in " ".join(again.output.split())
@@ -105,19 +105,21 @@ def test_zero_shot_clip_is_evaluated_by_class_names(tmp_path):
                "--out", str(tmp_path / "out")]  # fmt: skip
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]["table3"]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))["tables"]["table3"]
     assert rows[0]["n"] == 4
 
 
 def test_settings_come_from_a_file_and_flags_win(tmp_path):
-    (tmp_path / "run.yaml").write_text("suite: [table3]\nimages: 4\nsteps: 1\nquick: true\nfare: none\ntecoa: none\n")
+    (tmp_path / "run.yaml").write_text(
+        "suite: [table3]\nimages: 4\nsteps: 1\nquick: true\nfare: none\ntecoa: none\n", "utf-8"
+    )
     command = ["evaluate", "--config", str(tmp_path / "run.yaml"), "--images", "3", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["tables"]["table3"]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))["tables"]["table3"]
     assert rows[0]["n"] == 3
     assert Results(tmp_path / "out").plan.setup.steps == 1
-    (tmp_path / "run.yaml").write_text("stepps: 1\n")
+    (tmp_path / "run.yaml").write_text("stepps: 1\n", "utf-8")
     wrong = CliRunner().invoke(app, command)
     assert wrong.exit_code == 2
     assert "there is no setting 'stepps'" in " ".join(wrong.output.split())
@@ -141,7 +143,7 @@ def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
     command = ["evaluate", "--suite", "table3", "--images", "66", "--steps", "100", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "summary.json").read_text())["tables"]["table3"]
+    rows = json.loads((tmp_path / "summary.json").read_text("utf-8"))["tables"]["table3"]
     cell = {(row["pictures"], row["defence"]): row for row in rows}
     for attack in ("M-Attack 16/255", "FOA-Attack 16/255", "AttackVLM 16/255"):
         acc, asr = ({d.title: cell[(attack, d.title)][what]["value"] for d in DEFENCES} for what in ("ACC", "ASR"))
@@ -162,7 +164,7 @@ def test_accelerate_shares_the_pictures_among_processes(tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         done = command_line(processes, *command, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
-        told.append(json.loads((tmp_path / name / "summary.json").read_text())["tables"])
+        told.append(json.loads((tmp_path / name / "summary.json").read_text("utf-8"))["tables"])
     parts = {path.name for path in (tmp_path / "two" / "results" / "answers" / "none").iterdir()}
     assert {"clean.0.jsonl", "clean.1.jsonl"} <= parts
     for table, rows in told[0].items():

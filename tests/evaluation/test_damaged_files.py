@@ -112,7 +112,7 @@ def training(path: Path, *, finished: bool) -> TrainingFolder:
         folder.log("purifier", step, {"l_rb": 0.5 / step, "lr": 1e-05})
     folder.save({"stage": "purifier", "step": 4, "psm": {"weight": torch.arange(30.0)}, "scaler": None})
     if finished:
-        (path / "held-out.txt").write_text("a.png\nb.png\n")
+        (path / "held-out.txt").write_text("a.png\nb.png\n", "utf-8")
         folder.publish(make_psm(tiny_call(torch.nn.Linear(4, 4)), mapper=False), "# card\n")
     return folder
 
@@ -253,7 +253,7 @@ def test_what_is_missing_of_a_finished_training_is_named(written, name):
 
 def test_the_card_of_a_finished_training_may_be_edited(written):
     kind = written["finished config.json"]
-    (kind.path.parent / "README.md").write_text("# My own words\n")
+    (kind.path.parent / "README.md").write_text("# My own words\n", "utf-8")
     assert kind.read()
 
 
@@ -262,7 +262,7 @@ def test_a_lost_log_begins_anew(tmp_path):
     (tmp_path / "log.csv").unlink()
     for _ in range(2):  # it may be stopped again before the next checkpoint
         TrainingFolder(tmp_path).begin(TRAINING, STAGES, "purifier", 4, folder.load(TRAINING)["log"])
-    assert (tmp_path / "log.csv").read_text().count("\n") == 1
+    assert (tmp_path / "log.csv").read_text("utf-8").count("\n") == 1
 
 
 FORGED = {

@@ -144,7 +144,7 @@ def test_missing_pictures_are_named_also_where_corrupt_ones_are_skipped(tmp_path
 
 
 @pytest.mark.parametrize(
-    "damage", [cut, lambda path: path.write_text("no picture"), lambda path: path.write_bytes(b"")]
+    "damage", [cut, lambda path: path.write_text("no picture", "utf-8"), lambda path: path.write_bytes(b"")]
 )
 @pytest.mark.parametrize("end", [".png", ".jpg", ".JPEG"])
 def test_corrupt_pictures_are_refused_or_left_out_by_name(tmp_path, damage, end):

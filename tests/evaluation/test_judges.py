@@ -133,7 +133,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(package, make, monkey
 
 
 def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
-    (tmp_path / "sentence_transformers.py").write_text("import flux_capacitor")
+    (tmp_path / "sentence_transformers.py").write_text("import flux_capacitor", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sentence_transformers", raising=False)
     with pytest.raises(SettingError, match="is installed and cannot be imported: No module named 'flux_capacitor'"):

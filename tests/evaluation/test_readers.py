@@ -15,7 +15,7 @@ from fs_plugins.evaluation.datasets import IMAGENET, Sample, open_dataset
 def nips17(root: Path, names=("0c7ac4a8", "f43fbfe8"), end=".png") -> Path:
     for name in names:
         picture(root / "images" / f"{name}{end}")
-    with (root / "images.csv").open("w", newline="") as file:
+    with (root / "images.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["ImageId", "URL", "TrueLabel"], *([name, "https://x, y", 306] for name in names)])
     return root
 
@@ -33,7 +33,7 @@ def test_nips_2017_with_pictures_missing_or_a_table_of_another_kind(tmp_path):
     root = nips17(tmp_path)
     (root / "images" / "f43fbfe8.png").unlink()
     refused(root, "1 of the 2 pictures", "f43fbfe8.png", "take their rows out", corrupt="skip")
-    (root / "images.csv").write_text("name,label\na,1\n")
+    (root / "images.csv").write_text("name,label\na,1\n", "utf-8")
     refused(root, "column ImageId")
     (root / "images.csv").write_bytes(b"ImageId\n\xff\xfe\n")
     refused(root, "is no CSV file")
@@ -48,7 +48,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("base", ["images/", ""])
 def test_scienceqa(tmp_path, base):
-    (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
+    (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS), "utf-8")
     picture(tmp_path / base / "test" / "2" / "image.png")
     picture(tmp_path / base / "train" / "7" / "image.png")
     found = open_dataset(tmp_path)
@@ -60,7 +60,7 @@ def test_scienceqa(tmp_path, base):
 
 
 def test_scienceqa_of_one_split_and_with_pictures_that_do_not_match(tmp_path):
-    (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
+    (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS), "utf-8")
     refused(tmp_path, "2 problems with a picture", "test/ or train/")
     picture(tmp_path / "images" / "test" / "2" / "image.png")
     found = open_dataset(tmp_path, targets=picture(tmp_path / "aims" / "1.png").parent)
@@ -68,9 +68,9 @@ def test_scienceqa_of_one_split_and_with_pictures_that_do_not_match(tmp_path):
     (tmp_path / "images" / "train").mkdir()
     refused(tmp_path, "1 of the 2 pictures", "missing", "image.png")
     for wrong, expected in (({"answer": 2}, "none of the 2 choices"), ({"split": "../.."}, "no plain path")):
-        (tmp_path / "problems.json").write_text(json.dumps({"2": PROBLEMS["2"] | wrong}))
+        (tmp_path / "problems.json").write_text(json.dumps({"2": PROBLEMS["2"] | wrong}), "utf-8")
         refused(tmp_path, expected)
-    (tmp_path / "problems.json").write_text("[]")
+    (tmp_path / "problems.json").write_text("[]", "utf-8")
     refused(tmp_path, "is not ScienceQA's")
 
 
@@ -108,7 +108,7 @@ def test_imagenet_without_sharks_needs_target_pictures(tmp_path):
 def test_any_folder_of_pictures(tmp_path):
     for name in ("b.PNG", "a/c.JPG", "a/d.jpeg", ".hidden/e.png", "._b.png", "aims/t.png"):
         picture(tmp_path / "photos" / name)
-    (tmp_path / "photos" / "notes.txt").write_text("words")
+    (tmp_path / "photos" / "notes.txt").write_text("words", "utf-8")
     found = open_dataset(tmp_path / "photos", targets=tmp_path / "photos" / "aims")
     assert {sample.image for sample in found.samples} == {"b.PNG", "a/c.JPG", "a/d.jpeg"}
     assert (found.name, found.tasks) == ("photos", ("captioning",))

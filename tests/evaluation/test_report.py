@@ -198,13 +198,13 @@ def test_without_purifier_pictures_certificates_or_suites(tmp_path):
 
 def test_a_bad_call_is_refused_and_the_old_report_stays(tmp_path):
     results, path = make(tmp_path, purified=True), tmp_path / "report.html"
-    path.write_text("old")
+    path.write_text("old", "utf-8")
     with pytest.raises(SettingError, match="0 or more, got -1"):
         write(results, path, shown=-1)
     results.store.keep_picture("shown/purified/none/foa-16", NAMES[1], torch.zeros(3, 4, 4))
     with pytest.raises(SettingError, match=r"must have the attacked one's shape, \(3, 8, 8\), and has \(3, 4, 4\)"):
         write(results, path)
-    assert path.read_text() == "old"
+    assert path.read_text("utf-8") == "old"
 
 
 def test_an_unfinished_run_and_half_a_character_can_be_reported(tmp_path):

@@ -46,12 +46,12 @@ def test_a_folder_is_redrawn_to_the_byte_without_a_model(ran, tmp_path, monkeypa
     ]  # fmt: skip
     for one, other in zip(before, after, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
-    page = (tmp_path / "after" / "report.html").read_text()
+    page = (tmp_path / "after" / "report.html").read_text("utf-8")
     assert "attacked, purified" in page
     assert [note for note in results.notes() if "fare" in note] == [
         "There is no fare tower for this model, so its rows are left out."
     ]
-    told = json.loads((tmp_path / "after" / "summary.json").read_text())
+    told = json.loads((tmp_path / "after" / "summary.json").read_text("utf-8"))
     assert set(told["tables"]) == {"mine", "table1", "table2", "masking", "robust"}
     assert told["seconds"] > 0
     assert len(list(results.answers(NONE, CLEAN, "classification"))) == 5
@@ -77,7 +77,7 @@ def test_a_folder_of_something_else_or_of_another_format_is_refused(tmp_path):
     kept.write(record, {**told, "format": 99})
     with pytest.raises(SettingError, match="of format 99"):
         Results(tmp_path)
-    record.write_text("{")
+    record.write_text("{", "utf-8")
     with pytest.raises(SettingError, match="is not what an evaluation wrote"):
         Results(tmp_path)
     del told["suites"]

@@ -73,7 +73,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_rows(start, monkeypatch):
         if left[0] == 0:
             path = self.folder / "answers" / f"{key}.0.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write('{"image": "2.png", "ta')
             raise KeyboardInterrupt
         add(self, key, rows)
@@ -125,7 +125,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(start, tmp_path):
     with pytest.raises(SettingError, match="steps was 2 and is 3 now"):
         start(steps=3)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "full" / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(SettingError, match="holds no evaluation"):
         start(folder="full")
 

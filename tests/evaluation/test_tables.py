@@ -40,7 +40,7 @@ def test_tables_count_what_was_said(start):
     assert by_cell[("clean", "none")]["ACC"].estimate.value == 1
     assert by_cell[("clean", "none")]["FCS"] == ""
     table.write_csv(store.folder / "t.csv")
-    lines = (store.folder / "t.csv").read_text().splitlines()
+    lines = (store.folder / "t.csv").read_text("utf-8").splitlines()
     assert lines[0].startswith("pictures,defence,n,ACC,ACC low,ACC high,ASR")
     assert "AttackVLM 16/255,none,5,0.4," in lines[3]
 

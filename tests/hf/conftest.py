@@ -41,7 +41,7 @@ def known(tmp_path, monkeypatch):
                 "print": "unverified",
             }
             text += ENTRY.format(**{"name": name.replace("_", "-"), **usual, **changes})
-        (tmp_path / "registry.yaml").write_text(text)
+        (tmp_path / "registry.yaml").write_text(text, "utf-8")
         for module in (weights_of, encoders):
             monkeypatch.setattr(module, "known_encoders", lambda: Registry([tmp_path / "registry.yaml"]))
 

@@ -55,7 +55,7 @@ def turn(role: str, *parts: str | None) -> dict:
 
 
 def test_the_entry_point_leads_to_the_manifest():
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
     module, name = project["entry-points"]["lmms_eval.models"]["fs_plugins"].split(":")
     assert getattr(importlib.import_module(module), name) is lmms.manifest
 

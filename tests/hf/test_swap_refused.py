@@ -163,7 +163,7 @@ def test_sources_that_are_nowhere(clip, tmp_path, hub):
         ({"num_attention_heads": 8}, "num_attention_heads 8 against the model's 4"),
         ([], "is no model configuration"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
         with pytest.raises(ModelError, match=message):
             swap_encoder(clip, tmp_path)
     assert untouched(before, snapshot(clip, None))

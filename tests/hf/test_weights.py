@@ -83,7 +83,7 @@ def test_hub_ids_are_fetched_and_their_activation_compared(hub, tmp_path):
     assert swap_encoder(projecting, "someone/clip").source == "someone/clip"
     assert agree(ours, projecting, 8)
     assert ("someone/clip", "config.json", None) in hub.asked
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}), "utf-8")
     hub.files["someone/clip", "config.json"] = tmp_path / "config.json"
     with pytest.raises(ModelError, match="hidden_act gelu against the model's quick_gelu"):
         swap_encoder(projecting, "someone/clip")

@@ -99,13 +99,13 @@ def folder(call, tmp_path):
 
 
 def rewritten(folder, kind, args) -> None:
-    told = json.loads((folder / "config.json").read_text())
+    told = json.loads((folder / "config.json").read_text("utf-8"))
     part = {"kind": kind, "args": args}
     if kind == "residual":
         told["readouts"][0]["mapper"] = part
     else:
         told["purifier"] = part
-    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "config.json").write_text(json.dumps(told), "utf-8")
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), CASES, ids=lambda value: repr(value)[:12])
@@ -180,13 +180,13 @@ values = st.recursive(
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_configuration_says_is_read_or_refused_in_words(folder, name, value):
-    before = (folder / "config.json").read_text()
+    before = (folder / "config.json").read_text("utf-8")
     try:
-        (folder / "config.json").write_text(json.dumps({**json.loads(before), name: value}))
+        (folder / "config.json").write_text(json.dumps({**json.loads(before), name: value}), "utf-8")
         with suppress(PSMError):
             PSM.from_pretrained(folder)
     finally:
-        (folder / "config.json").write_text(before)
+        (folder / "config.json").write_text(before, "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,9 @@ def test_files_that_are_no_configuration_are_named(folder, data, message):
 
 
 def test_readouts_are_counted(folder):
-    told = json.loads((folder / "config.json").read_text())
+    told = json.loads((folder / "config.json").read_text("utf-8"))
     told["readouts"] *= 33
-    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "config.json").write_text(json.dumps(told), "utf-8")
     with pytest.raises(PSMError, match=r"readouts: .* at most 32 items"):
         PSM.from_pretrained(folder)
 

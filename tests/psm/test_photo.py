@@ -52,7 +52,7 @@ def test_training_holds_photographs_out_follows_from_its_seed_and_names_whose_th
     assert (one.config.fingerprint, one.config.image_size, one.mapped) == ((), None, ())
     listed = tmp_path / "images.csv"
     rows = [f"{i:02},Ren\\303\\251 {i},https://example.org/{i}" for i in range(21)]
-    listed.write_text("\n".join(["ImageId,Author,OriginalLandingURL", *rows]) + "\n")
+    listed.write_text("\n".join(["ImageId,Author,OriginalLandingURL", *rows]) + "\n", "utf-8")
     photo.credit(photos, listed, tmp_path / "one")
     named = list(csv.reader((tmp_path / "one" / "psm" / "photographs.csv").open(encoding="utf-8")))
     assert named[0] == ["photograph", "author", "source"]
@@ -81,7 +81,7 @@ def test_it_beats_all_of_scikit_images_denoisers_on_photographs_it_never_saw():
     bench = runpy.run_path(str(SHIPPED.parents[2] / "benchmarks" / "denoise.py"))
     photos = [bench["cropped"](photo) for photo in bench["shipped_with_scikit_image"]()]
     found = bench["compare"](PSM.from_pretrained(SHIPPED), photos, seed=0)
-    card = (SHIPPED / "README.md").read_text().splitlines()
+    card = (SHIPPED / "README.md").read_text("utf-8").splitlines()
     for sigma, scores in found.items():
         peers = ("total variation", "wavelets", "non-local means")
         assert scores["ours"] > max(scores[name] for name in peers), (sigma, scores)

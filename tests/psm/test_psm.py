@@ -139,14 +139,14 @@ def test_half_precision_on_disk_is_fp32_in_memory(call, tmp_path):
 
 
 def test_save_refuses_a_folder_that_is_something_else_and_keeps_a_model_card(call, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis.tex").write_text("years of work", "utf-8")
     with pytest.raises(PSMError, match="not a PSM folder"):
         make_psm(call).save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
     make_psm(call).save_pretrained(tmp_path / "psm")
-    (tmp_path / "psm" / "README.md").write_text("card")
+    (tmp_path / "psm" / "README.md").write_text("card", "utf-8")
     make_psm(call).save_pretrained(tmp_path / "psm")
-    assert (tmp_path / "psm" / "README.md").read_text() == "card"
+    assert (tmp_path / "psm" / "README.md").read_text("utf-8") == "card"
 
 
 def test_a_failed_save_leaves_the_old_bundle_and_no_litter(call, tmp_path, monkeypatch):
@@ -198,9 +198,9 @@ def test_weights_of_another_shape_are_refused_even_with_a_matching_checksum(fold
 
     weights = load_file(folder / WEIGHTS_NAME)
     save_file({name: value for name, value in weights.items() if "film" not in name}, folder / WEIGHTS_NAME)
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
     config["weights_sha256"] = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    (folder / CONFIG_NAME).write_text(json.dumps(config), "utf-8")
     with pytest.raises(PSMError, match="does not hold the weights"):
         PSM.from_pretrained(folder)
 
@@ -217,8 +217,8 @@ def test_weights_of_another_shape_are_refused_even_with_a_matching_checksum(fold
     ],
 )
 def test_configurations_are_validated(folder, change, message):
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps(config | change))
+    config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+    (folder / CONFIG_NAME).write_text(json.dumps(config | change), "utf-8")
     with pytest.raises(PSMError, match=message):
         PSM.from_pretrained(folder)
 

@@ -39,9 +39,9 @@ def kept(psms, tmp_path) -> Path:
     """The old one on disk, with a card and a folder of its own beside."""
     folder = tmp_path / "kept" / "psm"
     psms[0].save_pretrained(folder)
-    (folder / "README.md").write_text("card")
+    (folder / "README.md").write_text("card", "utf-8")
     (folder / "runs").mkdir()
-    (folder / "runs" / "log").write_text("log")
+    (folder / "runs" / "log").write_text("log", "utf-8")
     return folder
 
 
@@ -67,8 +67,8 @@ def test_whenever_a_save_is_stopped_the_old_psm_or_the_new_one_is_there(
         found.add((stopped, sigma))
         if stopped and done[step - 1] == "replace":
             assert sigma == 0.25, "only the last of them makes it the new one"
-        assert (folder / "README.md").read_text() == "card"
-        assert (folder / "runs" / "log").read_text() == "log"
+        assert (folder / "README.md").read_text("utf-8") == "card"
+        assert (folder / "runs" / "log").read_text("utf-8") == "log"
         for psm in psms:  # and it goes on from there
             psm.save_pretrained(folder)
             assert PSM.from_pretrained(folder).config.sigma == psm.config.sigma
@@ -138,13 +138,13 @@ def test_weights_that_are_a_link_into_a_cache_leave_the_cache_as_it_was(psms, ke
 
 
 def test_what_is_no_folder_is_said(psms, tmp_path):
-    (tmp_path / "file").write_text("a thesis")
+    (tmp_path / "file").write_text("a thesis", "utf-8")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for name in ("file", "loop", "link"):
         with pytest.raises(PSMError, match="give another"):
             psms[0].save_pretrained(tmp_path / name)
-    assert (tmp_path / "file").read_text() == "a thesis"
+    assert (tmp_path / "file").read_text("utf-8") == "a thesis"
     assert os.readlink(tmp_path / "loop") == str(tmp_path / "loop")
 
 
@@ -157,7 +157,7 @@ def test_whenever_publishing_is_stopped_there_is_no_psm_or_all_of_it(psms, tmp_p
             folder.publish(psms[0], "card")
         if folder.finished:
             assert PSM.from_pretrained(folder.path).config.sigma == 0.25
-            assert (folder.path / "README.md").read_text() == "card"
+            assert (folder.path / "README.md").read_text("utf-8") == "card"
         else:
             assert (folder.path / "checkpoint.pt").exists()
         if len(done) < step:

@@ -20,7 +20,7 @@ from fs_plugins import PSM, registry
 from fs_plugins.cli import app
 
 SHIPPED = registry.shipped()
-DATA = yaml.safe_load(registry.shipped_path().read_text())
+DATA = yaml.safe_load(registry.shipped_path().read_text("utf-8"))
 SHA = "a" * 64
 COMMIT = "c" * 40
 

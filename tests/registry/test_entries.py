@@ -170,7 +170,7 @@ def test_an_architecture_of_a_family_that_nobody_describes_is_taken_as_it_is(tmp
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(RegistryError, match="Cannot read"):
         registry.load(tmp_path / "none.yaml")
-    (tmp_path / "bad.yaml").write_text("encoders: [")
+    (tmp_path / "bad.yaml").write_text("encoders: [", "utf-8")
     with pytest.raises(RegistryError, match="not YAML"):
         registry.load(tmp_path / "bad.yaml")
     (tmp_path / "latin.yaml").write_bytes("# é".encode("latin-1"))
@@ -181,10 +181,10 @@ def test_unreadable_files_are_named(tmp_path):
 def test_a_users_file_that_would_break_stays_as_it_was(online, tmp_path):
     path = registry.user_path()
     path.parent.mkdir(parents=True)
-    path.write_text("# a comment\nversion: 1\n")
+    path.write_text("# a comment\nversion: 1\n", "utf-8")
     with pytest.raises(RegistryError, match="breaks its schema"):
         registry.put(path, "purifiers", "mine", {"kind": "unet", "state": "perhaps"})
-    assert path.read_text() == "# a comment\nversion: 1\n"
+    assert path.read_text("utf-8") == "# a comment\nversion: 1\n"
     link = tmp_path / "link.yaml"
     link.symlink_to(path)
     registry.put(link, "purifiers", "mine", {"kind": "unet", "state": "not trained yet"})

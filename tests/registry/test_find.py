@@ -150,7 +150,7 @@ def test_checksum_is_compared_before_anything_is_parsed(llava, own, tmp_path, mo
     known = registry.Registry([write(tmp_path / "r.yaml", own)])
     match = known.find(fs_plugins.vision_call(llava))
     assert known.load(match).config.name == "random"
-    (tmp_path / "psm" / "config.json").write_text((tmp_path / "psm" / "config.json").read_text() + " ")
+    (tmp_path / "psm" / "config.json").write_text((tmp_path / "psm" / "config.json").read_text("utf-8") + " ", "utf-8")
     monkeypatch.setattr(registry.PSM, "from_pretrained", lambda *_, **__: pytest.fail("parsed before it was verified"))
     with pytest.raises(PSMError, match="checksum"):
         known.load(match)

@@ -40,8 +40,8 @@ def test_a_pickle_in_the_place_of_safetensors_is_refused_and_nothing_in_it_is_ru
     data = pickle.dumps(Bomb(tmp_path / "mark"))
     old = hashlib.sha256((tmp_path / "psm" / "psm.safetensors").read_bytes()).hexdigest()
     (tmp_path / "psm" / "psm.safetensors").write_bytes(data)
-    config = (tmp_path / "psm" / "config.json").read_text()
-    (tmp_path / "psm" / "config.json").write_text(config.replace(old, hashlib.sha256(data).hexdigest()))
+    config = (tmp_path / "psm" / "config.json").read_text("utf-8")
+    (tmp_path / "psm" / "config.json").write_text(config.replace(old, hashlib.sha256(data).hexdigest()), "utf-8")
     with pytest.raises(PSMError, match="does not hold the weights"):
         PSM.from_pretrained(tmp_path / "psm")
     assert not (tmp_path / "mark").exists()

@@ -105,7 +105,7 @@ def test_verify_finds_what_is_wrong_and_says_what_it_could_not_check(trained, tm
     model, psm = trained
     told("add", str(psm), "--encoder", str(model))
     path = registry.user_path()
-    data = yaml.safe_load(path.read_text())
+    data = yaml.safe_load(path.read_text("utf-8"))
     data["purifiers"] = {
         "far": {"kind": "diffusion", "sigma": 0.25, "state": "url", "path": "https://example.org/far.pt", "sha256": SHA}
     }

@@ -131,7 +131,7 @@ def test_what_cannot_be_fetched_is_told(online, site, tmp_path):
         source.fetch(Path(), "It")
     assert files(online) == []
     (tmp_path / "cache").rename(tmp_path / "away")
-    (tmp_path / "cache").write_text("a file where the cache should be")
+    (tmp_path / "cache").write_text("a file where the cache should be", "utf-8")
     with pytest.raises(RegistryError, match="It could not be fetched"):
         source.fetch(Path(), "It")
 

@@ -127,7 +127,7 @@ def test_image_folder_reads_crops_and_names_what_it_cannot_read(tmp_path):
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
     Image.new("L", (9, 9), 128).save(tmp_path / "sub" / "b.JPG")
-    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "notes.txt").write_text("not an image", "utf-8")
     folder = ImageFolder(tmp_path, (16, 12))
     assert len(folder) == 2
     assert folder[0].shape == (3, 16, 12)

@@ -62,7 +62,9 @@ def test_a_folder_changes_nothing_about_the_result(whole):
 
 def test_the_score_that_is_logged_is_that_of_what_is_served(whole):
     call, held = tiny_call(TinyEncoder()), Blobs(4).images
-    rows = {tuple(row.split(",")[:2]): row.split(",")[-1] for row in (whole[1] / "log.csv").read_text().splitlines()}
+    rows = {
+        tuple(row.split(",")[:2]): row.split(",")[-1] for row in (whole[1] / "log.csv").read_text("utf-8").splitlines()
+    }
     for last, psm in ((("purifier", "7"), whole[0].only(mapper=False)), (("mapper", "5"), whole[0])):
         assert rows[last] == f"{robustness_score(call, psm, held, 0.25):.6g}"
 
@@ -84,8 +86,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_the_same_log(whole, 
             run(tmp_path / "out", stop=stop)
     psm = run(tmp_path / "out")
     assert torch.equal(flat(psm), flat(whole[0]))
-    log = (tmp_path / "out" / "log.csv").read_text()
-    assert log == (whole[1] / "log.csv").read_text()
+    log = (tmp_path / "out" / "log.csv").read_text("utf-8")
+    assert log == (whole[1] / "log.csv").read_text("utf-8")
     rows = [row.split(",")[:2] for row in log.splitlines()]
     assert rows[1:] == [["purifier", n] for n in "2467"] + [["mapper", n] for n in "245"]
 
@@ -164,7 +166,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(whole, tmp_p
 
 
 def test_what_is_left_of_a_first_write_does_not_make_the_folder_somebody_elses(whole, tmp_path):
-    (tmp_path / ".training.json").write_text("half")
+    (tmp_path / ".training.json").write_text("half", "utf-8")
     assert torch.equal(flat(run(tmp_path)), flat(whole[0]))
 
 
@@ -190,7 +192,7 @@ def test_another_training_is_refused_with_what_is_different(whole, changes, mess
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis.tex").write_text("years of work", "utf-8")
     with pytest.raises(SettingError, match="holds no training"):
         run(tmp_path)
     with pytest.raises(SettingError, match="holds no training"):
@@ -207,7 +209,7 @@ def test_damaged_files_are_named(whole, tmp_path):
         run(tmp_path / "out")
     (tmp_path / "out" / "checkpoint.pt").unlink()
     assert torch.equal(flat(run(tmp_path / "out")), flat(whole[0]))
-    (tmp_path / "out" / "training.json").write_text("{")
+    (tmp_path / "out" / "training.json").write_text("{", "utf-8")
     with pytest.raises(SettingError, match=r"training\.json is not what a training wrote"):
         run(tmp_path / "out")
 
@@ -217,13 +219,13 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path):
     kept.begin({}, {"purifier": 40, "mapper": 9}, "purifier", 0)
     for stage, step in (("purifier", 10), ("purifier", 20), ("mapper", 5)):
         kept.log(stage, step, {"l_rb": 0.5})
-    with (tmp_path / "log.csv").open("a") as file:
+    with (tmp_path / "log.csv").open("a", encoding="utf-8") as file:
         file.write("mapper,1")  # of 12
     TrainingFolder(tmp_path).begin({}, {"purifier": 40, "mapper": 9}, "mapper", 9)
-    rows = (tmp_path / "log.csv").read_text().splitlines()
+    rows = (tmp_path / "log.csv").read_text("utf-8").splitlines()
     assert rows[1:] == ["purifier,10,,,,0.5,,,,", "purifier,20,,,,0.5,,,,", "mapper,5,,,,0.5,,,,"]
     TrainingFolder(tmp_path).begin({}, {"purifier": 40, "mapper": 9}, "purifier", 15)
-    assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["purifier,10,,,,0.5,,,,"]
+    assert (tmp_path / "log.csv").read_text("utf-8").splitlines()[1:] == ["purifier,10,,,,0.5,,,,"]
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
@@ -307,4 +309,4 @@ def test_a_training_survives_sigkill_at_arbitrary_moments(tmp_path):
     assert torch.equal(flat(PSM.from_pretrained(out)), flat(PSM.from_pretrained(expected)))
     for name in ("log.csv", "psm.safetensors", "config.json"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()
-    assert json.loads((out / "training.json").read_text())["name"] == "t"
+    assert json.loads((out / "training.json").read_text("utf-8"))["name"] == "t"

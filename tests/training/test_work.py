@@ -107,7 +107,7 @@ def test_a_model_of_several_encoders_must_say_which(monkeypatch, call):
 
 
 def test_settings_are_read_from_a_file(tmp_path):
-    (tmp_path / "train.yaml").write_text("sigma_range: [0.2, 0.3]\nlora: 4\nphotos: pictures\n")
+    (tmp_path / "train.yaml").write_text("sigma_range: [0.2, 0.3]\nlora: 4\nphotos: pictures\n", "utf-8")
     found = build(Settings, read(Settings, tmp_path / "train.yaml"))
     assert (found.sigma_range, found.lora, found.photos) == ((0.2, 0.3), 4, Path("pictures"))
 
