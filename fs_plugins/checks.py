@@ -100,6 +100,17 @@ def seed(value: Any) -> int:
     return whole("seed", value, least=None)
 
 
+def words(name: str, value: Any) -> str:
+    """A text that a tokenizer can read: not the half surrogate pairs that bytes become which are no text.
+
+    Raises:
+        SettingError: none.
+    """
+    if not isinstance(value, str) or value != value.encode("utf-8", "replace").decode():
+        raise SettingError(f"{name} must be text in the terminal's encoding, got {shown(value)}.")
+    return value
+
+
 def settle(owner: object, **values: Any) -> None:
     """Put what a frozen value was found to be in place of what it was given as, when it is made."""
     for name, value in values.items():

@@ -15,6 +15,11 @@ HEAD = """# The command line
 
 What `fs-plugins COMMAND --help` says, on one page. `fs-plugins` and `python -m fs_plugins.cli` are the same. This page
 is written by `python -m tools.command_line`. `fs-plugins --version` prints the version.
+
+A command leaves with 0, with 1 where `registry verify` found something wrong, and with 2 and a sentence where it was
+asked for what cannot be done or written. What models, files and servers say is shown as it is: nothing of it is read as
+markup, and characters that would steer the terminal, or that it lacks, are shown as escapes (`\\x1b`). In CSV files a
+text that a spreadsheet would run as a formula begins with an apostrophe.
 """
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fs_plugins.api import enable, vision_call
+from fs_plugins.checks import words
 from fs_plugins.choice import PSMChoice
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
@@ -23,7 +24,15 @@ from fs_plugins.vision import PixelSpace
 
 
 def dialogue(processor: Any, question: str) -> str:
-    """The prompt for one image and one question."""
+    """The prompt for one image and one question.
+
+    Raises:
+        SettingError: the question is no text, or holds what stands for an image; and see ``prompt``.
+    """
+    words("A question", question)
+    place = getattr(processor, "image_token", None)
+    if isinstance(place, str) and place in question:
+        raise SettingError(f"A question must not hold {place}, which stands for an image; got {question!r}.")
     return prompt(processor, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
 
 
@@ -80,7 +89,7 @@ def ask(
     """Greedy answers, one for each image and its question, in one batch.
 
     Raises:
-        SettingError: as many questions as images were expected.
+        SettingError: as many questions as images were expected; and see ``dialogue``.
     """
     if len(images) != len(questions):
         raise SettingError(f"One question for each image: got {len(images)} images and {len(questions)} questions.")

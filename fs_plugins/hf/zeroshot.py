@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fs_plugins.api import vision_call
+from fs_plugins.checks import words
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
@@ -27,14 +28,14 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
         prompt: what a class is called in a sentence, with ``{}`` for its name.
 
     Raises:
-        SettingError: fewer than two classes, or a prompt that has not ``{}`` once.
+        SettingError: fewer than two classes, or a prompt that has not ``{}`` once; or what is no text.
         ModelError: the model embeds no texts.
     """
     if len(set(classes)) < 2 or len(set(classes)) < len(classes):
         raise SettingError(
             f'Zero-shot classes are two different names or more, such as "cat, dog"; got {list(classes)}.'
         )
-    if not _takes_one(prompt):
+    if not _takes_one(words("The prompt", prompt)):
         raise SettingError(
             f"The prompt must say where the class goes with {{}}, once and with no other braces, got {prompt!r}."
         )
@@ -45,7 +46,7 @@ def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) 
         )
     tokenizer = load_tokenizer(origin)
     tokens = tokenizer(
-        [prompt.format(name) for name in classes],
+        [prompt.format(words("A class", name)) for name in classes],
         padding="max_length",  # as SigLIP was trained
         max_length=getattr(model.config, "text_config", model.config).max_position_embeddings,
         truncation=True,

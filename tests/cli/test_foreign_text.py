@@ -83,6 +83,29 @@ def test_tables_of_others_names_hold_no_formulas(tmp_path):
     assert row == ["0.25", '\'=HYPERLINK("x")', "mean", *["-0.5"] * 5, "-1.0"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["ask", "demo", "{picture}", "what \udcff"], r"A question must be text in the terminal's encoding"),
+        (["ask", "demo", "{picture}", "<image> and <image>"], "A question must not hold <image>"),
+        (["certify", "{picture}", "--classes", "a\udcff, b", "--model", "demo-clip"], "A class must be text"),
+        (
+            ["certify", "{picture}", "--classes", "a, b", "--prompt", "\udcff{}", "--model", "demo-clip"],
+            "The prompt must",
+        ),
+    ],
+)
+def test_words_that_no_model_can_read_are_refused(odd, tmp_path, typed, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert told in said(*(odd / "é.png" if one == "{picture}" else one for one in typed), code=2)
+
+
+@pytest.mark.parametrize("question", ["", " ", "[x]", "</s>", "日本?", "a\x00b", "x " * 40])
+def test_any_other_question_is_asked(odd, question):
+    told = said("ask", "demo", odd / "é.png", question, "--psm", "none", "--sigma", "0.1", "--max-new-tokens", "1")
+    assert "with fs_plugins" in told
+
+
 PLATFORM = """
 import locale, sys, warnings
 assert locale.getpreferredencoding(False).upper() not in ("UTF-8", "UTF8"), locale.getpreferredencoding(False)
