@@ -101,6 +101,11 @@ def begun(path: Path) -> None:
             path.open("xb").close()
 
 
+def real(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads by links. One whose links go in a circle is as it was, and cannot be opened."""
+    return Path(os.path.realpath(path))
+
+
 def spelled(text: str) -> str:
     """A text as UTF-8 can hold it: half a surrogate pair, as names of files have that are no text, is an escape."""
     return text.encode("utf-8", "backslashreplace").decode()

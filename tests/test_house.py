@@ -156,3 +156,9 @@ def test_only_one_module_speaks_to_the_terminal(name):
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"print", "typer.echo", "typer.secho", "click.echo", "sys.stdout.write", "sys.stderr.write"}
     assert "rich" not in {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_links_are_followed_in_one_way(path):
+    """``Path.resolve`` is a RuntimeError for links that go in a circle, up to Python 3.12."""
+    assert not [call for call in calls(path) if getattr(call.func, "attr", "") == "resolve" and not call.args], "use files.real"

@@ -109,7 +109,7 @@ def _of_model(model: str, psm: PSM, processor: str | None) -> dict[str, Any]:
     psm.check(call, psm.config.sigma)
     check_pixels([call], certain=True)
     folder = Path(source(model))
-    local = {"source": "folder", "location": str(folder.resolve())}
+    local = {"source": "folder", "location": str(files.real(folder))}
     return {
         "kind": "vanilla",
         "architecture": dict(call.architecture),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fs_plugins.errors import FSPluginsError, PSMError
 from fs_plugins.fields import Count, Number, Sigma, Whole
-from fs_plugins.files import atomically, replace, value, writing
+from fs_plugins.files import atomically, real, replace, value, writing
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
@@ -300,10 +300,7 @@ def _configuration(path: Path) -> PSMConfig:
 
 def _place(folder: str | os.PathLike[str]) -> Path:
     """The folder to save in, where links lead."""
-    try:
-        target = Path(folder).resolve()
-    except RuntimeError:
-        raise PSMError(f"{folder} is a link that leads to itself; give another folder.") from None
+    target = real(folder)
     if os.path.lexists(target) and not target.is_dir():
         raise PSMError(f"{folder} is no folder, nor leads to one; give another.")
     others = [item.name for item in target.glob("[!.]*") if item.name not in PSM_FILES] if target.is_dir() else []

@@ -82,7 +82,7 @@ def _diffusion(part: Part, weights: Path | None, lora: int | None) -> tuple[Part
     if lora is not None:
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        base = {"base": str(weights.resolve()), "sha256": digest, "rank": lora}
+        base = {"base": str(files.real(weights)), "sha256": digest, "rank": lora}
         return Part(kind="lora", args={**base, **part.args}), None
     known = PSMConfig(
         name="base", sigma=0.25, sigma_range=(0.25, 0.25), image_size=(256, 256), purifier=part, encoder="none",
