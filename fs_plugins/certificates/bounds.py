@@ -78,7 +78,7 @@ def mean_population(values: ArrayLike, probabilities: ArrayLike, delta: ArrayLik
         SettingError: not a law, or a negative delta.
     """
     values, probabilities = _law(values, probabilities)
-    return mean_bound(float(probabilities @ values), delta)
+    return mean_bound(float(np.clip(probabilities @ values, -1, 1)), delta)  # the sum rounds
 
 
 def mean_bound(mean: float, delta: ArrayLike) -> Any:

@@ -47,6 +47,13 @@ def test_a_constant_score_cannot_be_attacked_at_population_level():
     assert mean_population([1.0], [1.0], 5.0) == 1
 
 
+def test_a_mean_that_rounds_above_1_is_1():
+    sixths = np.full(6, 1e-6) / np.full(6, 1e-6).sum()
+    assert float(sixths @ np.ones(6)) > 1
+    assert (mean_population(np.ones(6), sixths, EPS) == 1).all()
+    assert mean_population(-np.ones(6), sixths, 0.5) == -1
+
+
 def test_the_low_tail_keeps_its_digits():
     """P(s = -1) = 1e-20 vanishes beside 1, and yet decides at a large distance."""
     bound = distribution_population([-1.0, 1.0], [1e-20, 1.0], 9.0)
