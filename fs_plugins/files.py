@@ -133,11 +133,6 @@ def _unarmed(cell: object) -> object:
     return cell
 
 
-def real(path: Path) -> Path:
-    """Where links lead, whatever is there; one that leads to itself leads nowhere else."""
-    return Path(os.path.realpath(path))
-
-
 def text(path: Path) -> str:
     """What a text file says, in UTF-8, with or without a byte order mark.
 
