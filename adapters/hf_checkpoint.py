@@ -23,7 +23,8 @@ def processors(config: Any) -> list[tuple[Path, Saved | None]]:
     """Folders that the model can have come from, each with the image processor saved in it or above it, if any."""
     kind = getattr(config, "model_type", None)
     found = []
-    for root in _roots(getattr(config, "_name_or_path", None) or "", getattr(config, "_commit_hash", None)):
+    commit = vars(config).get("_commit_hash")  # as an attribute Qwen2-VL's, until transformers 5, is its text part's
+    for root in _roots(getattr(config, "_name_or_path", None) or "", commit):
         checkpoints = list(_checkpoints(root))
         alike = [folder for folder, its in checkpoints if its == kind] or [folder for folder, _ in checkpoints]
         found += [(folder, _beside(folder, root)) for folder in alike or [root]]

@@ -61,6 +61,8 @@ class Place:
         monkeypatch.chdir(root)
         monkeypatch.setattr(fs_plugins, "_began_in", str(root))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "cache"))
+        # Until transformers 5 it has a copy of its own.
+        monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(root / "cache"), raising=False)
 
     def folder(self, checkpoint: Path, name: str) -> Path:
         return Path(shutil.copytree(checkpoint, self.root / name))
