@@ -37,6 +37,7 @@ class Readout:
         width: D.
         tokens: L as consumed; 0 for a pooled vector (N, D), None where it follows from the image's size.
         skip: leading tokens that are not consumed (1 where the class token is dropped).
+        channels_first: maps are (N, D, h, w), as of convolutional networks, not (N, h, w, D); each is L = h w tokens.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Readout:
     width: int
     tokens: int | None = 0
     skip: int = 0
+    channels_first: bool = False
 
     def get(self, output: Any) -> Tensor:
         """The consumed tensor, (N, L, D) or (N, D); tokens of several tiles side by side.
@@ -60,7 +62,7 @@ class Readout:
                 "tensor. Ask the module for it (output_hidden_states=True), or name another readout."
             )
         if value.ndim > 3:
-            value = value.flatten(1, -2)
+            value = value.flatten(2).transpose(1, 2) if self.channels_first else value.flatten(1, -2)
         return value[:, self.skip :] if self.skip else value
 
     def put(self, output: Any, value: Tensor) -> Any:
@@ -86,7 +88,9 @@ def _put(output: Any, path: tuple[Field | int, ...], value: Tensor, readout: Rea
     if not path or isinstance(output, Tensor):
         if readout.skip:
             value = torch.cat([output[:, : readout.skip], value], dim=1)
-        return value.reshape(output.shape) if output.ndim > 3 else value
+        if output.ndim > 3:
+            value = (value.transpose(1, 2) if readout.channels_first else value).reshape(output.shape)
+        return value
     step, rest = path[0], path[1:]
     inner = _put(_step(output, step, readout.name), rest, value, readout)
     if isinstance(output, Mapping):

@@ -218,6 +218,23 @@ def llava_generate(model: nn.Module, inputs: Inputs) -> Tensor:
     return model.generate(inputs["input_ids"], **prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
 
+def build_timm(name: str, **changes: Any) -> nn.Module:
+    import timm
+
+    return randomise(timm.create_model(name, **changes))
+
+
+def timm_inputs(model: nn.Module, images: Tensor) -> Inputs:
+    """timm's own transform, by the colours that it notes on a model."""
+    record = model.pretrained_cfg
+    return {"x": normalised(images, record["mean"], record["std"])}
+
+
+def timm_outcome(model: nn.Module, inputs: Inputs) -> Tensor:
+    found = model(**inputs)
+    return torch.cat([one.flatten(1) for one in found], dim=1) if isinstance(found, list) else found
+
+
 RESNET = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 64, "image_size": 32}
 # Pooling and projection of open_clip's SigLIP models.
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 32, "embedding": 64}
@@ -226,6 +243,8 @@ CLIP_LIKE = {"outcome": clip_outcome, "generate": None}
 FLAMINGO = {"generate": flamingo_generate}
 # Between 4.38 and 5.3 transformers' generate() passes an argument that LLaVA's forward does not know.
 LLAVA = {"generate": llava_generate, "since": "5.4"}
+HEADLESS = {"num_classes": 0, "global_pool": ""}
+PLAIN = {"outcome": timm_outcome}
 
 FRAMEWORKS = (
     Family("open_clip CLIP", build_clip, clip_inputs, **CLIP_LIKE),
@@ -240,4 +259,9 @@ FRAMEWORKS = (
     Family("original LLaVA list", build_llava, partial(llava_inputs, listed=True), **LLAVA),
     Family("original LLaVA cls_patch", partial(build_llava, "cls_patch"), llava_inputs, **LLAVA),
     Family("original LLaVA tiles", build_llava, tiled_inputs, **LLAVA),
+    Family("timm classifier", partial(build_timm, "test_efficientnet"), timm_inputs, (32, 32), **PLAIN),
+    Family("timm pooled", partial(build_timm, "test_convnext", num_classes=0), timm_inputs, (32, 32), **PLAIN),
+    Family("timm map", partial(build_timm, "test_efficientnet", **HEADLESS), timm_inputs, (32, 32), **PLAIN),
+    Family("timm tokens", partial(build_timm, "test_vit", **HEADLESS), timm_inputs, (160, 160), **PLAIN),
+    Family("timm maps", partial(build_timm, "test_resnet", features_only=True), timm_inputs, (64, 64), **PLAIN),
 )
