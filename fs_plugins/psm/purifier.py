@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fs_plugins.checks import whole
+from fs_plugins.checks import number, whole
 from fs_plugins.errors import SettingError
 
 PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "unshuffle": 1, "attention": True}
@@ -59,6 +59,10 @@ def check_multiple(levels: int, unshuffle: int = 1) -> None:
         )
 
 
+_CONTRAST = 0.25
+"""The spread of photographs' pixels: nets are shown images of about unit spread."""
+
+
 class UNetPurifier(nn.Module):
     """A residual U-Net (diffusers ``UNet2DModel``) conditioned on sigma, for images of any size.
 
@@ -67,9 +71,13 @@ class UNetPurifier(nn.Module):
         layers: residual blocks a level.
         unshuffle: side of the pixel blocks folded into channels first; 1 keeps full resolution.
         attention: self-attention in the middle block.
+        spread: of fine detail in [0, 1] pixels, sigma_data of Karras et al. (2022, eq. 7): the noisier an image is, the
+            less of it is kept and the more is painted anew, so that a narrow net need not carry the noise through; at
+            sigma 0 images stay as they are. None keeps all of the image and adds a change.
 
     Raises:
-        SettingError: sizes that no such net has, or one that pads images to multiples beyond ``MOST_MULTIPLE``.
+        SettingError: sizes that no such net has, a spread that is not positive, or a net that pads images to multiples
+            beyond ``MOST_MULTIPLE``.
     """
 
     def __init__(
@@ -79,10 +87,13 @@ class UNetPurifier(nn.Module):
         layers: int = 1,
         unshuffle: int = 4,
         attention: bool = False,
+        spread: float | None = None,
     ) -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
+        expected = "UNetPurifier.spread must be positive, in [0, 1] pixel units"
+        self.spread = None if spread is None else number(expected, spread, lambda found: found > 0)
         channels = widths("UNetPurifier.channels", channels, 8)
         layers, unshuffle = depth("UNetPurifier.layers", layers), whole("UNetPurifier.unshuffle", unshuffle)
         if not isinstance(attention, bool):
@@ -110,7 +121,17 @@ class UNetPurifier(nn.Module):
         height, width = images.shape[-2:]
         pad = (0, -width % self.multiple, 0, -height % self.multiple)
         padded = F.pad(images, pad, mode="replicate") if any(pad) else images
-        level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images)) * 1000
-        change = self.net(F.pixel_unshuffle(padded - 0.5, self.unshuffle), timestep=level).sample
-        clean = (padded + F.pixel_shuffle(change, self.unshuffle))[..., :height, :width]
+        level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images))
+        kept, scale, shown = self._parts(padded, level.view(-1, 1, 1, 1))
+        change = self.net(F.pixel_unshuffle(shown, self.unshuffle), timestep=level * 1000).sample
+        clean = (kept + scale * F.pixel_shuffle(change, self.unshuffle))[..., :height, :width]
         return clean if self.training else clean.clamp(0, 1)
+
+    def _parts(self, images: Tensor, level: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """What is kept of noisy images, what the net's answer is scaled by, and what the net is shown."""
+        centred = images - 0.5
+        if self.spread is None:
+            return images, 1.0, centred
+        noise, detail = level.square(), self.spread**2
+        kept = 0.5 + centred * detail / (noise + detail)
+        return kept, level * self.spread / (noise + detail).sqrt(), centred / (noise + _CONTRAST**2).sqrt()

@@ -102,6 +102,28 @@ def test_purifier_takes_any_size_and_starts_as_the_identity(size):
     assert not torch.allclose(out, purifier(images, 0.5)), "sigma conditions the net"
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.25, 0.5])
+def test_a_spread_keeps_of_an_image_what_stands_out_of_the_noise(sigma):
+    purifier = UNetPurifier(channels=(8, 16), unshuffle=2, spread=0.1).eval()
+    images = torch.rand(2, 3, 15, 21)
+    kept = 0.1**2 / (0.1**2 + sigma**2)
+    assert torch.allclose(purifier(images, sigma), 0.5 + kept * (images - 0.5), atol=1e-6), (
+        "an untrained net adds nothing"
+    )
+    shaken(purifier)
+    assert torch.allclose(purifier(images, 0.0), images, atol=1e-6), "no noise, no change, whatever the net says"
+    levels = torch.tensor([sigma, 0.0])
+    assert torch.allclose(purifier(images, levels)[:1], purifier(images[:1], sigma), atol=1e-5), (
+        "each image has its own"
+    )
+
+
+@pytest.mark.parametrize("spread", [0, -0.1, float("nan"), True, "0.1"])
+def test_a_spread_is_positive(spread):
+    with pytest.raises(SettingError, match="spread must be positive"):
+        UNetPurifier(channels=(8, 16), spread=spread)
+
+
 def test_purifier_at_the_papers_size_has_43_7_million_parameters():
     with torch.device("meta"):
         count = sum(p.numel() for p in UNetPurifier(**PAPER_UNET).parameters())
