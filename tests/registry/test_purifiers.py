@@ -87,22 +87,27 @@ def test_a_damaged_conversion_is_made_again(online, checkpoint, tmp_path):
 def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(online, checkpoint, tmp_path):
     known = purifiers(tmp_path, **in_one_file(checkpoint))
     script = f"""
+import io
 import time
 from pathlib import Path
-from fs_plugins import registry
+from fs_plugins import files, registry
 
-whole = Path.write_bytes
+whole = files.atomically
 
-def half(path, data):
-    if path.name != "psm.safetensors":
-        return whole(path, data)
-    whole(path, data[: len(data) // 2])
-    time.sleep(60)
+def half(path, write):
+    def cut(file):
+        buffer = io.BytesIO()
+        write(buffer)
+        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        file.flush()
+        time.sleep(60)
 
-Path.write_bytes = half
+    whole(path, cut if path.name == "psm.safetensors" else write)
+
+files.atomically = half
 registry.Registry([Path({str(tmp_path / "purifiers.yaml")!r})]).purifier("mine")
 """
-    killed(script, lambda: [path for path in online.rglob("psm.safetensors") if path.stat().st_size])
+    killed(script, lambda: [path for path in online.rglob(".psm.safetensors-*") if path.stat().st_size])
     assert not list(online.glob("*-converted/psm.safetensors"))
     assert not list(online.glob("*-converted/config.json"))
     assert known.purifier("mine").purifier is not None
