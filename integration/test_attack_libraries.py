@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import llava_inputs, make_llava
+from support import Classifier
 from torch import nn
 
 import fs_plugins
@@ -12,21 +12,6 @@ import fs_plugins
 torchattacks = pytest.importorskip("torchattacks")
 foolbox = pytest.importorskip("foolbox")
 EPS, STEPS = 8 / 255, 5
-
-
-class Classifier(nn.Module):
-    """What attack libraries take: (B, 3, H, W) in [0, 1] -> logits of ten classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.llava = make_llava()
-        self.call = fs_plugins.vision_call(self.llava)
-
-    def forward(self, images):
-        ids = llava_inputs(images.detach())
-        ids.pop("pixel_values")
-        pixels = self.call.pixels.from_unit(images, torch.float32)
-        return self.llava(**ids, pixel_values=pixels).logits[:, -1, :10]
 
 
 def by_torchattacks(name, **settings):

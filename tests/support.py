@@ -8,11 +8,14 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import fs_plugins
 from fs_plugins import PSM, PixelSpace, Readout, VisionCall, hookimpl
+from fs_plugins.demo import world
 from fs_plugins.identity import fingerprint
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Field
@@ -119,6 +122,29 @@ class TinyEncoder(nn.Module):
         if scale is not None:
             tokens = tokens * scale.view(-1, 1, 1)
         return {"tokens": tokens, "extra": self.extra(pixel_values.flatten(1))}
+
+
+class Classifier(nn.Module):
+    """What attack libraries take: (B, 3, H, W) in [0, 1] -> logits of ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llava = make_llava()
+        self.call = fs_plugins.vision_call(self.llava)
+
+    def forward(self, images: Tensor) -> Tensor:
+        ids = llava_inputs(images.detach())
+        ids.pop("pixel_values")
+        pixels = self.call.pixels.from_unit(images, torch.float32)
+        return self.llava(**ids, pixel_values=pixels).logits[:, -1, :10]
+
+
+def scenes(folder: Path, count: int) -> Path:
+    """The folder, with so many held-out scenes of the embedded world as 0.png, 1.png ..."""
+    folder.mkdir()
+    for i in range(count):
+        world.scene("heldout", i).draw().save(folder / f"{i}.png")
+    return folder
 
 
 def tiny_call(encoder: nn.Module, **changes) -> VisionCall:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TinyEncoder, command_line, tiny_call
+from support import TinyEncoder, command_line, scenes, tiny_call
 from typer.testing import CliRunner
 
 import fs_plugins
 from fs_plugins import SettingError, registry
 from fs_plugins.cli import app
-from fs_plugins.demo import world
 from fs_plugins.psm import Part
 from fs_plugins.training import Stage, TrainingConfig, train_psm
 
@@ -52,11 +51,7 @@ def process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def picture(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i in range(3):
-        world.scene("heldout", i).draw().save(folder / f"{i}.png")
-    return folder
+    return scenes(tmp_path / "pictures", 3)
 
 
 COMMANDS = {

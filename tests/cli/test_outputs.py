@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_psm, tiny_call
+from support import make_psm, scenes, tiny_call
 from typer.testing import CliRunner
 
 import fs_plugins
@@ -18,7 +18,6 @@ from fs_plugins.certificates import folder, pictures_of
 from fs_plugins.certificates.certifiers import Features
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.cli import app
-from fs_plugins.demo import world
 from fs_plugins.hf.load import load_model
 
 QUICK = ("--steps", "1", "--mapper-steps", "1", "--batch-size", "2", "--draws", "1", "--certify", "0")
@@ -30,11 +29,7 @@ def full(*_: object, **__: object) -> None:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    root = tmp_path / "pictures"
-    root.mkdir()
-    for i in range(4):
-        world.scene("heldout", i).draw().save(root / f"{i}.png")
-    return root
+    return scenes(tmp_path / "pictures", 4)
 
 
 def commands(pictures: Path, out: Path) -> dict[str, list[str]]:

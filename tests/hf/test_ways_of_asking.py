@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from support import IMAGE_TOKEN, llava_inputs, make_llava, pixels_of
+from support import IMAGE_TOKEN, Classifier, llava_inputs, pixels_of
 from torch import nn
 
 import fs_plugins
@@ -102,21 +102,6 @@ def test_pipelines_ask_the_smoothed_model():
         assert seen.images == 4
     assert smoothed != pytest.approx(plain, abs=1e-4)
     assert scores() == pytest.approx(plain)
-
-
-class Classifier(nn.Module):
-    """What attack libraries take: (B, 3, H, W) in [0, 1] -> logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.llava = make_llava()
-        self.call = fs_plugins.vision_call(self.llava)
-
-    def forward(self, images):
-        ids = llava_inputs(images.detach())
-        ids.pop("pixel_values")
-        pixels = self.call.pixels.from_unit(images, torch.float32)
-        return self.llava(**ids, pixel_values=pixels).logits[:, -1, :10]
 
 
 def pgd(model, images, labels, *, eps=8 / 255, alpha=2 / 255, steps=5, eot=1):
