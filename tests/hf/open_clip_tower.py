@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
-from fs_plugins.photos import torchvision_schemas  # noqa: F401  (open_clip imports torchvision)
 from safetensors.torch import save_file
 from support import IMAGE_TOKEN, make_llava, pixels_of, randomise, vision_config
 from torch import Tensor, nn
+
+from fs_plugins.photos import torchvision_schemas  # noqa: F401  (open_clip imports torchvision)
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,6 +1,6 @@
 """The photo purifier that ships: a U-Net that denoises photographs, for any encoder and a range of sigma.
 
-    python -m tools.photo PHOTOS --out FOLDER --credits images.csv
+    python -m tools.photos.purifier PHOTOS --out FOLDER --credits images.csv
 
 Trained on crops of the photographs in a folder but for every fifth, which are held out. It goes on from its last
 checkpoint; every step's crops and noise follow from the seed and the step's number. ``images.csv`` is the list that
@@ -14,9 +14,6 @@ crop has a sigma of its own, the rate is one cycle, and the average forgets fast
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import re
 import time
 from pathlib import Path
 
@@ -26,11 +23,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.files import atomically, replace
+from fs_plugins.files import atomically, replace, table
 from fs_plugins.photos.parts import tower
+from fs_plugins.photos.photographs import HELD_OUT
+from fs_plugins.pictures import pictures_below
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.purifier import UNetPurifier
 from fs_plugins.training.data import ImageFolder
+from tools.photos.pictures import credits_of
 
 PURIFIER = Part(kind="unet", args={"channels": [64, 80, 128, 192], "layers": 1, "unshuffle": 4, "spread": 0.1})
 SIGMAS = (0.03, 0.5)
@@ -40,12 +40,10 @@ POOLED, TOKENS = 0.01, 0.005
 times these the gradient that comes from features is some eighty times that from pixels, and nothing is learnt."""
 RISE = (0.2, 0.6)
 """Features come in between these parts of all steps."""
-HELD_OUT = 5
-"""One photograph in so many, in the order of their names and from the first on, is never trained on."""
 
 
 def crops(photos: list[Tensor], size: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random crops (count, 3, size, size) in [0, 1], of any scale up to the whole photograph, half mirrored."""
+    """``count`` random crops (count, 3, size, size) in [0, 1], of any scale up to the whole, half mirrored."""
     found = []
     for _ in range(count):
         pick, scale, top, left, mirror = torch.rand(5, generator=generator).tolist()
@@ -160,18 +158,10 @@ class Work:
 
 
 def credit(photos: Path, listed: Path, out: Path) -> None:
-    """Write down whose photographs were trained on; the list has bytes beyond ASCII as ``\\303\\251``."""
-    with listed.open(newline="", encoding="utf-8") as file:
-        rows = {row["ImageId"]: row for row in csv.DictReader(file)}
-    trained_on = [path.stem for i, path in enumerate(ImageFolder(photos, (1, 1)).paths) if i % HELD_OUT]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("photograph", "author", "source"))
-    for name in trained_on:
-        author = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), rows[name]["Author"])
-        author = author.encode("latin-1").decode() if author != rows[name]["Author"] else author
-        writer.writerow((name, author, rows[name]["OriginalLandingURL"]))
-    replace(out / "psm" / "photographs.csv", table.getvalue())
+    """Write down whose photographs were trained on."""
+    trained_on = [path.stem for i, path in enumerate(pictures_below(photos)) if i % HELD_OUT]
+    rows = [(row["ImageId"], row["Author"], row["OriginalLandingURL"]) for row in credits_of(trained_on, listed)]
+    replace(out / "psm" / "photographs.csv", table([("photograph", "author", "source"), *rows]))
 
 
 def finish(out: Path) -> None:

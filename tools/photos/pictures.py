@@ -1,0 +1,65 @@
+"""The held-out photographs that ship, and whose they are, from the competition's folder.
+
+    python -m tools.photos.pictures PHOTOS --credits images.csv
+
+Every fifth in the order of names, as JPEG of quality 90 at their own 299 x 299.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from fs_plugins.files import replace, table
+from fs_plugins.photos.photographs import CREDITS, FOLDER, HELD_OUT
+from fs_plugins.pictures import pictures_below
+
+QUALITY = 90
+
+
+def credits_of(names: Iterable[str], listed: Path) -> list[dict[str, str]]:
+    """The competition's rows of these photographs; it has bytes beyond ASCII as ``\\303\\251``."""
+    with listed.open(newline="", encoding="utf-8") as file:
+        rows = {row["ImageId"]: row for row in csv.DictReader(file)}
+    return [{**rows[name], "Author": _spelled(rows[name]["Author"])} for name in names]
+
+
+def _spelled(author: str) -> str:
+    plain = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), author)
+    return plain.encode("latin-1").decode() if plain != author else author
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--credits", type=Path, required=True, help="CSV of the competition")
+    options = parser.parse_args()
+    chosen = pictures_below(options.photos)[::HELD_OUT]
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    for path in chosen:
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(FOLDER / f"{path.stem}.jpg", quality=QUALITY)
+    columns = ("photograph", "label", "aim", "author", "source", "licence")
+    rows = [
+        (
+            row["ImageId"],
+            int(row["TrueLabel"]) - 1,
+            int(row["TargetClass"]) - 1,
+            row["Author"],
+            row["OriginalLandingURL"],
+            row["License"],
+        )
+        for row in credits_of((path.stem for path in chosen), options.credits)
+    ]
+    replace(CREDITS, table([columns, *rows]))
+
+
+if __name__ == "__main__":
+    main()
