@@ -2,7 +2,7 @@
 
     pip install scikit-image PyWavelets     # the peers; with bm3d, whose licence is non-commercial, one column more
     python -m benchmarks.denoise --psm PSM  # from the repository's root: photographs that scikit-image ships
-    python -m benchmarks.denoise --psm PSM --photos FOLDER  # those of a folder that tools.photo held out
+    python -m benchmarks.denoise --psm PSM --photos FOLDER  # those of a folder that tools.photos.purifier held out
 
 Centre crops of at most 288 x 288, noise of sigma in [0, 1] pixels, not clamped; results are. The peers are told sigma,
 and get the setting that is best for them on these very photographs, one per sigma.

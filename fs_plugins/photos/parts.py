@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ def timm() -> Any:
     from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
 
     try:
-        return import_module("timm")
+        import timm
     except ImportError as error:
         raise _missing("timm") from error
+    return timm
 
 
 def language_model_file() -> Path:
