@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,11 +49,14 @@ DEFAULTS: dict[str, Normalisation] = {
 }
 
 
-def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None) -> PixelSpace:
+def pixel_space(
+    model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None, net: Any = None
+) -> PixelSpace:
     """Mean, std and size from the model's ``image_processor``, else from the processor saved beside its checkpoint.
 
-    Failing these the family's own are assumed, if it has any. Looks on this machine only: ``enable`` never reaches for
-    the network.
+    Failing these from timm's record in the configuration, as ``TimmWrapper`` models have it; failing that too the
+    usual ones are assumed, if there are any: the family's, or those of the architecture of ``net``, the timm model in
+    the encoder. Looks on this machine only: ``enable`` never reaches for the network.
     """
     layout, channels = layout or Layout(), channels_of(vision)
     unknown = PixelSpace((0.5,) * channels, (0.5,) * channels, argument, "", layout=layout)
@@ -64,7 +67,7 @@ def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layo
             source = getattr(carried, "source", "the model's own image_processor")
             found = PixelSpace.from_processor(carried, source=source, channels=channels)
         else:
-            found = _agreed(beside, channels) or _usual(vision, beside)
+            found = _agreed(beside, channels) or _recorded(vision, channels) or _usual(vision, beside, net)
     except SettingError:  # it does not rescale, say: then nobody knows, and a default would be a guess
         return unknown
     if len(found.mean) != channels:
@@ -74,7 +77,8 @@ def pixel_space(model: Any, vision: Any, *, argument: str = "pixel_values", layo
 
 def channels_of(vision: Any) -> int:
     """How many channels an encoder's images have, which a vision configuration writes in several ways."""
-    said = (getattr(vision, name, None) for name in ("num_channels", "in_channels", "in_chans"))
+    said = [getattr(vision, name, None) for name in ("num_channels", "in_channels", "in_chans")]
+    said += [(getattr(vision, "model_args", None) or {}).get("in_chans")]  # timm's own argument
     return next((count for count in said if isinstance(count, int)), 3)
 
 
@@ -93,12 +97,24 @@ def _agreed(beside: Sequence[tuple[Path, Saved | None]], channels: int) -> Pixel
     return replace(first, size=first.size if all(one.size == first.size for one in others if one) else None)
 
 
-def _usual(vision: Any, beside: Sequence[tuple[Path, Saved | None]]) -> PixelSpace:
+def _recorded(vision: Any, channels: int) -> PixelSpace | None:
+    """What a configuration keeps of timm's record of its weights."""
+    record = getattr(vision, "pretrained_cfg", None)
+    if not isinstance(record, Mapping) or not {"mean", "std"} <= set(record):
+        return None
+    source = "timm's record in the configuration (pretrained_cfg)"
+    return PixelSpace.from_processor(SimpleNamespace(data_config=record), source=source, channels=channels)
+
+
+def _usual(vision: Any, beside: Sequence[tuple[Path, Saved | None]], net: Any) -> PixelSpace:
     mean, std = DEFAULTS.get(vision.model_type, HALF)
     why = "no processor found beside the checkpoint"
     if any(saved for _, saved in beside):
         why = f"it can have come from {' or '.join(str(place) for place, _ in beside)}, whose processors differ"
     source = f"the default of {vision.model_type} ({why})" if vision.model_type in DEFAULTS else ""
+    if net is not None:  # weights of one architecture differ in it, so this is not known
+        mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+        source = f"timm's default of {vision.architecture} (no record in the configuration; {why})"
     return PixelSpace(mean, std, source=source, assumed=bool(source))
 
 

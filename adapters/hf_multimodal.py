@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fs_plugins.adapters import timm
 from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
 from torch import nn
@@ -49,6 +50,19 @@ def last(config: Any, vision: Any) -> tuple[Readout, ...]:
     """The encoder's last hidden state, with its class token if it has one."""
     width = getattr(vision, "vision_output_dim", None) or vision.hidden_size
     return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
+
+
+def mapped(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """FastVLM and Gemma 3n: the last map of a convolutional tower, whose places are the tokens."""
+    name = "last_hidden_state"
+    return (Readout(name, (Field(name, 0),), width=vision.hidden_size, tokens=None, channels_first=True),)
+
+
+def perceived(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """PerceptionLM: the tokens of a timm transformer, without its class token if it has one."""
+    skip = 1 if config.vision_use_cls_token else 0
+    name, width = "last_hidden_state" + ("[1:]" if skip else ""), vision.model_args["embed_dim"]
+    return (Readout(name, (Field("last_hidden_state", 0),), width=width, tokens=None, skip=skip),)
 
 
 def internvl(config: Any, vision: Any) -> tuple[Readout, ...]:
@@ -111,6 +125,8 @@ FAMILIES = (
     ),
     Family(("PaliGemma", "Gemma3"), {"vision_tower": (last, _IMAGES)}),
     Family(("Idefics2", "Idefics3", "SmolVLM", "Mllama"), {"vision_model": (last, _IMAGES)}),
+    Family(("FastVlm", "Gemma3n"), {"vision_tower": (mapped, _IMAGES)}),
+    Family(("PerceptionLM",), {"vision_tower": (perceived, _BOTH)}),
     Family(("InternVL",), {"vision_tower": (internvl, _IMAGES)}),
     Family(("Qwen2VL", "Qwen2_5_VL", "Qwen3_5", "Glm4v"), {"visual": (merged, _BOTH)}),
     Family(("Qwen3VL",), {"visual": (deepstack, _BOTH)}),
@@ -135,17 +151,19 @@ def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
 
 def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
     config, vision = whole.config, getattr(module, "config", whole.config.vision_config)
+    net = getattr(module, "timm_model", None)
     layout, argument = _layout(vision)
-    space = pixel_space(whole, vision, argument=argument, layout=layout)
+    space = pixel_space(whole, vision, argument=argument, layout=layout, net=net)
     readouts = consumed(config, vision)
+    fixed = timm.image_size(net) if net is not None else None
     any_size = isinstance(layout, Packed | PatchRows) or vision.model_type.startswith("idefics2")
     deep = any(isinstance(step, Field) and step.name == "hidden_states" for r in readouts for step in r.path)
     return VisionCall(
         module=module,
         pixels=space,
         readouts=readouts,
-        image_size=None if any_size else image_size(vision, space),
-        architecture=architecture(vision),
+        image_size=None if any_size else fixed or image_size(vision, space),
+        architecture=architecture(vision) if net is None else timm.architecture(net),
         kwargs={"output_hidden_states": True} if deep else {},
         inputs=inputs,
     )

@@ -15,6 +15,8 @@ from fs_plugins.errors import ModelError
 _SKETCH_LENGTH = 16
 _SKETCH_SAMPLE = 16_384
 _SKETCH_TOLERANCE = 0.004
+# Names under which wrappers hold an encoder: PEFT's, torch.compile's, transformers' around towers and timm's models.
+_WRAPPERS = ("base_layer", "_orig_mod", "vision_model", "timm_model")
 
 
 def fingerprint(module: nn.Module) -> tuple[float, ...]:
@@ -114,9 +116,7 @@ def _canonical(module: nn.Module) -> dict[str, Tensor]:
     for name, tensor in module.state_dict().items():
         if "lora_" in name or "original_module." in name or _is_extra(name) or not tensor.is_floating_point():
             continue
-        parts = [
-            part for part in name.split(".") if part not in ("base_layer", "_orig_mod", "vision_model", "timm_model")
-        ]
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
         name = ".".join(parts)
         if "modules_to_save." in name:
             name = name.split("modules_to_save.", 1)[1].split(".", 1)[1]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -85,7 +86,7 @@ class PixelSpace:
         """
         if isinstance(processor, PixelSpace):
             return processor
-        images = getattr(processor, "image_processor", processor)
+        images = _of_timm(getattr(processor, "image_processor", processor))
         mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
         if getattr(images, "do_normalize", True) is False:
             mean, std = 0.0, 1.0
@@ -176,6 +177,15 @@ def per_channel(given: Any, channels: int) -> tuple[Any, ...]:
     """A mean or a std as frameworks write it: for every channel, or one number for all."""
     values = tuple(given) if isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0 else (given,)
     return values * channels if len(values) == 1 else values
+
+
+def _of_timm(images: Any) -> Any:
+    """An image processor; transformers' wrapper of timm's, which says all in one record, in everybody's words."""
+    record = getattr(images, "data_config", None)
+    if not isinstance(record, Mapping):
+        return images
+    size = dict(zip(("height", "width"), (record.get("input_size") or ())[-2:], strict=False))
+    return SimpleNamespace(image_mean=record.get("mean"), image_std=record.get("std"), size=size)
 
 
 def _size(images: Any) -> tuple[int, int] | None:

@@ -45,6 +45,7 @@ ABSENT = {
     "Qwen3.5": "the class came with transformers 5.2",
     "InternVL layer -2": "transformers 4.57 calls self.vision_model, but the module is vision_tower, "
     "for any layer but -1",
+    "FastVLM": "the class came with transformers 5.0",
     "original LLaVA": "generate() of transformers 4.38 to 5.3 passes cache_position, which LLaVA's forward "
     "does not take",
 }

@@ -1,4 +1,4 @@
-"""Small random models of the frameworks outside transformers: open_clip, OpenFlamingo and the original LLaVA.
+"""Small random models of what needs more than transformers: open_clip, OpenFlamingo, the original LLaVA, timm.
 
 Every model is an instance of the framework's own class and none is downloaded. ``inputs`` normalises by each
 framework's own rule, written out here, so that it checks the adapters rather than repeats them.
@@ -11,7 +11,9 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import families
 import torch
+from families import IMAGE, QWEN2, greedy
 from family import Family, Inputs
 from torch import Tensor, nn
 
@@ -235,23 +237,93 @@ def timm_outcome(model: nn.Module, inputs: Inputs) -> Tensor:
     return torch.cat([one.flatten(1) for one in found], dim=1) if isinstance(found, list) else found
 
 
+def wrapped(architecture: str, size: int, **config: Any) -> dict[str, Any]:
+    """Configuration of a timm model in transformers, with timm's record of weights that has colours of its own."""
+    record = {"mean": list(OWN_MEAN), "std": list(OWN_STD), "input_size": [3, size, size]}
+    return {"architecture": architecture, "pretrained_cfg": record, **config}
+
+
+def build_vlm(name: str, **config: Any) -> nn.Module:
+    return randomise(families.make(f"{name}ForConditionalGeneration", **config)())
+
+
+def with_tokens(tokens: int) -> Any:
+    """As many placeholders as the tower's map has places."""
+
+    def inputs(model: nn.Module, images: Tensor) -> Inputs:
+        return {**families.prompt(images, *[IMAGE] * tokens), "pixel_values": normalised(images, OWN_MEAN, OWN_STD)}
+
+    return inputs
+
+
+def perception_inputs(model: nn.Module, images: Tensor) -> Inputs:
+    """(B, tiles, 3, H, W)."""
+    text = with_tokens(100)(model, images)
+    return {**text, "pixel_values": text["pixel_values"][:, None]}
+
+
+OWN_MEAN, OWN_STD = (0.4, 0.5, 0.45), (0.3, 0.2, 0.25)
 RESNET = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 64, "image_size": 32}
 # Pooling and projection of open_clip's SigLIP models.
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 32, "embedding": 64}
 
-CLIP_LIKE = {"outcome": clip_outcome, "generate": None}
-FLAMINGO = {"generate": flamingo_generate}
+FASTVLM = {
+    "text_config": QWEN2,
+    "vision_config": wrapped("test_efficientnet", 64, model_type="timm_wrapper", hidden_size=256),
+    "image_token_index": IMAGE,
+}
+GEMMA3N = {
+    "text_config": {
+        **families.TEXT,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "vision_config": wrapped("test_efficientnet", 64, hidden_size=256, vocab_offset=64, vocab_size=8),
+    "audio_config": {
+        "hidden_size": 32,
+        "conf_num_hidden_layers": 1,
+        "conf_num_attention_heads": 4,
+        "sscp_conv_channel_size": [4, 4],
+        "input_feat_size": 16,
+        "vocab_offset": 72,
+        "vocab_size": 8,
+    },
+    "vision_soft_tokens_per_image": 4,
+    "image_token_id": IMAGE,
+    "audio_token_id": 61,
+    "boi_token_id": 62,
+    "eoi_token_id": 63,
+}
+PERCEPTION = {
+    "text_config": families.LLAMA,
+    # Its projector reads the width there, and timm is told it.
+    "vision_config": wrapped("test_vit", 160, model_args={"embed_dim": 64}),
+    "image_token_id": IMAGE,
+    "video_token_id": 61,
+}
+
+CLIP_LIKE = {"outcome": clip_outcome, "needs": "open_clip"}
+COCA = {"outcome": coca_outcome, "generate": coca_generate, "needs": "open_clip"}
+FLAMINGO = {"generate": flamingo_generate, "needs": "open_flamingo"}
 # Between 4.38 and 5.3 transformers' generate() passes an argument that LLaVA's forward does not know.
-LLAVA = {"generate": llava_generate, "since": "5.4"}
+LLAVA = {"generate": llava_generate, "needs": "llava", "since": "5.4"}
 HEADLESS = {"num_classes": 0, "global_pool": ""}
-PLAIN = {"outcome": timm_outcome}
+PLAIN = {"outcome": timm_outcome, "needs": "timm"}
+TOWER = {"generate": greedy, "needs": "timm"}
 
 FRAMEWORKS = (
     Family("open_clip CLIP", build_clip, clip_inputs, **CLIP_LIKE),
     Family("open_clip ResNet", partial(build_clip, **RESNET), clip_inputs, (32, 32), **CLIP_LIKE),
     Family("open_clip CustomTextCLIP", partial(build_custom_text_clip, pool_type="avg"), siglip_inputs, **CLIP_LIKE),
     Family("open_clip timm", partial(build_custom_text_clip, **TIMM), siglip_inputs, (32, 32), **CLIP_LIKE),
-    Family("open_clip CoCa", build_coca, coca_inputs, outcome=coca_outcome, generate=coca_generate),
+    Family("open_clip CoCa", build_coca, coca_inputs, **COCA),
     Family("OpenFlamingo OPT", partial(build_flamingo, "OPT"), flamingo_inputs, **FLAMINGO),
     Family("OpenFlamingo LLaMA", partial(build_flamingo, "Llama"), flamingo_inputs, **FLAMINGO),
     Family("OpenFlamingo GPT-NeoX interleaved", partial(build_flamingo, "GPTNeoX"), interleaved_inputs, **FLAMINGO),
@@ -264,4 +336,7 @@ FRAMEWORKS = (
     Family("timm map", partial(build_timm, "test_efficientnet", **HEADLESS), timm_inputs, (32, 32), **PLAIN),
     Family("timm tokens", partial(build_timm, "test_vit", **HEADLESS), timm_inputs, (160, 160), **PLAIN),
     Family("timm maps", partial(build_timm, "test_resnet", features_only=True), timm_inputs, (64, 64), **PLAIN),
+    Family("FastVLM", partial(build_vlm, "FastVlm", **FASTVLM), with_tokens(4), (64, 64), **TOWER, since="5.0.0"),
+    Family("Gemma 3n", partial(build_vlm, "Gemma3n", **GEMMA3N), with_tokens(4), (64, 64), **TOWER),
+    Family("PerceptionLM", partial(build_vlm, "PerceptionLM", **PERCEPTION), perception_inputs, (160, 160), **TOWER),
 )

@@ -8,6 +8,7 @@ import exceptions
 import transformers
 from families import FAMILIES
 from family import Family
+from frameworks import FRAMEWORKS
 from packaging.version import Version
 
 from fs_plugins.testing import AdapterConformance
@@ -49,11 +50,7 @@ def suite(family: Family) -> type[AdapterConformance]:
 
 def known() -> list[Family]:
     """The families of the frameworks that are installed here."""
-    if importlib.util.find_spec("open_flamingo") is None:
-        return list(FAMILIES)
-    from frameworks import FRAMEWORKS
-
-    return [*FAMILIES, *FRAMEWORKS]
+    return [family for family in (*FAMILIES, *FRAMEWORKS) if importlib.util.find_spec(family.needs)]
 
 
 def runs_here(family: Family) -> bool:

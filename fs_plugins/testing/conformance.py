@@ -571,8 +571,8 @@ def _record(into: list[Any]) -> Callable[..., None]:
 
 
 def _kept(output: Any) -> Any:
-    """A copy that the model's own later assignments to fields do not reach."""
-    return map_tensors([output], lambda one: one[0])
+    """A copy that the model's own later assignments to fields, and arithmetic in place, do not reach."""
+    return map_tensors([output], lambda one: one[0].clone())
 
 
 def _transplant(call: VisionCall, recorded: Iterator[Any]) -> Callable[..., Any]:

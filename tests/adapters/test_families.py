@@ -266,6 +266,14 @@ def test_a_processors_size_is_what_it_makes_of_every_picture(siglip, words, size
         assert handle.smoothers[0].call.image_size == (size or (16, 16))
 
 
+def test_a_processor_that_keeps_timms_record_is_read_by_it():
+    record = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 24, 32), "crop_pct": 0.9}
+    space = PixelSpace.from_processor(Processor(data_config=record))
+    assert (space.mean, space.std, space.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (24, 32))
+    with pytest.raises(SettingError, match="no image_mean"):
+        PixelSpace.from_processor(Processor(data_config={"std": (0.4, 0.5, 0.6)}))
+
+
 def test_encoders_of_any_size_stay_so_whatever_the_processor_says():
     model = qwen()
     processor = Processor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 16, "width": 16})
