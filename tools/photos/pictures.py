@@ -1,8 +1,10 @@
-"""The held-out photographs that ship, and whose they are, from the competition's folder.
+"""The held-out photographs that ship, and whose they are, from the competition's folder; and the others.
 
     python -m tools.photos.pictures PHOTOS --credits images.csv
+    python -m tools.photos.pictures PHOTOS --credits images.csv --others FOLDER
 
-Every fifth in the order of names, as JPEG of quality 90 at their own 299 x 299.
+Every fifth in the order of names, as JPEG of quality 90 at their own 299 x 299. With ``--others`` nothing of these is
+written: the folder gets links to all others, for ``fs-plugins train``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import csv
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -35,12 +37,8 @@ def _spelled(author: str) -> str:
     return plain.encode("latin-1").decode() if plain != author else author
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path)
-    parser.add_argument("--credits", type=Path, required=True, help="CSV of the competition")
-    options = parser.parse_args()
-    chosen = pictures_below(options.photos)[::HELD_OUT]
+def ship(chosen: Sequence[Path], listed: Path) -> None:
+    """Write the held-out photographs and their credits into the package."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     for path in chosen:
@@ -56,9 +54,25 @@ def main() -> None:
             row["OriginalLandingURL"],
             row["License"],
         )
-        for row in credits_of((path.stem for path in chosen), options.credits)
+        for row in credits_of((path.stem for path in chosen), listed)
     ]
     replace(CREDITS, table([columns, *rows]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--credits", type=Path, required=True, help="CSV of the competition")
+    parser.add_argument("--others", type=Path, help="folder for links to all that are not held out")
+    options = parser.parse_args()
+    found = pictures_below(options.photos)
+    if options.others:
+        options.others.mkdir(parents=True)
+        for i, path in enumerate(found):
+            if i % HELD_OUT:
+                (options.others / path.name).symlink_to(path.resolve())
+        return
+    ship(found[::HELD_OUT], options.credits)
 
 
 if __name__ == "__main__":
