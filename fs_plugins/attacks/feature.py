@@ -31,14 +31,18 @@ def pooled(one: Seen, other: Seen) -> Tensor:
     return torch.cosine_similarity(one.pooled, other.pooled, dim=-1)
 
 
+class NoTokensError(ModelError):
+    """The attack compares tokens, and the encoder gives none."""
+
+
 def pooled_and_parts(one: Seen, other: Seen) -> Tensor:
     """FOA-Attack's: cosine of the pooled features + .2 of the similarity of transported clusters of tokens.
 
     Raises:
-        ModelError: the encoder shows no tokens.
+        NoTokensError: the encoder shows none.
     """
     if one.tokens is None or other.tokens is None:
-        raise ModelError(
+        raise NoTokensError(
             "FOA-Attack compares the tokens of pictures, and this encoder gives pooled vectors only. Take M-Attack, or "
             "make it give tokens (open_clip: model.visual.output_tokens = True)."
         )

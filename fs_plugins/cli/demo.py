@@ -10,7 +10,7 @@ from fs_plugins.cli.options import command
 from fs_plugins.demo.settings import Settings
 
 if TYPE_CHECKING:
-    from fs_plugins.demo.picture import Panel
+    from fs_plugins.evaluation.picture import Panel
 
 
 def _demo(settings: Settings) -> None:

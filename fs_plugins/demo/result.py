@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 
-from fs_plugins.demo.picture import Panel
 from fs_plugins.demo.settings import Settings
-from fs_plugins.evaluation.plan import AGAIN, FEATURES
-from fs_plugins.evaluation.results import Answer, Results, accuracy, success
+from fs_plugins.evaluation.picture import Panel
+from fs_plugins.evaluation.results import Answer, Results, accuracy
+from fs_plugins.evaluation.rows import Row, Rows, intervals, row, values
 from fs_plugins.evaluation.suites import ABLATION, CLEAN, DEFENCES, Condition, Defence
-from fs_plugins.evaluation.tables import Figure, Table
+from fs_plugins.evaluation.tables import Table
 from fs_plugins.files import replace
-
-Row = dict[str, Figure]
-Rows = dict[str, Row]
-"""By the defences' names."""
 
 _PARTS = {
     "none": ("none", "none"),
@@ -56,33 +51,21 @@ class Demo:
         return {defence.name: self._row(defence, condition) for defence in DEFENCES}
 
     def _row(self, defence: Defence, condition: Condition) -> Row:
-        classes, captions, questions = (
-            self._answers(defence, condition, task) for task in ("classification", "captioning", "vqa")
-        )
+        captions, questions = (self._answers(defence, condition, task) for task in ("captioning", "vqa"))
         return {
-            "acc": accuracy(classes),
-            "asr": success(classes),
-            "fcs": self._fcs(defence, condition),
+            **row(self.results, defence, condition, "classification"),
             "caption_acc": accuracy(captions),
             "vqa_acc": accuracy(questions),
         }
 
     def ablation(self) -> Rows:
         """Of the parts of the defence, on the attacked pictures."""
-        rows = {}
-        for defence in ABLATION:
-            classes = self._answers(defence, self.attacked, "classification")
-            fcs = self._fcs(defence, self.attacked)
-            rows[_PARTS[defence.name][0]] = {"acc": accuracy(classes), "asr": success(classes), "fcs": fcs}
-        return rows
+        return {
+            _PARTS[defence.name][0]: row(self.results, defence, self.attacked, "classification") for defence in ABLATION
+        }
 
     def _answers(self, defence: Defence, condition: Condition, task: str) -> list[Answer]:
         return list(self.results.answers(defence, condition, task))
-
-    def _fcs(self, defence: Defence, condition: Condition) -> Figure:
-        """Of all pictures, also of those that show no shape."""
-        samples = self.results.plan.dataset.samples
-        return self.results.cosine(defence, condition, samples, kind=AGAIN if condition == CLEAN else FEATURES)
 
     def tables(self) -> list[Table]:
         """For people."""
@@ -92,9 +75,9 @@ class Demo:
         lines = []
         for condition in (CLEAN, self.attacked):
             for defence in DEFENCES:
-                row = self._row(defence, condition)
+                found = self._row(defence, condition)
                 count = len(self._answers(defence, condition, "classification"))
-                lines.append((_named(condition), defence.title, count, row["acc"], row["asr"], row["fcs"]))
+                lines.append((_named(condition), defence.title, count, found["acc"], found["asr"], found["fcs"]))
         note = (
             "ACC: right answers to the eleven-way question. ASR: the attacker's class. FCS: cosine between what is "
             "served for the clean and for the attacked picture by the same defence; for clean rows, between two "
@@ -110,15 +93,15 @@ class Demo:
         lines = []
         for condition in (CLEAN, self.attacked):
             for defence in DEFENCES:
-                row = self._row(defence, condition)
+                found = self._row(defence, condition)
                 count = len(self._answers(defence, condition, "captioning"))
-                lines.append((_named(condition), defence.title, count, row["caption_acc"], row["vqa_acc"]))
+                lines.append((_named(condition), defence.title, count, found["caption_acc"], found["vqa_acc"]))
         columns = ("pictures", "defence", "n", "exact captions", "questions")
         return Table("words", "What it says of them", columns, tuple(lines))
 
     def _parts(self) -> Table:
         names = dict(_PARTS.values())
-        lines = tuple((names[name], row["acc"], row["asr"], row["fcs"]) for name, row in self.ablation().items())
+        lines = tuple((names[name], one["acc"], one["asr"], one["fcs"]) for name, one in self.ablation().items())
         return Table("parts", "What each part does to the attacked pictures", ("parts", "ACC", "ASR", "FCS"), lines)
 
     def _certificates(self) -> Table:
@@ -142,8 +125,8 @@ class Demo:
         rows = {"clean": self.rows(CLEAN), "attacked": self.rows(self.attacked), "ablation": self.ablation()}
         told = {"steps": self.settings.steps, "n0": self.settings.n0, "draws": self.settings.draws}
         return {
-            **{which: {name: _values(row) for name, row in some.items()} for which, some in rows.items()},
-            "intervals": {which: {name: _intervals(row) for name, row in some.items()} for which, some in rows.items()},
+            **{which: values(some) for which, some in rows.items()},
+            "intervals": {which: intervals(some) for which, some in rows.items()},
             "certificates": [
                 {"picture": panel.truth, **{name: round(r, 4) if r else None for name, r in panel.radii.items()}}
                 for panel in self.pictures
@@ -172,15 +155,3 @@ class Demo:
 
 def _named(condition: Condition) -> str:
     return "clean" if condition == CLEAN else "attacked"
-
-
-def _values(row: Row) -> dict[str, float | None]:
-    return {name: _rounded(figure.estimate.value) for name, figure in row.items()}
-
-
-def _intervals(row: Row) -> dict[str, list[float | None]]:
-    return {name: [_rounded(figure.estimate.low), _rounded(figure.estimate.high)] for name, figure in row.items()}
-
-
-def _rounded(value: float) -> float | None:
-    return None if isnan(value) else round(value, 4)

@@ -15,16 +15,17 @@ from tempfile import TemporaryDirectory
 
 import fs_plugins
 from fs_plugins.certificates.plan import Plan as Certification
-from fs_plugins.demo import assets, dataset, picture, shipped
-from fs_plugins.demo.picture import Panel, panels
+from fs_plugins.demo import assets, dataset, shipped
 from fs_plugins.demo.result import Demo
 from fs_plugins.demo.settings import Settings
 from fs_plugins.demo.suites import attack, glimpse, suites
 from fs_plugins.errors import SettingError
+from fs_plugins.evaluation import picture
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Dataset, Sample, open_dataset
 from fs_plugins.evaluation.judges import ExactMatch
 from fs_plugins.evaluation.means import Track
+from fs_plugins.evaluation.picture import Panel, panels
 from fs_plugins.evaluation.plan import Plan, Setup, fixed
 from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
@@ -83,7 +84,7 @@ def run(
         drawn = [replace(panel, certificate=one) for panel, one in zip(drawn, certified, strict=True)]
         demo = Demo(settings, results, attacked, drawn, time.time() - began)
         demo.write(out)
-        picture.draw(drawn, settings, out / "demo.png")
+        picture.draw(drawn, _title(settings, attacked, drawn), out / "demo.png")
     return demo
 
 
@@ -121,8 +122,12 @@ def _glimpse(
         Evaluation(lambda tower: own, plan, store, ExactMatch()).run()
         drawn = panels(Results(folder), few, own, shown, attacked)
     path = settings.out / "first.png"
-    picture.draw(drawn, settings, path)
+    picture.draw(drawn, _title(settings, attacked, drawn), path)
     first(path, drawn[0])
+
+
+def _title(settings: Settings, attacked: Condition, drawn: Sequence[Panel]) -> str:
+    return picture.titled(attacked, steps=settings.steps, n0=settings.n0, sigma=drawn[0].sigma)
 
 
 def _certified(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +16,21 @@ from fs_plugins.evaluation.defended import Encoder
 from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import AGAIN, FEATURES, Asked, Plan, answers_key, attacked_key
 from fs_plugins.evaluation.store import Row
-from fs_plugins.evaluation.subjects import Subject, size_of
+from fs_plugins.evaluation.subjects import Reader, Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence
 from fs_plugins.evaluation.tasks import TASKS, Task
 from fs_plugins.noise import Source
 from fs_plugins.smoothing import FeatureSmoother
+
+MOST_KEPT = 1 << 16
+"""Numbers of a feature that is kept after it was asked about."""
+
+
+class Served(NamedTuple):
+    """What a defence serves for one picture: all that is consumed (E,), and pooled (P,)."""
+
+    embedding: Tensor
+    pooled: Tensor
 
 
 class Asking:
@@ -37,6 +48,7 @@ class Asking:
         self.plan, self.means = plan, means
         self.size = size_of(subject.call)
         self.device = subject.call.device
+        self._kept: dict[tuple[str, str], Served | None] = {}
 
     def run(self, asked: dict[Condition, Asked]) -> None:
         """Ask what has not been answered."""
@@ -63,15 +75,19 @@ class Asking:
         return left
 
     def _rows(self, condition: Condition, some: Sequence[Sample], left: dict[str, list[str]]) -> Iterator[Row]:
-        images = torch.stack([self._shown(condition, sample) for sample in some]).to(self.device)
+        def wanting(name: str) -> list[Sample]:
+            return [sample for sample in some if name in left[sample.image]]
+
         for name, task in TASKS.items():
-            places = [i for i, sample in enumerate(some) if name in left[sample.image]]
-            if places:
-                yield from self._replies(task, images[places], [some[i] for i in places])
+            if samples := wanting(name):
+                yield from self._replies(task, condition, samples)
         for name in (FEATURES, AGAIN):
-            places = [i for i, sample in enumerate(some) if name in left[sample.image]]
-            if places:
-                yield from self._cosines(name, condition, images[places], [some[i] for i in places])
+            if samples := wanting(name):
+                yield from self._cosines(name, condition, samples)
+
+    def _images(self, condition: Condition, samples: Sequence[Sample]) -> Tensor:
+        """(B, C, H, W) in [0, 1] where the encoder is."""
+        return torch.stack([self._shown(condition, sample) for sample in samples]).to(self.device)
 
     def _shown(self, condition: Condition, sample: Sample) -> Tensor:
         if condition in (CLEAN, TARGET):
@@ -85,37 +101,49 @@ class Asking:
             )
         return found
 
-    def _replies(self, task: Task, images: Tensor, samples: Sequence[Sample]) -> Iterator[Row]:
+    def _replies(self, task: Task, condition: Condition, samples: Sequence[Sample]) -> Iterator[Row]:
         began = time.perf_counter()
-        replies = self.subject.reply(task, images, samples, self.plan.dataset)
+        if isinstance(self.subject, Reader):
+            embedded = torch.stack([one.embedding for one in self._served(condition, samples)])
+            replies = self.subject.read(embedded, samples, self.plan.dataset)
+        else:
+            replies = self.subject.reply(task, self._images(condition, samples), samples, self.plan.dataset)
         seconds = round((time.perf_counter() - began) / len(samples), 5)
         for sample, reply in zip(samples, replies, strict=True):
             yield {"image": sample.image, "task": task.name, "reply": reply, "seconds": seconds}
 
-    def _cosines(self, name: str, condition: Condition, images: Tensor, samples: Sequence[Sample]) -> Iterator[Row]:
+    def _cosines(self, name: str, condition: Condition, samples: Sequence[Sample]) -> Iterator[Row]:
         """Of an attacked picture to the clean one; of a clean one to the attack's target, or to itself served again."""
-        again = name == AGAIN
-        read = self.plan.dataset.target if condition == CLEAN and not again else self.plan.dataset.image
-        beside = torch.stack([read(sample, self.size) for sample in samples]).to(self.device)
-        anew = Stream((self.plan.setup.seed, AGAIN), tuple(sample.image for sample in samples)) if again else None
-        near, pooled = cosines(self.encoder, images, beside, anew)
-        for sample, a, b in zip(samples, near, pooled, strict=True):
-            yield {"image": sample.image, "task": name, "cosine": a, "pooled": b}
+        if name == AGAIN:
+            anew = Stream((self.plan.setup.seed, AGAIN), tuple(sample.image for sample in samples))
+            others = self._see(self._images(CLEAN, samples), anew)
+        else:
+            others = self._served(TARGET if condition == CLEAN else CLEAN, samples)
+        for sample, one, other in zip(samples, self._served(condition, samples), others, strict=True):
+            near, pooled = (
+                torch.cosine_similarity(a, b, dim=-1).item()
+                for a, b in ((one.embedding, other.embedding), (one.pooled, other.pooled))
+            )
+            yield {"image": sample.image, "task": name, "cosine": near, "pooled": pooled}
 
+    def _served(self, condition: Condition, samples: Sequence[Sample]) -> list[Served]:
+        """What the defence serves for pictures; small features are kept, for one picture is compared several times."""
+        kept = {sample.image: self._kept.get((condition.name, sample.image)) for sample in samples}
+        missing = [sample for sample in samples if kept[sample.image] is None]
+        if missing:
+            seen = self._see(self._images(condition, missing))
+            kept.update({sample.image: one for sample, one in zip(missing, seen, strict=True)})
+            if seen[0].embedding.numel() <= MOST_KEPT:
+                self._kept.update({(condition.name, one.image): kept[one.image] for one in missing})
+        return [cast(Served, kept[sample.image]) for sample in samples]
 
-@torch.no_grad()
-def cosines(
-    encoder: Encoder, images: Tensor, others: Tensor, anew: Source | None = None
-) -> tuple[list[float], list[float]]:
-    """Cosines between what is served for pairs of pictures: of all that is consumed, and of pooled features.
+    @torch.no_grad()
+    def _see(self, images: Tensor, source: Source | None = None) -> list[Served]:
+        """What is served for (B, C, H, W) images, each.
 
-    Args:
-        anew: the source of the others' noise; the smoother's own if None, as for the images.
-    """
-    victim = Victim(encoder)
-    source = encoder.source if isinstance(encoder, FeatureSmoother) else Stream((), ())
-    one, other = victim.see(images, source), victim.see(others, source if anew is None else anew)
-    return (
-        torch.cosine_similarity(one.embedding, other.embedding, dim=-1).tolist(),
-        torch.cosine_similarity(one.pooled, other.pooled, dim=-1).tolist(),
-    )
+        Args:
+            source: of the noise; the smoother's own if None.
+        """
+        own = self.encoder.source if isinstance(self.encoder, FeatureSmoother) else Stream((), ())
+        seen = Victim(self.encoder).see(images, own if source is None else source)
+        return [Served(*pair) for pair in zip(seen.embedding, seen.pooled, strict=True)]

@@ -46,12 +46,12 @@ def options(
     serves the same.
 
     Args:
-        sigma: in place of the setup's.
+        sigma: in place of the smoothing's own, and the setup's.
 
     Raises:
         PSMError, RegistryError: the parts of a PSM are wanted, and it cannot be had.
     """
-    sigma = setup.sigma if sigma is None else sigma
+    sigma = next((one for one in (sigma, smoothing.sigma, setup.sigma) if one is not None), None)
     pixels = replace(subject.call.pixels, size=None)  # its resolution is the encoder's own
     psm: str | PSM | None = setup.light if smoothing.psm == LIGHT else smoothing.psm or setup.psm
     if smoothing.parts == "mapper" and setup.mapper_only is not None:

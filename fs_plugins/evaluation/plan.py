@@ -43,6 +43,8 @@ class Setup:
             gradient-free attack has for each.
         seed: of everything random.
         robust_images: how many of the pictures robust towers get, the first ones; all if None.
+        aside_certified, aside_adaptive: how many pictures are certified, and attacked adaptively, for tables that a
+            part is enough for; as for others if None.
     """
 
     steps: int = 300
@@ -61,6 +63,8 @@ class Setup:
     masking_queries: int = 500
     seed: int = 0
     robust_images: int | None = None
+    aside_certified: int | None = None
+    aside_adaptive: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
@@ -131,10 +135,11 @@ class Plan:
         setup, counts = self.setup, [len(self.dataset.samples)]
         if suite.aside and setup.aside_images is not None:
             counts.append(setup.aside_images)
-        if any(condition.adaptive for condition in suite.conditions) and setup.adaptive_images is not None:
-            counts.append(setup.adaptive_images)
-        few = None if defence.tower == NONE.tower else setup.robust_images
-        return self.samples(min(counts))[:few]
+        if any(condition.adaptive for condition in suite.conditions):
+            few = (setup.adaptive_images, setup.aside_adaptive if suite.aside else None)
+            counts += [count for count in few if count is not None]
+        robust = None if defence.tower == NONE.tower else setup.robust_images
+        return self.samples(min(counts))[:robust]
 
     def samples(self, count: int | None = None) -> tuple[Sample, ...]:
         """So many of the samples, of all labels alike, or all; more contain fewer."""
@@ -146,12 +151,20 @@ class Plan:
         """The towers that the suites ask for, whether or not there are any."""
         return {defence.tower for suite in self.suites for defence in suite.defences}
 
-    def certified(self, defence: Defence) -> set[float | None]:
-        """The noise levels that a defence is certified at; None is its own."""
-        if defence.smoothing is None:
-            return set()
-        suites = [suite for suite in self.suites if suite.certified and defence in suite.defences]
-        return {sigma for suite in suites for sigma in suite.sigmas or (self.setup.sigma,)}
+    def certified(self, defence: Defence) -> dict[float | None, int]:
+        """The noise levels that a defence is certified at, and for how many pictures each; None is its own."""
+        found: dict[float | None, int] = {}
+        for suite in self.suites:
+            if suite.certified and defence in suite.defences and defence.smoothing is not None:
+                own = self.setup.sigma if defence.smoothing.sigma is None else defence.smoothing.sigma
+                for sigma in suite.sigmas or (own,):
+                    found[sigma] = max(found.get(sigma, 0), self.certified_pictures(suite))
+        return found
+
+    def certified_pictures(self, suite: Suite) -> int:
+        """How many pictures a suite certifies."""
+        few = self.setup.aside_certified if suite.aside else None
+        return self.setup.certified_images if few is None else few
 
     @property
     def masking_eps(self) -> float | None:
@@ -169,13 +182,18 @@ def answers_key(defence: Defence, condition: Condition) -> str:
     return f"{defence.name}/{condition.name}"
 
 
+_LATER = {"robust_images", "aside_certified", "aside_adaptive"}
+"""Settings that came later: folders from before there were any go on."""
+
+
 def fixed(model: str, towers: Mapping[str, str], dataset: Dataset, setup: Setup) -> dict[str, Any]:
     """What ``Store`` holds a run to, the same wherever the package lies."""
     told = asdict(setup)
     if setup.mapper_only is not None:
         told["mapper_only"] = Path(setup.mapper_only).name
-    if setup.robust_images is None:  # folders from before there was such a setting go on
-        del told["robust_images"]
+    for name in _LATER:
+        if told[name] is None:
+            del told[name]
     return {"version": fs_plugins.__version__, "model": model, "towers": dict(towers), "data": dataset.digest, **told}
 
 
@@ -185,5 +203,5 @@ def setup_of(kept: Mapping[str, Any]) -> Setup:
     Raises:
         KeyError: that told no such thing.
     """
-    names = {one.name for one in fields(Setup)} - (set() if "robust_images" in kept else {"robust_images"})
+    names = {one.name for one in fields(Setup)} - (_LATER - kept.keys())
     return Setup(**{name: kept[name] for name in names})

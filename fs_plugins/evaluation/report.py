@@ -182,7 +182,7 @@ class _Said:
         dataset = self.plan.dataset
         if task == "captioning":
             return self.references().get(sample.image, (sample.caption or "", ""))
-        right, aim = sample.label, dataset.target_class
+        right, aim = sample.label, dataset.wanted(sample)
         if task == "vqa":
             right, aim = sample.answer, dataset.none_option
         if right is None or aim is None or right.casefold() == aim.casefold():

@@ -166,14 +166,19 @@ class Results:
         found = [rows.get((sample.image, kind)) for sample in samples]
         return Figure(mean([row[of] for row in found if row is not None]), "number")
 
-    def certificates(self, defence: Defence) -> dict[float, dict[str, Certificate]]:
+    def certificates(self, defence: Defence, suite: Suite | None = None) -> dict[float, dict[str, Certificate]]:
         """sigma -> picture -> certificate, of all processes.
+
+        Args:
+            suite: of the pictures that this one certifies; of all if None.
 
         Raises:
             SettingError: a row is damaged, or none of its file's settings; the message says where.
         """
         found: dict[float, dict[str, Certificate]] = {}
-        wanted = {one.image for one in self.plan.samples(self.plan.setup.certified_images)}
+        setup = self.plan.setup
+        count = setup.certified_images if suite is None else self.plan.certified_pictures(suite)
+        wanted = {one.image for one in self.plan.samples(count)}
         for path in self.store.certificates(defence.name):
             file = File.read(path)
             for name, row in file.rows(Certificate).items() if file else ():
@@ -239,7 +244,7 @@ class Results:
         for defence in suite.defences:
             if defence.smoothing is None:
                 continue
-            for sigma, by_picture in sorted(self.certificates(defence).items()):
+            for sigma, by_picture in sorted(self.certificates(defence, suite).items()):
                 some = list(by_picture.values())
                 note = note or _certificates_note(some[0])
                 if sigma not in (suite.sigmas or (self.record.levels.get(defence.name),)):

@@ -86,6 +86,13 @@ class Store:
         """An attacked picture, on disk when this returns: the answers that come next are about it."""
         self.keep_picture(f"{ATTACKED}/{key}", name, image)
 
+    def borrow(self, other: Store, tower: str = "none") -> None:
+        """Take over the pictures that another evaluation attacked on a tower that both have, before this one begins."""
+        for path in sorted((other.folder / ATTACKED / tower).glob("*/*.safetensors")):
+            own = self.folder / path.relative_to(other.folder)
+            if not own.is_file():
+                replace(own, path.read_bytes())
+
     def picture(self, place: str, name: str) -> Tensor | None:
         """What ``keep_picture`` kept, or None if it is not there.
 

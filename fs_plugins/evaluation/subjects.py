@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
+import fs_plugins
 from fs_plugins.errors import ModelError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.tasks import Task
@@ -27,15 +29,72 @@ class Subject(Protocol):
         """(B, C, H, W) images in [0, 1] at the encoder's size, and what is asked of each -> the replies."""
 
 
-def size_of(call: VisionCall) -> tuple[int, int]:
-    """(H, W) that the encoder takes.
+@runtime_checkable
+class Reader(Protocol):
+    """A subject that classifies by the encoder's embedded feature alone, which is seen once for answer and cosine."""
+
+    def read(self, embedded: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
+        """(B, E) served embeddings -> the replies to ``classification``."""
+
+
+class Headed:
+    """An encoder with a linear head of its own over named classes.
+
+    Args:
+        model: that an adapter claims and ``enable`` smooths.
+        head: on the encoder's embedded feature (B, E) -> logits (B, K).
+        names: the K classes.
 
     Raises:
-        ModelError: it takes any.
+        ModelError: the encoder takes pictures of any size.
     """
-    if call.image_size is None:
+
+    tasks = ("classification",)
+
+    def __init__(self, model: nn.Module, head: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.head = model, head
+        self.call = fs_plugins.vision_call(model)
+        self.numbers = {name: number for number, name in enumerate(names)}
+        size_of(self.call)
+
+    def read(self, embedded: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
+        """Of the classes on offer that with the largest logit.
+
+        Raises:
+            ModelError: the head does not know one of them.
+        """
+        weight = next(self.head.parameters())
+        with torch.no_grad():
+            logits = self.head(embedded.to(weight)).float()
+        return [self._nearest(row, dataset.offered(one)) for row, one in zip(logits, samples, strict=True)]
+
+    def _nearest(self, logits: Tensor, offered: Sequence[str]) -> str:
+        if unknown := [name for name in offered if name not in self.numbers]:
+            raise ModelError(
+                f"The head of this model knows {len(self.numbers)} classes, and {unknown[0]!r} is none of them. Name "
+                "classes in dataset.json as it does: " + ", ".join(list(self.numbers)[:5]) + " ..."
+            )
+        return str(int(logits[[self.numbers[name] for name in offered]].argmax()))
+
+    def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
+        call = self.call
+        argument, others = call.pixels.layout.still(call.pixels.from_unit(images.to(call.device), call.dtype))
+        with torch.no_grad():
+            output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
+            embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images))))
+        return self.read(embedded, samples, dataset)
+
+
+def size_of(call: VisionCall) -> tuple[int, int]:
+    """(H, W) that the encoder takes, or else that its preprocessing makes.
+
+    Raises:
+        ModelError: both take any.
+    """
+    size = call.image_size or call.pixels.size
+    if size is None:
         raise ModelError(
             "This encoder takes pictures of any size, so what was attacked would not be what is asked about. "
             "Evaluation is for encoders of a fixed size."
         )
-    return call.image_size
+    return size

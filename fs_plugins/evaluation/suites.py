@@ -22,11 +22,13 @@ class Smoothing:
         parts: of the PSM that take part.
         psm: a PSM instead of the run's own.
         n0: draws per image.
+        sigma: noise in [0, 1] pixels.
     """
 
     parts: Part = "both"
     psm: str | None = None
     n0: int | None = None
+    sigma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Suite:
         timed: whether seconds per picture are shown.
         masking: whether the first smoothed defence is searched for masked gradients.
         plain: whether clean pictures are shown first.
-        aside: whether a part of the pictures is enough.
+        aside: whether a part of the pictures is enough, and of those that are certified.
         compared: whether FCS stands beside the cosine of unrelated pictures, which says how little a cosine means.
         twice: whether clean pictures are served twice, with other draws, to see how steady that is.
     """

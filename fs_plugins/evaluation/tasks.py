@@ -90,7 +90,7 @@ class Captioning:
 
 @dataclass(frozen=True)
 class Classification:
-    """The number of one of the dataset's classes."""
+    """The number of one of the dataset's classes, or of those that are on offer for the sample."""
 
     name: ClassVar[str] = "classification"
 
@@ -98,17 +98,18 @@ class Classification:
         return sample.label is not None
 
     def prompt(self, sample: Sample, dataset: Dataset) -> str:
-        listed = ", ".join(f"{number}. {name}" for number, name in enumerate(dataset.classes))
-        return dataset.prompts.classification.format(classes=listed, last=len(dataset.classes) - 1)
+        offered = dataset.offered(sample)
+        listed = ", ".join(f"{number}. {name}" for number, name in enumerate(offered))
+        return dataset.prompts.classification.format(classes=listed, last=len(offered) - 1)
 
     def parse(self, reply: str, sample: Sample, dataset: Dataset) -> str | None:
-        bare = _bare(reply)
-        if not re.fullmatch("[0-9]{1,9}", bare) or int(bare) >= len(dataset.classes):
+        bare, offered = _bare(reply), dataset.offered(sample)
+        if not re.fullmatch("[0-9]{1,9}", bare) or int(bare) >= len(offered):
             return None
-        return dataset.classes[int(bare)]
+        return offered[int(bare)]
 
     def verdict(self, reply: str, sample: Sample, dataset: Dataset) -> Verdict:
-        return _verdict(self.parse(reply, sample, dataset), sample.label, dataset.target_class)
+        return _verdict(self.parse(reply, sample, dataset), sample.label, dataset.wanted(sample))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fs_plugins
 from fs_plugins.attacks import attack
+from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.errors import PSMError, RegistryError
 from fs_plugins.evaluation.asking import Asking
@@ -19,6 +20,7 @@ from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import Asked, Plan, attacked_key
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, TARGET, Condition, Defence
+from fs_plugins.evaluation.tables import title_of
 from fs_plugins.identity import digest
 from fs_plugins.kept import write
 from fs_plugins.smoothing import FeatureSmoother
@@ -63,7 +65,11 @@ class Tower:
         for condition, wanted in _oblivious(cells, ready).items():
             samples = tuple(sample for sample in self.plan.dataset.samples if sample.image in wanted)
             what = f"{condition.name} on tower {self.name}"
-            self._attack(self.subject.call, f"{self.name}/{condition.name}", condition, samples, what)
+            try:
+                self._attack(self.subject.call, f"{self.name}/{condition.name}", condition, samples, what)
+            except NoTokensError as error:
+                self.found.notes.append(f"The rows of {title_of(condition)} are left out: {error}")
+                cells = {cell: asked for cell, asked in cells.items() if cell[1].method != condition.method}
         for defence, chosen in ready.items():
             asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
             with defended(self.subject, chosen) as encoder:
@@ -157,18 +163,18 @@ class Tower:
         if not wanted:
             return
         setup, done = self.plan.setup, set[float]()
-        samples = self.means.mine(self.plan.samples(setup.certified_images))
-        images = {sample.image: self.plan.dataset.image(sample, self.size) for sample in samples}
         for sigma in sorted(wanted, key=lambda one: one or 0):  # None is the PSM's own
             try:
                 chosen = self._options(defence, sigma)
                 level = chosen["sigma"]
                 if level is None:
                     level = fs_plugins.smoothers(self.subject.model, **chosen)[0].sigma
-                if sigma is None or sigma == setup.sigma:
+                if sigma in (None, setup.sigma, defence.smoothing.sigma if defence.smoothing else None):
                     self.found.levels[defence.name] = level
                 if level not in done:
                     done.add(level)
+                    samples = self.means.mine(self.plan.samples(wanted[sigma]))
+                    images = {sample.image: self.plan.dataset.image(sample, self.size) for sample in samples}
                     self._certify_at(level, defence, chosen, images)
             except (PSMError, RegistryError) as error:
                 self.found.notes.append(f"{defence.title} is not certified at sigma {sigma}: {error}")

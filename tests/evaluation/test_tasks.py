@@ -219,3 +219,13 @@ def test_thresholds_of_ones_own_and_a_judge_that_failed():
     assert Captioning(acc_from=0.8, asr_from=0.6).verdict(0.7, 0.5) == Verdict(False, False)
     with pytest.raises(SettingError, match=r"got nan and 0\.2"):
         Captioning().verdict(float("nan"), 0.2)
+
+
+def test_a_sample_may_offer_fewer_classes_in_an_order_of_its_own():
+    chosen = Sample(image="3.png", label="hen", choices=("kite", "hen", "shark"), target_label="kite")
+    data = Dataset("", Path(), (*TEN.samples, chosen), TEN.classes, TEN.target_class)
+    task = Classification()
+    assert "?: 0. kite, 1. hen, 2. shark. Output only a single integer between 0 and 2 " in task.prompt(chosen, data)
+    assert task.verdict("1", chosen, data) == Verdict(True, False)
+    assert task.verdict("0", chosen, data) == Verdict(False, True)  # its target's class, not the dataset's
+    assert task.verdict("3", chosen, data) == Verdict(False, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
@@ -32,15 +32,20 @@ class Sample(Strict):
     Args:
         image: path below the dataset's root, with forward slashes; the picture's name in every result.
         target: the picture that a targeted attack aims at, path below the root.
+        target_label: the class of that picture: what such an attack wants to be answered instead of the dataset's
+            ``target_class``.
         caption: what a good caption says.
         label: one of the dataset's classes.
+        choices: the classes that are on offer, the label among them; all of the dataset's if empty.
         question, options, answer: a multiple-choice question; the answer is one of the options.
     """
 
     image: str
     target: str | None = None
+    target_label: str | None = None
     caption: str | None = None
     label: str | None = None
+    choices: tuple[str, ...] = ()
     question: str | None = None
     options: tuple[str, ...] = Field(default=(), max_length=25)
     answer: str | None = None
@@ -62,6 +67,11 @@ class Sample(Strict):
             raise ValueError("question, options and answer come together, or not at all")
         if self.answer is not None and self.answer not in self.options:
             raise ValueError(f"the answer {self.answer!r} is none of the options {list(self.options)}")
+        if self.choices and (self.label not in self.choices or len(set(self.choices)) < max(2, len(self.choices))):
+            raise ValueError(
+                f"choices are two classes or more, each once, and the label {self.label!r} among them; they are "
+                f"{list(self.choices)}"
+            )
         return self
 
 
@@ -129,7 +139,8 @@ class Dataset:
         pool: pictures, none of them a sample, among which it chooses in turn; of ``target_class``, where there is one.
 
     Raises:
-        SettingError: no samples, two with one name, fewer than two classes, or a label that is none of them.
+        SettingError: no samples, two with one name, fewer than two classes, or a label or a choice that is none of
+            them.
     """
 
     name: str
@@ -153,12 +164,16 @@ class Dataset:
         labels = {sample.label for sample in self.samples} - {None}
         if (self.classes or labels) and len(self.classes) < 2:
             raise SettingError(f"{self.root} has the classes {list(self.classes)}; a choice needs at least two.")
+        known = set(self.classes)
         for sample in self.samples:
-            if sample.label is not None and sample.label not in self.classes:
-                raise SettingError(
-                    f"{sample.image} in {self.root} has the label {sample.label!r}, which is none of the classes "
-                    f"{', '.join(self.classes)}. Correct it, or list it among the classes."
-                )
+            named = {"label": (sample.label,), "target_label": (sample.target_label,), "choice": sample.choices}
+            for what, classes in named.items():
+                for one in classes:
+                    if one is not None and one not in known:
+                        raise SettingError(
+                            f"{sample.image} in {self.root} has the {what} {one!r}, which is none of the classes "
+                            f"{_listed(self.classes)}. Correct it, or list it among the classes."
+                        )
         if self.target_class is not None and self.target_class not in self.classes:
             raise SettingError(
                 f"The target class {self.target_class!r} of {self.root} is none of the classes {list(self.classes)}; "
@@ -184,6 +199,14 @@ class Dataset:
             raise SettingError(f"{sample.image} in {self.root} has no target picture. Name one, or use open_dataset.")
         return self.aims[sample.image]
 
+    def wanted(self, sample: Sample) -> str | None:
+        """The class that a targeted attack on this sample wants to be answered, if there is one."""
+        return sample.target_label or self.target_class
+
+    def offered(self, sample: Sample) -> tuple[str, ...]:
+        """The classes that are on offer for this sample, in the order of their numbers."""
+        return sample.choices or self.classes
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that at least one sample is for."""
@@ -205,7 +228,8 @@ class Dataset:
         for sample in self.samples:
             aim = self.target_path(sample) if sample.target or sample.image in self.aims else None
             sizes = [path.stat().st_size for path in (self.root / sample.image, aim) if path is not None]
-            told = json.dumps(sample.model_dump(), ensure_ascii=False, separators=(",", ":"))
+            facts = {name: fact for name, fact in sample.model_dump().items() if fact or name not in _LATER}
+            told = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
             listed.append(f"{told} {aim and _name(aim, self.root)} {sizes}")
         content = "\n".join(listed)
         return f"{len(self.samples)} samples, {mark(content)[:16]}"
@@ -228,6 +252,14 @@ class Dataset:
             seen[by_name[name].label] += 1
         chosen = {name for _, name in sorted(turns, key=lambda turn: turn[0])[:count]}
         return replace(self, samples=tuple(sample for sample in self.samples if sample.image in chosen))
+
+
+_LATER = ("target_label", "choices")
+"""Fields that came later: digests of data without them are what they were."""
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def shuffled(names: Iterable[str], seed: int, purpose: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fs_plugins.errors import PluginError, SettingError
-from fs_plugins.evaluation.datasets.dataset import Dataset, shuffled
+from fs_plugins.evaluation.datasets.dataset import Dataset, Sample, shuffled
 from fs_plugins.evaluation.datasets.plain import read as read_pictures
 from fs_plugins.evaluation.datasets.readers import READERS, known_readers
 from fs_plugins.files import real
@@ -34,7 +34,8 @@ def open_dataset(
     files in it.
 
     A sample without a target picture of its own gets one: those of ``targets`` in turn, else the target class's in turn
-    (ImageNet), else another of the dataset's pictures by a seeded permutation that leaves none in its place.
+    (ImageNet), else another of the dataset's pictures by a seeded permutation that leaves none in its place. Where no
+    class is named that attacks want, it is that of the picture they aim at, if that is a labelled one of the dataset.
 
     Args:
         targets: a folder of pictures for attacks to aim at.
@@ -59,7 +60,22 @@ def open_dataset(
         if not pool:
             raise SettingError(f"No {', '.join(EXTENSIONS)} below {aims}, where the target pictures were to be.")
     dataset, pool = _whole(dataset, pool, corrupt)
-    return replace(dataset, aims=_aims(dataset, pool, seed), pool=())
+    return _told(replace(dataset, aims=_aims(dataset, pool, seed), pool=()))
+
+
+def _told(dataset: Dataset) -> Dataset:
+    """What attacks want to be answered where nobody says it: the class of the sample whose picture they aim at."""
+    if dataset.target_class is not None:
+        return dataset
+    labels = {dataset.root / sample.image: sample.label for sample in dataset.samples}
+
+    def told(sample: Sample) -> Sample:
+        if sample.target_label is not None:
+            return sample
+        found = labels.get(dataset.target_path(sample))
+        return sample if found is None else sample.model_copy(update={"target_label": found})
+
+    return replace(dataset, samples=tuple(map(told, dataset.samples)))
 
 
 def _read(root: Path, targets: Path | None) -> Dataset:

@@ -1,23 +1,22 @@
-"""The demo's picture: what was shown, what was changed, what the purifier makes of it, what was said."""
+"""An evaluation as a picture: what was shown, what was changed, what the purifier makes of it, what was said."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.demo.settings import Settings
-from fs_plugins.demo.suites import attack
 from fs_plugins.evaluation.datasets import Dataset, Sample
-from fs_plugins.evaluation.plan import answers_key, attacked_key
+from fs_plugins.evaluation.plan import attacked_key
 from fs_plugins.evaluation.results import Results
 from fs_plugins.evaluation.subjects import Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence
+from fs_plugins.evaluation.tasks import TASKS, Choice
 from fs_plugins.files import atomically
 from fs_plugins.noise import normal
 
@@ -31,7 +30,10 @@ _RIGHT, _WRONG, _INK = "#1b7f4b", "#b3261e", "#222222"
 
 @dataclass(frozen=True)
 class Panel:
-    """One scene for the picture: images (3, H, W) in [0, 1], what the model said of them, and what is proven of it."""
+    """One row of it: images (3, H, W) in [0, 1], what the model said of them, and what is proven of the clean one.
+
+    ``right`` says of the three replies whether they count as right.
+    """
 
     truth: str
     clean: Tensor
@@ -41,6 +43,7 @@ class Panel:
     said_clean: str
     said_attacked: str
     said_protected: str
+    right: tuple[bool, bool, bool]
     sigma: float
     certificate: fs_plugins.Certificate | None = None
 
@@ -55,16 +58,29 @@ class Panel:
 
 @torch.no_grad()
 def panels(
-    results: Results, data: Dataset, subject: Subject, shown: Sequence[Sample], attacked: Condition
+    results: Results,
+    data: Dataset,
+    subject: Subject,
+    shown: Sequence[Sample],
+    attacked: Condition,
+    task: str = "captioning",
 ) -> list[Panel]:
-    """What an evaluation of this data has of these samples, and one noisy draw of each attacked picture."""
+    """What an evaluation of this data has of these samples, and one noisy draw of each attacked picture.
+
+    Args:
+        task: what was asked.
+    """
     setup, store = results.plan.setup, results.store
-    smoother = fs_plugins.smoothers(subject.model, psm=setup.psm)[0]
+    smoother = fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma)[0]
     size = size_of(subject.call)
     generator = torch.Generator().manual_seed(setup.seed)
 
-    def said(defence: Defence, condition: Condition, sample: Sample) -> str:
-        return str(store.rows(answers_key(defence, condition))[sample.image, "captioning"]["reply"])
+    def said(defence: Defence, condition: Condition, sample: Sample) -> tuple[str, bool]:
+        (answer,) = results.answers(defence, condition, task, [sample])
+        words = answer.reply
+        if task == "classification":
+            words = cast(Choice, TASKS[task]).parse(words, sample, results.plan.dataset) or words
+        return words, answer.verdict.correct
 
     drawn = []
     for sample in shown:
@@ -72,23 +88,34 @@ def panels(
         moved = store.attacked(attacked_key(NONE, attacked), sample.image)
         assert moved is not None
         noise = normal(generator, moved.shape)
+        cells = ((NONE, CLEAN), (NONE, attacked), (FS_PSM, attacked))
+        (plain, a), (fooled, b), (kept, c) = (said(*cell, sample) for cell in cells)
         drawn.append(
             Panel(
-                sample.caption or "",
+                (sample.label if task == "classification" else sample.caption) or "",
                 clean,
                 moved,
                 moved + smoother.sigma * noise,
                 smoother.views(moved[None], noise[None])[0],
-                said(NONE, CLEAN, sample),
-                said(NONE, attacked, sample),
-                said(FS_PSM, attacked, sample),
+                plain,
+                fooled,
+                kept,
+                (a, b, c),
                 smoother.sigma,
             )
         )
     return drawn
 
 
-def draw(drawn: Sequence[Panel], settings: Settings, path: Path) -> None:
+def titled(attacked: Condition, *, steps: int, n0: int, sigma: float) -> str:
+    """What stands above the picture."""
+    return (
+        f"A targeted attack on the vision tower (l-inf {attacked.eps255:g}/255, {steps} steps), "
+        f"and the same model with fs_plugins.enable (sigma {sigma:g}, n0 {n0})"
+    )
+
+
+def draw(drawn: Sequence[Panel], title: str, path: Path) -> None:
     """Write the picture as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,11 +127,7 @@ def draw(drawn: Sequence[Panel], settings: Settings, path: Path) -> None:
         rows, 6, width_ratios=(1, 1, 1, 1, 1, 2.9), left=0.01, right=0.99, top=1 - 0.95 / (1.95 * rows + 0.9),
         bottom=0.02, wspace=0.05, hspace=0.08,
     )  # fmt: skip
-    figure.suptitle(
-        f"A targeted attack on the vision tower (l-inf {attack(settings.eps).eps255:g}/255, {settings.steps} steps), "
-        f"and the same model with fs_plugins.enable (sigma {drawn[0].sigma:g}, n0 {settings.n0})",
-        fontsize=12.5, x=0.01, ha="left", color=_INK,
-    )  # fmt: skip
+    figure.suptitle(title, fontsize=12.5, x=0.01, ha="left", color=_INK)
     for i, panel in enumerate(drawn):
         images = (panel.clean, panel.attacked, 0.5 + 8 * (panel.attacked - panel.clean), panel.noisy, panel.purified)
         for j, image in enumerate(images):
@@ -116,7 +139,7 @@ def draw(drawn: Sequence[Panel], settings: Settings, path: Path) -> None:
         axes = figure.add_subplot(grid[i, 5])
         axes.set_axis_off()
         _say(axes, panel)
-    atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fs-plugins demo"}))
+    atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fs-plugins"}))
 
 
 def _say(axes: Axes, panel: Panel) -> None:
@@ -125,16 +148,20 @@ def _say(axes: Axes, panel: Panel) -> None:
         ("attacked, no defence", panel.said_attacked),
         ("attacked, with the plugin", panel.said_protected),
     )
-    for k, (who, said) in enumerate(lines):
+    for k, ((who, said), right) in enumerate(zip(lines, panel.right, strict=True)):
         y = 0.86 - 0.33 * k
         text = axes.text
         text(0.03, y, who, fontsize=8.5, color="#777777", va="center")
-        colour = _RIGHT if said == panel.truth else _WRONG
-        text(0.03, y - 0.145, f"“{said}”", fontsize=10.5, color=colour, va="center", parse_math=False)
+        colour = _RIGHT if right else _WRONG
+        text(0.03, y - 0.145, f"“{_short(said)}”", fontsize=10.5, color=colour, va="center", parse_math=False)
     if panel.certificate is not None:
         radius = panel.radii["certified"]
         proven = f"cosine ≥ .5 within l2 {radius:.2f}" if radius else "nothing"
         axes.text(0.97, 0.86, f"proven: {proven}", fontsize=8.5, color="#777777", va="center", ha="right")
+
+
+def _short(words: str, most: int = 64) -> str:
+    return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
 def _pixels(image: Tensor) -> np.ndarray:
