@@ -74,15 +74,18 @@ def class_names() -> tuple[str, ...]:
     return tuple(name if first.count(name) == 1 else long for name, long in zip(first, whole, strict=True))
 
 
-def choices(photograph: str, label: int, others: Sequence[int] = (), count: int = 10) -> tuple[int, ...]:
+def choices(
+    photograph: str, label: int, others: Sequence[int] = (), count: int = 10, classes: int = 1000
+) -> tuple[int, ...]:
     """``count`` different classes to choose from, in an order that follows from the photograph's name.
 
     Args:
         label: the right one.
         others: classes that must be among them too, such as an attack's.
+        classes: how many there are.
     """
     lot = random.Random(photograph)
     chosen = list(dict.fromkeys((label, *others)))
-    chosen += lot.sample([i for i in range(1000) if i not in chosen], count - len(chosen))
+    chosen += lot.sample([i for i in range(classes) if i not in chosen], count - len(chosen))
     lot.shuffle(chosen)
     return tuple(chosen)

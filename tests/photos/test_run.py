@@ -1,0 +1,156 @@
+"""The evaluation on photographs, by a tiny encoder with a random head: what it writes follows from what was answered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support import make_psm
+
+import fs_plugins
+from fs_plugins.errors import SettingError
+from fs_plugins.evaluation.datasets import open_dataset
+from fs_plugins.evaluation.report import is_one
+from fs_plugins.evaluation.results import accuracy
+from fs_plugins.evaluation.subjects import Headed
+from fs_plugins.evaluation.suites import CLEAN, FS, FS_PSM, NONE
+from fs_plugins.photos import run as photos
+from fs_plugins.photos.dataset import write
+from fs_plugins.photos.photographs import held_out
+from fs_plugins.photos.settings import Settings
+
+NAMES = [f"thing {i}" for i in range(5)]
+
+
+class Speaker:
+    """Says the same of every photograph."""
+
+    tasks = ("captioning", "classification", "vqa")
+
+    def __init__(self, subject):
+        self.model, self.call, self.shown = subject.model, subject.call, []
+
+    def reply(self, task, images, samples, dataset):
+        self.shown += [image.clone() for image in images]
+        return {"captioning": ["A photo of a thing 0."], "classification": ["1"], "vqa": ["thing 0"]}[task.name] * len(
+            samples
+        )
+
+
+@pytest.fixture
+def headed(clip):
+    generator = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(24, len(NAMES)).requires_grad_(False)
+    head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
+    return Headed(clip.requires_grad_(False), head, NAMES)
+
+
+@pytest.fixture
+def measure(headed, tmp_path):
+    """Settings and a speaker -> what is measured of four photographs."""
+    psm, general = tmp_path / "own", tmp_path / "general"
+    made = make_psm(headed.call, sigma_range=(0.05, 0.5))
+    made.save_pretrained(psm)
+    made.only(mapper=False).save_pretrained(general)
+    shown = [replace(one, label=i % len(NAMES)) for i, one in enumerate(held_out()[:6])]
+    usual = {
+        "images": 4,
+        "steps": 2,
+        "adaptive_images": 2,
+        "adaptive_steps": 1,
+        "sigma_images": 3,
+        "certified_images": 4,
+        "draws": 40,
+        "n0": 2,
+        "psm": str(psm),
+        "general": str(general),
+        "out": tmp_path / "out",
+    }
+
+    def measured(speaker=None, **changes):
+        settings = Settings(**{**usual, **changes})
+        return photos.run(
+            settings,
+            lambda: write(settings.out / "photographs-4", shown, NAMES, 4),
+            lambda encoder, data: headed,
+            model="tiny",
+            speaker=speaker and (lambda encoder, data: speaker),
+        )
+
+    return measured
+
+
+def test_what_is_written_is_what_was_answered(measure, headed, tmp_path):
+    found = measure()
+    told = json.loads((tmp_path / "out/summary.json").read_text("utf-8"))
+    kinds = ("clean", "attacked", "attacked_m_attack", "adaptive")
+    assert [set(told[kind]) for kind in kinds] == [{"none", "fs", "fs_photo", "fs_psm"}] * 4
+    assert all(set(row) == {"acc", "asr", "fcs"} for kind in kinds for row in told[kind].values())
+    assert (told["images"], told["adaptive_images"], told["seed"], told["own_psm"]) == (4, 2, 0, True)
+    data = open_dataset(tmp_path / "out/photographs-4")
+    images = torch.stack([data.image(sample, (16, 16)) for sample in data.samples])
+    logits = headed.head(headed.call.embed(headed.call.encode(images)))
+    right = [NAMES[i] == sample.label for i, sample in zip(logits.argmax(1).tolist(), data.samples, strict=True)]
+    assert told["clean"]["none"]["acc"] == sum(right) / 4
+    assert [row["sigma"] for row in told["sigmas"]] == ["0.0625", "0.125", "0.25", "0.5"]
+    assert {name: told["certificates"][name]["n"] for name in ("fs", "fs_photo", "fs_psm")} == {
+        "fs": 4, "fs_photo": 4, "fs_psm": 4,
+    }  # fmt: skip
+    assert told["cost"]["smoothed"] == 2 * told["cost"]["draw"] > 2 * told["cost"]["encoder"] > 0
+    assert is_one(tmp_path / "out/report.html")
+    assert (tmp_path / "out/photos.png").read_bytes()[:4] == b"\x89PNG"
+    assert [table.name for table in found.tables()] == ["classes", "adaptive", "sigmas", "certificates", "cost"]
+
+
+def test_nothing_is_adaptive_about_attacking_no_defence(measure):
+    found = measure()
+    few = found.results.plan.pictures(found.results.plan.suites[1], FS)
+    plain = accuracy(found.results.answers(NONE, found.attacked[0], "classification", few))
+    assert found.rows(found.adaptive)["none"]["acc"] == plain
+    assert len(few) == 2
+    through = {
+        sample.image: found.results.store.attacked("fs_psm/attackvlm-16-adaptive", sample.image) for sample in few
+    }
+    alone = {sample.image: found.results.store.attacked("none/attackvlm-16", sample.image) for sample in few}
+    assert all(not torch.equal(through[name], alone[name]) for name in alone)
+
+
+def test_noise_levels_are_those_of_the_table(measure):
+    found = measure()
+    for sigma, suite in ((0.125, "fs_psm_sigma0.125"), (0.25, "fs_psm")):
+        defence = next(one for one in found.results.plan.suites[2].defences if one.name == suite)
+        assert set(found.results.certificates(defence)) == {sigma}
+        assert json.loads((found.results.folder / f"defences/{suite}.json").read_bytes())["sigma"] == sigma
+
+
+def test_a_run_goes_on_where_it_was_and_is_held_to_its_settings(measure, monkeypatch):
+    first = measure().results.summary()["tables"]
+    monkeypatch.setattr("fs_plugins.evaluation.tower.attack", None)
+    assert measure().results.summary()["tables"] == first
+    with pytest.raises(SettingError, match="steps"):
+        measure(steps=3)
+
+
+def test_the_speaker_is_shown_the_same_attacked_pictures(measure, headed):
+    speaker = Speaker(headed)
+    found = measure(speaker)
+    assert found.said is not None
+    attacked = found.results.store.attacked("none/attackvlm-16", found.results.plan.dataset.samples[0].image)
+    assert any(torch.equal(attacked, image) for image in speaker.shown)
+    (captions, choices, questions) = found.said.tables()
+    assert [table.name for table in found.tables()][-3:] == ["captions", "choices", "questions"]
+    said = [answer.reply for answer in found.said.answers(FS_PSM, CLEAN, "captioning")]
+    assert said == ["A photo of a thing 0."] * 4
+    data = found.said.plan.dataset
+    hits = [answer.verdict.correct for answer in found.said.answers(NONE, CLEAN, "classification")]
+    assert hits == [sample.choices[1] == sample.label for sample in data.samples]
+
+
+def test_without_a_psm_of_its_own_the_general_one_stands_once(measure):
+    found = measure(psm="auto", n0=1)
+    assert not found.own
+    assert [one.name for one in found.defences] == ["none", "fs", "fs_psm"]
+    assert "no PSM of its own" in found.notes()[0]
+    assert fs_plugins.PSM.from_pretrained(found.settings.general).config.name == "random"
