@@ -22,11 +22,15 @@ console, complaints = Terminal(), Terminal(stderr=True)
 
 def needs(*packages: str, extra: str = "demo") -> None:
     """Raise a SettingError if packages are missing that an extra of ours brings."""
+    if absent := missing(*packages):
+        raise errors.SettingError(f'This command needs {" and ".join(absent)}: pip install "fs-plugins[{extra}]".')
+
+
+def missing(*packages: str) -> list[str]:
+    """Those that are not installed."""
     from importlib.util import find_spec
 
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise errors.SettingError(f'This command needs {" and ".join(missing)}: pip install "fs-plugins[{extra}]".')
+    return [package for package in packages if find_spec(package) is None]
 
 
 def plain_table(*columns: str) -> Table:

