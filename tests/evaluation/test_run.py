@@ -10,7 +10,8 @@ from painting import SUITE, Painter
 from support import make_llava, make_psm
 
 import fs_plugins
-from fs_plugins import JudgeError, ModelError, PSMError, SettingError
+from fs_plugins import JudgeError, ModelError, PSMError, SettingError, attacks
+from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.judges import ExactMatch
@@ -229,3 +230,18 @@ def test_light_and_n0_reach_enable(start, psm):
     for place, (purifier, mapped) in ((2, (False, True)), (3, (True, False))):
         part = options(subject, setup, SUITES["table5"].defences[place].smoothing)["psm"]
         assert (part.config.purifier is not None, bool(part.mapped)) == (purifier, mapped)
+
+
+def test_an_attack_that_needs_tokens_of_an_encoder_without_is_left_out_with_a_note(start, monkeypatch):
+    def attack(*args, method, **options):
+        if method == "foa":
+            raise NoTokensError("This encoder gives no tokens.")
+        return attacks.attack(*args, method=method, **options)
+
+    monkeypatch.setattr("fs_plugins.evaluation.tower.attack", attack)
+    both = tuple(Condition(method, 16) for method in ("foa", "attackvlm"))
+    evaluation = start(replace(SUITE, conditions=both))
+    evaluation.run()
+    found = Results(evaluation.store.folder)
+    assert found.notes() == ["The rows of FOA-Attack 16/255 are left out: This encoder gives no tokens."]
+    assert {row[0] for row in found.tables()[0].rows} == {"clean", "AttackVLM 16/255"}
