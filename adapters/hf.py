@@ -46,6 +46,11 @@ DEFAULTS: dict[str, Normalisation] = {
     "glm4v": CLIP,
     "glm4v_vision": CLIP,
     "mllama_vision_model": CLIP,
+    "vit": HALF,
+    "dinov2": IMAGENET,
+    "dinov2_with_registers": IMAGENET,
+    "dinov3_vit": IMAGENET,
+    "dinov3_convnext": IMAGENET,
 }
 
 

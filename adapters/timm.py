@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fs_plugins import hookimpl
+from fs_plugins.head import Head
 from fs_plugins.layouts import Layout
 from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, unwrapped
 
@@ -34,6 +35,7 @@ def fs_vision_call(model: nn.Module) -> VisionCall | None:
         readouts=(answer(net),) if hasattr(net, "num_classes") else maps(net),
         image_size=image_size(net),
         architecture=architecture(net),
+        head=head(net),
     )
 
 
@@ -47,17 +49,22 @@ def answer(net: Any) -> Readout:
     """What a model returns: logits; without a head a pooled feature; without pooling tokens or a map."""
     if net.num_classes:
         return Readout("logits", (Field("logits", 0),), width=net.num_classes)
-    width = getattr(net, "head_hidden_size", None) or net.num_features
     if pools(net):
-        return Readout("features", (Field("features", 0),), width=width)
-    return Readout("tokens", (Field("tokens", 0),), width=width, tokens=None, channels_first=_first(net))
+        return Readout("features", (Field("features", 0),), width=width(net))
+    return Readout("tokens", (Field("tokens", 0),), width=width(net), tokens=None, channels_first=channels_first(net))
+
+
+def head(net: Any, labels: tuple[str, ...] = ()) -> Head | None:
+    """A classifier's logits are the feature already, and served as such."""
+    classes = getattr(net, "num_classes", 0)
+    return Head((nn.Identity(),), classes, labels=labels) if classes else None
 
 
 def maps(net: Any) -> tuple[Readout, ...]:
     """Every map of the list that ``features_only=True`` makes a model return."""
     return tuple(
-        Readout(f"maps[{i}]", (i,), width=width, tokens=None, channels_first=_first(net))
-        for i, width in enumerate(net.feature_info.channels())
+        Readout(f"maps[{i}]", (i,), width=channels, tokens=None, channels_first=channels_first(net))
+        for i, channels in enumerate(net.feature_info.channels())
     )
 
 
@@ -70,7 +77,13 @@ def pools(net: Any) -> bool:
     return True
 
 
-def _first(net: Any) -> bool:
+def width(net: Any) -> int:
+    """D of what a model without a head answers."""
+    return getattr(net, "head_hidden_size", None) or net.num_features
+
+
+def channels_first(net: Any) -> bool:
+    """Whether its maps are (N, D, h, w)."""
     return str(getattr(net, "output_fmt", "NCHW")).endswith("NCHW")
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fs_plugins.certificates import Certificate, PredictionCertificate
+from fs_plugins.certificates.certifiers import Directions
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import certify_features, certify_labels
 from fs_plugins.choice import Draws, PSMChoice, Smoothable, choose, numbered
@@ -276,7 +277,7 @@ def certify(
 def certify_predictions(
     model: Smoothable | FeatureSmoother,
     images: Picture | Iterable[Picture] | Mapping[str, Picture],
-    directions: Tensor | Mapping[str, Tensor],
+    directions: Directions = None,
     *,
     n: int = 1000,
     alpha: float = 1e-3,
@@ -291,11 +292,13 @@ def certify_predictions(
     encoder: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> list[PredictionCertificate]:
-    """Prove how far each image can move in l2 before a zero-shot or linear classifier's answer may change.
+    """Prove how far each image can move in l2 before a classifier's answer may change.
 
     Args:
-        directions: (K, E), a row a class, or names -> (E,): text embeddings for zero-shot CLIP, or the weight of a
-            linear head without bias on the encoder's embedded feature.
+        directions: what the classifier decides by. Left out, the model's own head: image classifiers of transformers
+            and timm have one. (K, E), a row a class, or names -> (E,): text embeddings for zero-shot CLIP, or the
+            weight of a linear head without bias on the encoder's embedded feature. An ``nn.Linear`` on that feature,
+            as the encoder gives it and not at unit length: with a bias, only the vote is certified.
         target: an l2 radius at which sampling stops early, or as soon as it is out of reach.
         model, images, n, alpha, psm, sigma, seed, chunk_size, out, processor, adapter, encoder, advance: as for
             ``certify``.
@@ -306,6 +309,7 @@ def certify_predictions(
     Raises:
         SettingError: a value out of range, images of another size or range, fewer than two directions, equal ones, or
             some of another width than the feature; a file of another run.
+        ModelError: no directions are given, and the model has no head of its own.
         ModelError, PSMError, RegistryError, PluginError: as for ``certify``.
     """
     plan = Plan(n=n, alpha=alpha, target=target)

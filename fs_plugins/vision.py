@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fs_plugins.checks import number, settle
 from fs_plugins.errors import ModelError, PixelError, SettingError
+from fs_plugins.head import Head
 from fs_plugins.layouts import Layout
 from fs_plugins.outputs import Field, Readout, map_tensors
 from fs_plugins.pictures import Picture, batch
@@ -251,6 +252,7 @@ class VisionCall:
         inputs: keywords under which the model itself takes pixels; ``pixels.argument`` if empty.
         grad_scope: a module around which the framework switches gradients off on its own account; while its
             inputs require a gradient, they stay on.
+        head: a classifier's own, on the embedded feature; None for models that have none.
     """
 
     module: nn.Module
@@ -262,6 +264,7 @@ class VisionCall:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     grad_scope: nn.Module | None = None
+    head: Head | None = None
 
     def features(self, output: Any) -> Features:
         """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""

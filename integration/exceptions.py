@@ -25,6 +25,12 @@ def _four(version: Version) -> bool:
 
 EXEMPTIONS = (
     Exemption(
+        ("LevitForImageClassification", "LevitForImageClassificationWithTeacher"),
+        "test_half_precision",
+        "transformers' LeViT keeps the attention biases of its first call, so a model that was run before cannot "
+        "change its precision",
+    ),
+    Exemption(
         ("LLaVA SigLIP full -1", "LLaVA-OneVision", "AyaVision"),
         "test_threads_do_not_disturb_each_other",
         "transformers 4 collects hidden states by replacing the layers' forward for the duration of a call "

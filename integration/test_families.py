@@ -9,6 +9,7 @@ import transformers
 from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
+from image_families import IMAGE_FAMILIES
 from packaging.version import Version
 
 from fs_plugins.testing import AdapterConformance
@@ -50,7 +51,7 @@ def suite(family: Family) -> type[AdapterConformance]:
 
 def known() -> list[Family]:
     """The families of the frameworks that are installed here."""
-    return [family for family in (*FAMILIES, *FRAMEWORKS) if importlib.util.find_spec(family.needs)]
+    return [family for family in (*FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS) if importlib.util.find_spec(family.needs)]
 
 
 def runs_here(family: Family) -> bool:

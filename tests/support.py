@@ -193,3 +193,13 @@ def plugin(**implementations) -> types.ModuleType:
     for name, function in implementations.items():
         setattr(module, name, hookimpl(function))
     return module
+
+
+def make_classifier(**changes):
+    """A small ViT that tells three animals apart, if by chance."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names = {0: "cat", 1: "dog", 2: "newt"}
+    config = ViTConfig(**{**layers, "image_size": 16, "patch_size": 4, "id2label": names, **changes})
+    return randomise(ViTForImageClassification(config), 0.3)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import make_classifier
 
 import fs_plugins
 from fs_plugins import hooks
@@ -56,6 +57,7 @@ def place(tmp_path, monkeypatch):
     world.scene("heldout", 0).draw().save(tmp_path / "photo.jpg")
     (tmp_path / "docs").mkdir()
     shutil.copy(DOCS / "scene.png", tmp_path / "docs")
+    make_classifier().save_pretrained(tmp_path / "classifier")
     return tmp_path
 
 
@@ -66,6 +68,7 @@ def test_python_blocks_run(code, place):
         assert code[shown.end() :] == (ROOT / shown[1]).read_text("utf-8")
     code = re.sub(r'"llava-hf/[^"]+"', repr(str(assets.LLAVA)), code)
     code = re.sub(r'"openai/[^"]+"', repr(str(assets.CLIP)), code)
+    code = re.sub(r'"google/[^"]+"', repr(str(place / "classifier")), code)
     code = code.replace('"fare4"', '"demo-clip"')
     run(re.sub(r"steps=\d[\d_]*", "steps=2", code))
 

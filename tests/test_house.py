@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "fs_plugins"
 FLOORS = (
     ("errors", "pickled", "terminal"),
     ("checks", "contents", "fields", "files", "kept", "noise", "outputs", "plain_yaml", "settings", "identity"),
-    ("layouts", "pictures"),
+    ("head", "layouts", "pictures"),
     ("vision",),
     ("sources", "psm"),
     ("smoothing",),

@@ -10,15 +10,19 @@ from typing import ClassVar, Protocol, Required, Self, TypedDict, TypeVar, Unpac
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fs_plugins.certificates.certificate import Certificate
 from fs_plugins.certificates.image import certify_image, certify_prediction
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
 from fs_plugins.certificates.values import Stored
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.head import Head
 from fs_plugins.smoothing import FeatureSmoother
+
+Directions = Tensor | Mapping[str, Tensor] | nn.Linear | Head | None
+"""What a classifier decides by: directions, a row a class; a linear layer; None for a model's own head."""
 
 C_co = TypeVar("C_co", bound=Stored, covariant=True)
 
@@ -94,22 +98,34 @@ class Labels:
         smoother, plan: as for ``Features``.
         directions: (K, E), a row a class.
         labels: the K classes' names, where they have any.
+        bias: (K,), of a head that has one.
     """
 
     smoother: FeatureSmoother
     plan: Plan
     directions: Tensor
     labels: Sequence[str] | None = None
+    bias: Tensor | None = None
 
     kind: ClassVar[type[PredictionCertificate]] = PredictionCertificate
 
     @classmethod
-    def among(cls, smoother: FeatureSmoother, plan: Plan, directions: Tensor | Mapping[str, Tensor]) -> Labels:
+    def among(cls, smoother: FeatureSmoother, plan: Plan, directions: Directions) -> Labels:
         """``directions`` as users give them, see ``fs_plugins.certify_predictions``.
 
         Raises:
             SettingError: fewer than two, of different widths, not finite, or equal.
+            ModelError: none are given, and the model has no head of its own; or see ``Head.affine``.
         """
+        if directions is None:
+            directions = smoother.call.head
+            if directions is None:
+                raise ModelError(
+                    "This model has no head of its own that names classes. Pass directions: text embeddings for "
+                    "zero-shot classification, or an nn.Linear on its embedded feature."
+                )
+        if isinstance(directions, nn.Linear | Head):
+            return cls._by(smoother, plan, Head.of(directions) if isinstance(directions, nn.Linear) else directions)
         labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
         try:
             # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
@@ -127,22 +143,37 @@ class Labels:
         matrix = torch.stack(given)
         if matrix.is_complex():
             raise SettingError(f"directions must be real numbers, got {matrix.dtype}.")
-        if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
-            raise SettingError(
-                "directions has equal or non-finite rows, so that nothing could tell these classes apart."
-            )
+        _check_rows(matrix)
         return cls(smoother, plan, matrix, labels)
+
+    @classmethod
+    def _by(cls, smoother: FeatureSmoother, plan: Plan, head: Head) -> Labels:
+        weight, bias = head.affine()
+        if len(weight) < 2:
+            raise SettingError(f"A classifier has K >= 2 classes to choose from; this head has {len(weight)}.")
+        _check_rows(torch.cat([weight, bias[:, None]], dim=1))
+        return cls(smoother, plan, weight, head.labels or None, bias if bias.any() else None)
 
     @property
     def settings(self) -> Mapping[str, object]:
-        exact = hashlib.sha256(self.directions.detach().double().cpu().numpy().tobytes()).hexdigest()
-        return {"directions": exact, "labels": self.labels}
+        found = {"directions": _digest(self.directions), "labels": self.labels}
+        return found if self.bias is None else {**found, "bias": _digest(self.bias)}
 
     def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> PredictionCertificate:
-        return certify_prediction(self.smoother, image, self.directions, self.plan, labels=self.labels, **drawing)
+        told = {"bias": self.bias, "labels": self.labels}
+        return certify_prediction(self.smoother, image, self.directions, self.plan, **told, **drawing)
 
     def trial(self, draws: int) -> Labels:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None))
+
+
+def _check_rows(matrix: Tensor) -> None:
+    if not matrix.isfinite().all() or len(matrix.unique(dim=0)) < len(matrix):
+        raise SettingError("directions has equal or non-finite rows, so that nothing could tell these classes apart.")
+
+
+def _digest(numbers: Tensor) -> str:
+    return hashlib.sha256(numbers.detach().double().cpu().numpy().tobytes()).hexdigest()
 
 
 def unrelated_cosine(smoother: FeatureSmoother, images: Sequence[Tensor], most: int = 32) -> float | None:

@@ -30,7 +30,7 @@ def doubts(certificate: Stored, settings: Mapping[str, Any]) -> list[str]:
         SettingError, TypeError: the settings are none.
     """
     found = [f"{name} is {is_} for {wanted}" for name, is_, wanted in _compared(certificate, settings) if is_ != wanted]
-    return found or list(_impossible(certificate))
+    return found or list(_impossible(certificate, votes_alone="bias" in settings))
 
 
 def _compared(certificate: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
@@ -58,14 +58,14 @@ def _compared(certificate: Stored, settings: Mapping[str, Any]) -> Iterator[tupl
             yield "the refinement", certificate.angular is not None, plan.pilot > 0
 
 
-def _impossible(certificate: Stored) -> Iterator[str]:
-    """Statistics that no n scores give at this alpha."""
+def _impossible(certificate: Stored, *, votes_alone: bool) -> Iterator[str]:
+    """Statistics that no n scores give at this alpha, of which votes have all where a head's bias leaves them alone."""
     n, spent = certificate.n, certificate.alpha * certificate.share
     if isinstance(certificate, PredictionCertificate):
-        votes = vote_radius(certificate.votes, n, sigma=certificate.sigma, alpha=spent / 2)
+        votes = vote_radius(certificate.votes, n, sigma=certificate.sigma, alpha=spent / (1 if votes_alone else 2))
         if not _near(certificate.vote_radius, votes):
             yield f"vote_radius is {certificate.vote_radius} for {certificate.votes} votes of {n}, which give {votes}"
-        most = argmax_radius(np.ones((n, 1)), sigma=certificate.sigma, alpha=spent / 2)
+        most = None if votes_alone else argmax_radius(np.ones((n, 1)), sigma=certificate.sigma, alpha=spent / 2)
         if (certificate.feature_radius or 0.0) > (most or 0.0) + _ROUNDING:
             yield f"feature_radius is {certificate.feature_radius}, and {n} draws give {most} at most"
     elif isinstance(certificate, Certificate):

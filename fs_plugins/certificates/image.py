@@ -77,6 +77,7 @@ def certify_prediction(
     plan: Plan,
     *,
     key: bytes,
+    bias: Tensor | None = None,
     labels: Sequence[str] | None = None,
     rows: int = 32,
     advance: Callable[[int], None] = unheard,
@@ -87,6 +88,7 @@ def certify_prediction(
 
     Args:
         directions: (K, E), a row a class: text embeddings, or a linear head's weight.
+        bias: (K,), the head's, on features as they are and not at unit length. Then only votes are certified.
         labels: the K classes' names.
         smoother, image, plan, key, rows, advance, encoder, seed: as for ``certify_image``; of the plan, n, alpha and
             target count.
@@ -95,15 +97,16 @@ def certify_prediction(
         SettingError: directions of another width, fewer than two, or two that are equal.
         ModelError: the clean image has no feature to certify.
     """
-    sampler = Sampler(smoother, image, key=key, rows=rows, directions=directions, advance=advance)
+    sampler = Sampler(smoother, image, key=key, rows=rows, directions=directions, bias=bias, advance=advance)
     predicted = sampler.favourite(pilot_size(plan.n))
     rays = directions.detach().double().cpu().numpy()
 
     def certificate(left: int) -> PredictionCertificate:
-        votes, margins = _votes(sampler.products, rays, predicted)
+        products = sampler.products
         return PredictionCertificate.from_draws(
-            votes + left,
-            np.concatenate([margins, np.ones((left, margins.shape[1]))]),
+            _votes(products, predicted) + left,
+            _margins(products, rays, predicted, left) if bias is None else None,
+            n=len(products) + left,
             predicted=predicted,
             label=labels[predicted] if labels else None,
             sigma=smoother.sigma,
@@ -118,19 +121,25 @@ def certify_prediction(
     return _draw(sampler, plan, certificate, lambda found: found.radius)
 
 
-def _votes(products: NDArray[np.float64], rays: NDArray[np.float64], predicted: int) -> tuple[int, NDArray[np.float64]]:
-    """How many draws predict this class, and every draw's margins over the others, (n, K - 1).
+def _votes(products: NDArray[np.float64], predicted: int) -> int:
+    """How many draws predict this class; one without a feature, NaN in (n, K) products, votes for nobody."""
+    finite = ~np.isnan(products[:, 0])
+    return int((products[finite].argmax(axis=1) == predicted).sum())
 
-    A draw without a feature votes for nobody.
+
+def _margins(
+    products: NDArray[np.float64], rays: NDArray[np.float64], predicted: int, left: int
+) -> NDArray[np.float64]:
+    """Every draw's margins over the other classes, (n, K - 1), and so many further ones of 1; -1 without a feature.
 
     Args:
-        products: (n, K), NaN for such a draw.
+        products: (n, K), NaN for a draw without a feature.
         rays: (K, E), the classes' directions.
     """
     finite = ~np.isnan(products[:, 0])
     margins = margin_scores(np.where(finite[:, None], products, 0.0), rays, predicted)
     margins[~finite] = -1.0
-    return int((products[finite].argmax(axis=1) == predicted).sum()), margins
+    return np.concatenate([margins, np.ones((left, margins.shape[1]))])
 
 
 def _at_best(angular: Angular | None, left: int) -> Angular | None:

@@ -24,6 +24,9 @@ class PredictionCertificate(Stored):
 
     Each spends half of alpha, so both hold together. None is an abstention. ``predicted`` was chosen on other draws.
 
+    A head with a bias decides by the feature's length too, which no bound of its direction knows: of such a head only
+    the vote is certified, with all of alpha, and ``feature_radius`` is None.
+
     Args:
         sigma: standard deviation of the noise, in the units of ``space``.
         n: draws.
@@ -71,8 +74,9 @@ class PredictionCertificate(Stored):
     def from_draws(
         cls,
         votes: int,
-        margins: Any,
+        margins: Any | None,
         *,
+        n: int | None = None,
         predicted: int,
         sigma: float,
         alpha: float = 1e-3,
@@ -83,7 +87,9 @@ class PredictionCertificate(Stored):
 
         Args:
             votes: how many draws predicted class ``predicted`` by themselves; a non-finite draw votes for nobody.
-            margins: (n, K - 1) from ``bounds.margin_scores``; rows of a non-finite draw are -1.
+            margins: (n, K - 1) from ``bounds.margin_scores``; rows of a non-finite draw are -1. None for a head with
+                a bias, of which the vote alone is certified.
+            n: how many draws there were, where there are no margins to say so.
             predicted: the class, chosen on other draws.
             sigma, alpha, share: see the class.
             details: the class's descriptive fields.
@@ -93,16 +99,17 @@ class PredictionCertificate(Stored):
         """
         sigma, alpha, share = sigma_of(sigma, details.get("space", PIXELS)), alpha_of(alpha), share_of(share)
         votes = whole("votes", votes, least=0)
-        values = scores_of(margins, dimensions=2)
-        half = alpha * share / 2
+        values = None if margins is None else scores_of(margins, dimensions=2)
+        n = whole("n", n) if values is None else len(values)
+        spent = alpha * share / (1 if values is None else 2)
         return cls(
             sigma=sigma,
-            n=len(values),
+            n=n,
             alpha=alpha,
             predicted=predicted,
             votes=votes,
-            vote_radius=vote_radius(votes, len(values), sigma=sigma, alpha=half),
-            feature_radius=argmax_radius(values, sigma=sigma, alpha=half),
+            vote_radius=vote_radius(votes, n, sigma=sigma, alpha=spent),
+            feature_radius=None if values is None else argmax_radius(values, sigma=sigma, alpha=spent),
             share=share,
             **details,
         )

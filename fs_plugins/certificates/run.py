@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fs_plugins import checks
 from fs_plugins.certificates.certificate import Certificate
-from fs_plugins.certificates.certifiers import Certifier, Features, Labels
+from fs_plugins.certificates.certifiers import Certifier, Directions, Features, Labels
 from fs_plugins.certificates.ledger import Ledger
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
@@ -60,7 +60,7 @@ def certify_features(
 def certify_labels(
     smoother: FeatureSmoother,
     images: Mapping[str, Tensor],
-    directions: Tensor | Mapping[str, Tensor],
+    directions: Directions,
     plan: Plan,
     *,
     encoder: int = 0,

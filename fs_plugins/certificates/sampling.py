@@ -34,6 +34,7 @@ class Sampler:
         rows: draws per forward of the encoder. Bounds memory; which numbers are drawn does not depend on it.
         reference: (E,) unit vector; by default the plain encoder's feature of the clean image.
         directions: (K, E), the class directions or head rows of a classifier whose ``products`` are wanted too.
+        bias: (K,), of a head that has one.
         advance: told of draws as they are made.
 
     Raises:
@@ -50,6 +51,7 @@ class Sampler:
         rows: int = 32,
         reference: Tensor | None = None,
         directions: Tensor | None = None,
+        bias: Tensor | None = None,
         advance: Callable[[int], None] = unheard,
     ) -> None:
         self.smoother = smoother
@@ -58,6 +60,7 @@ class Sampler:
         self.rows = rows
         self.reference = self._clean() if reference is None else reference
         self.directions = None if directions is None else directions.detach().double().to(self.reference.device)
+        self.bias = None if bias is None else bias.detach().double().to(self.reference.device)
         if self.directions is not None and self.directions.shape[1:] != self.reference.shape:
             raise SettingError(
                 f"directions must be (K, {len(self.reference)}) to be multiplied with this encoder's feature, got "
@@ -78,7 +81,11 @@ class Sampler:
 
     @property
     def products(self) -> NDArray[np.float64]:
-        """(n, K) inner products of unit features with the ``directions``; NaN for a non-finite draw."""
+        """(n, K) inner products of unit features with the ``directions``; NaN for a non-finite draw.
+
+        With a bias the head's scores of the features as they are, over the features' lengths, which orders the classes
+        in the same way.
+        """
         return np.concatenate(self._products)
 
     @property
@@ -95,25 +102,38 @@ class Sampler:
         return np.concatenate([self._block(generator, size)[1].cpu().numpy() for size in self._sizes(n)])
 
     def favourite(self, n: int) -> int:
-        """The class whose direction has the largest product with the average of n pilot draws."""
+        """The class whose direction has the largest product with the average of n pilot draws.
+
+        With a bias, the class that most of them predict.
+        """
         assert self.directions is not None
         generator = self._stream("pilot")
-        total = torch.stack([self._block(generator, size)[0].sum(0) for size in self._sizes(n)]).sum(0)
-        return int((self.directions @ total).argmax())
+        if self.bias is None:
+            total = torch.stack([self._block(generator, size)[0].sum(0) for size in self._sizes(n)]).sum(0)
+            return int((self.directions @ total).argmax())
+        told = torch.cat([self._told(*self._block(generator, size)) for size in self._sizes(n)])
+        return int(told[~told[:, 0].isnan()].argmax(1).bincount(minlength=len(self.directions)).argmax())
 
     def extend(self, n: int) -> None:
         """n more draws."""
         for size in self._sizes(n):
-            units, products, finite = self._block(self._generator, size)
+            units, products, finite, lengths = self._block(self._generator, size)
             self._scores.append(products.cpu().numpy())
             if self.directions is not None:
-                told = (units @ self.directions.T).where(finite[:, None], torch.nan)
-                self._products.append(told.cpu().numpy())
+                self._products.append(self._told(units, products, finite, lengths).cpu().numpy())
             self.non_finite += int((~finite).sum())
             if self.t0 is not None:
                 near = finite & (products >= self.t0)
                 self._near += int(near.sum())
                 self._total += near.double() @ units - products[near].sum() * self.reference.double()
+
+    def _told(self, units: Tensor, products: Tensor, finite: Tensor, lengths: Tensor) -> Tensor:
+        """A block -> (size, K), see ``products``."""
+        assert self.directions is not None
+        told = units @ self.directions.T
+        if self.bias is not None:
+            told = told + self.bias / lengths.double()[:, None]
+        return told.where(finite[:, None], torch.nan)
 
     def _sizes(self, n: int) -> list[int]:
         return [min(self.rows, n - start) for start in range(0, n, self.rows)]
@@ -121,23 +141,23 @@ class Sampler:
     def _stream(self, purpose: str) -> torch.Generator:
         return seeded(self._key + purpose.encode(), self.image.device)
 
-    def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features (size, E) and their scores (size,) in fp64, and which draws were finite."""
+    def _block(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Unit features (size, E) and their scores (size,) in fp64, which draws were finite, the features' lengths."""
         noise = torch.stack([normal(generator, self.image.shape) for _ in range(size)])
-        single, finite = self._units(noise)
+        single, finite, lengths = self._units(noise)
         units = single.double()
         self.advance(size)
-        return units, (units @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite
+        return units, (units @ self.reference.double()).clamp(-1, 1).where(finite, -1.0), finite, lengths
 
-    def _units(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) standard normal noise -> (N, E) unit features, 0 where there is none, and which are finite."""
+    def _units(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C, H, W) standard normal noise -> (N, E) unit features, 0 where there is none; finite ones; lengths."""
         call = self.smoother.call
         with torch.no_grad():
             embedded = call.embed(self.smoother.draw(self.image.expand(noise.shape), noise)).float()
         lengths = embedded.norm(dim=-1)
         finite = lengths.isfinite() & (lengths > 0)
         units = F.normalize(embedded.where(finite[:, None], 0.0), dim=-1)
-        return units, finite
+        return units, finite, lengths
 
     def _clean(self) -> Tensor:
         call = self.smoother.call

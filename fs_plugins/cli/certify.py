@@ -55,6 +55,9 @@ def certify(
     classes: Annotated[
         str | None, typer.Option(help='Certify zero-shot predictions among these, such as "cat, dog" (CLIP, SigLIP).')
     ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Certify the features of an image classifier, not its labels.")
+    ] = False,
     prompt: Annotated[str, typer.Option(help="What a class is called in a sentence.")] = "a photo of a {}",
     scenes: Annotated[
         int, typer.Option(min=0, help="So many held-out scenes of the embedded world beside IMAGES.")
@@ -67,11 +70,15 @@ def certify(
 ) -> None:
     """How far each image's smoothed feature can turn under attack: a table, JSON lines, and a plot.
 
+    Of an image classifier its label is certified: how far an image can move before it may change.
+
     An interrupted run goes on from OUT. Under accelerate launch the images are shared among the processes.
     """
     with errors_for_people():
         needs("transformers", "matplotlib")
         plan = _plan(n, alpha, method, target, threshold, table=table, classes=classes)
+        if features and classes is not None:
+            raise SettingError("--features certifies features, --classes predictions: leave one out.")
         from fs_plugins import vision_call
         from fs_plugins.certificates import table as papers
         from fs_plugins.certificates.certifiers import Features, Labels
@@ -88,22 +95,25 @@ def certify(
         if wanted is None:
             raise SettingError("This encoder takes images of any size: say which with --size.")
         pictures = _pictures(images or [], scenes, wanted)
+        directions = None
         if classes is not None:
             from fs_plugins.hf.zeroshot import directions_of
 
             names = [name.strip() for name in classes.split(",") if name.strip()]
             directions = directions_of(loaded, source(model), names, prompt)
-            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0, certain=True)[1][0]
-            labels = Labels.among(smoother, plan, directions)
-            _labels(FolderRun(out, pictures, {"predictions.jsonl": labels}, seed=seed, crew=crew))
-        elif table:
+        if table:
             sigmas = papers.SIGMAS if sigma is None else (sigma,)
             jobs = papers.certifiers(loaded, pictures, plan, psm=psm, sigmas=sigmas)
             _table(FolderRun(out, pictures, jobs, seed=seed, crew=crew), threshold)
+            return
+        smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0, certain=True)[1][0]
+        if directions is not None or (smoother.call.head is not None and not features):
+            _check_of_labels(method, threshold)
+            labels = Labels.among(smoother, plan, directions)
+            _labels(FolderRun(out, pictures, {"predictions.jsonl": labels}, seed=seed, crew=crew))
         else:
-            smoother = choose(loaded, psm=psm, sigma=sigma, encoder=0, certain=True)[1][0]
-            features = Features(smoother, plan, list(pictures.values()))
-            _features(FolderRun(out, pictures, {ROWS: features}, seed=seed, crew=crew), threshold)
+            certifier = Features(smoother, plan, list(pictures.values()))
+            _features(FolderRun(out, pictures, {ROWS: certifier}, seed=seed, crew=crew), threshold)
 
 
 def _plan(
@@ -117,9 +127,19 @@ def _plan(
         raise SettingError(
             "--table shows every method for features, all from n draws; leave --classes, --method and --target out."
         )
-    if classes is not None and (method != DEFAULT or threshold != 0.5):
-        raise SettingError("--method and --threshold are about features; --classes certifies predictions.")
+    if classes is not None:
+        _check_of_labels(method, threshold)
     return Plan(n=n, alpha=alpha, method=method, target=target, threshold=threshold)
+
+
+def _check_of_labels(method: str, threshold: float) -> None:
+    from fs_plugins.certificates.methods import DEFAULT
+
+    if method != DEFAULT or threshold != 0.5:
+        raise SettingError(
+            "--method and --threshold are about features; of zero-shot classes and image classifiers the prediction is "
+            "certified. Leave them out, or add --features for a classifier's features."
+        )
 
 
 def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -234,9 +254,9 @@ def _show_predictions(certificates: Mapping[str, PredictionCertificate]) -> None
     first = next(iter(certificates.values()))
     _note(
         "votes: share of single draws that predict this class. R vote: the l2 distance in [0, 1] pixels within which "
-        "the majority of draws stays with it. R average: within which the averaged feature does. Both hold together, "
-        f"wrong with probability at most {first.alpha:g}; none: it abstains. sigma {first.sigma:g}, PSM "
-        f"{first.psm or 'none'}."
+        "the majority of draws stays with it. R average: within which the averaged feature does (never of a head with "
+        f"a bias). Both hold together, wrong with probability at most {first.alpha:g}; none: it abstains. "
+        f"sigma {first.sigma:g}, PSM {first.psm or 'none'}."
     )
 
 

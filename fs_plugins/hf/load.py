@@ -46,11 +46,20 @@ def load_model(name: str, *, processor: str | None = None) -> nn.Module:
     with _loading(f"{name!r} with transformers"):
         config = transformers.AutoConfig.from_pretrained(source(name))
         own = [kind for kind in getattr(config, "architectures", None) or () if hasattr(transformers, kind)]
-        kind = getattr(transformers, own[0]) if own else transformers.AutoModel
+        kind = getattr(transformers, own[0]) if own else _unnamed(config)
         model = kind.from_pretrained(source(name), dtype="auto").eval()
     with suppress(ModelError) if processor is None else nullcontext():
         return _carrying(model, processor or name)
     return model
+
+
+def _unnamed(config: Any) -> Any:
+    """The class for a configuration that names none: timm's own checkpoints, which have a head or not."""
+    import transformers
+
+    if config.model_type == "timm_wrapper" and config.num_labels:
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModel
 
 
 def _carrying(model: Any, processor: str) -> nn.Module:

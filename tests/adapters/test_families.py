@@ -288,9 +288,9 @@ def test_a_checkpoint_that_does_not_normalise_is_taken_at_its_word(siglip, tmp_p
 
 
 def test_an_unknown_tower_asks_for_a_processor_and_is_content_with_one(images):
-    model = llava({**VISION, "model_type": "vit"})
+    model = llava({**VISION, "model_type": "deit"})
     hooked = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
-    with pytest.raises(SettingError, match=r"\(vit\).*processor="):
+    with pytest.raises(SettingError, match=r"\(deit\).*processor="):
         fs_plugins.enable(model, psm=None, sigma=0.25)
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooked
     space = PixelSpace(*HALF)
@@ -300,7 +300,7 @@ def test_an_unknown_tower_asks_for_a_processor_and_is_content_with_one(images):
 
 
 def test_an_unknown_tower_is_content_with_its_checkpoints_processor(tmp_path):
-    loaded = saved_beside(llava({**VISION, "model_type": "vit"}), tmp_path, **SAVED)
+    loaded = saved_beside(llava({**VISION, "model_type": "deit"}), tmp_path, **SAVED)
     with fs_plugins.enable(loaded, psm=None, sigma=0.25) as handle:
         assert handle.smoothers[0].call.pixels.mean == (0.1, 0.2, 0.3)
 

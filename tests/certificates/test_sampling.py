@@ -74,8 +74,8 @@ def test_the_angular_statistics_are_those_of_the_draws(smoother, image):
 
     sampler._block = watched
     sampler.extend(50)
-    units = torch.cat([units for units, _, _ in seen]).double()
-    scores = torch.cat([products for _, products, _ in seen])
+    units = torch.cat([units for units, *_ in seen]).double()
+    scores = torch.cat([products for _, products, *_ in seen])
     across = units - scores[:, None] * sampler.reference.double()
     near = scores >= t0
     assert sampler.angular.count == int(near.sum())

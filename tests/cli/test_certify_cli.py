@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from support import make_classifier
 from typer.testing import CliRunner
 
 from fs_plugins import Certificate
@@ -42,6 +43,7 @@ def picture(tmp_path):
         (["certify", "{picture}", "--model", "demo-clip", "--classes", "star, star"], "two different names"),
         (["certify", "{picture}", "--model", "demo-clip", "--classes", ","], "two different names"),
         (["certify", "{picture}", "--model", "demo-clip", "--classes", "a, b", "--method", "mean"], "about features"),
+        (["certify", "{picture}", "--classes", "a, b", "--features"], "leave one out"),
         (["certify", "{picture}", "--table", "--target", "0.1"], "leave --classes, --method and --target out"),
         (
             ["certify", "{picture}", "--model", "demo-clip", "--classes", "star, cross", "--prompt", "x"],
@@ -117,6 +119,28 @@ def test_certify_names_zero_shot_predictions(picture, tmp_path):
     assert result.exit_code == 0, result.output
     assert re.search(r"scene.png\s+square\s+50\s+100.0 %\s+0\.\d+", result.output)
     assert (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").count("\n") == 2
+
+
+def test_a_classifiers_label_is_certified_by_its_own_head_and_names(picture, tmp_path):
+    folder = tmp_path / "classifier"
+    make_classifier().save_pretrained(folder)
+    saved = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(saved), "utf-8")
+    arguments = ["certify", str(picture), "--model", str(folder), "--psm", "none", "--sigma", "0.05", "--n", "60"]
+
+    result = runner.invoke(app, [*arguments, "--seed", "0", "--out", str(tmp_path / "labels")])
+    assert result.exit_code == 0, result.output
+    found = re.search(r"scene.png\s+(cat|dog|newt)\s+60\s+\d", result.output)
+    rows = (tmp_path / "labels" / "predictions.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(rows[1])["certificate"]["label"] == found[1]
+
+    result = runner.invoke(app, [*arguments, "--features", "--out", str(tmp_path / "features")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "features" / "certificates.jsonl").exists()
+
+    result = runner.invoke(app, [*arguments, "--method", "mean", "--out", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert "--features" in result.output
 
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it(picture, tmp_path):
