@@ -40,7 +40,7 @@ def make(name: str, *, knowing: bool = True, **config):
     import transformers
 
     kind = getattr(transformers, name)
-    model = randomise(kind(kind.config_class(**deepcopy(config), id2label=NAMES)))
+    model = randomise(kind(kind.config_class(**deepcopy({"id2label": NAMES, **config}))))
     if knowing:
         model.image_processor = SimpleNamespace(image_mean=MEAN, image_std=STD)
     return model
@@ -107,4 +107,4 @@ def test_colours_are_assumed_where_checkpoints_agree_and_asked_for_where_they_do
 
 
 def test_a_classifier_without_classes_has_no_head():
-    assert fs_plugins.vision_call(make("ViTForImageClassification", **VIT, num_labels=0)).head is None
+    assert fs_plugins.vision_call(make("ViTForImageClassification", **VIT, id2label={})).head is None
