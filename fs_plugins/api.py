@@ -309,7 +309,7 @@ def certify_predictions(
     Raises:
         SettingError: a value out of range, images of another size or range, fewer than two directions, equal ones, or
             some of another width than the feature; a file of another run.
-        ModelError: no directions are given, and the model has no head of its own.
+        ModelError: also if no directions are given and the model has no head of its own.
         ModelError, PSMError, RegistryError, PluginError: as for ``certify``.
     """
     plan = Plan(n=n, alpha=alpha, target=target)

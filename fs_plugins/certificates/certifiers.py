@@ -160,8 +160,8 @@ class Labels:
         return found if self.bias is None else {**found, "bias": _digest(self.bias)}
 
     def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> PredictionCertificate:
-        told = {"bias": self.bias, "labels": self.labels}
-        return certify_prediction(self.smoother, image, self.directions, self.plan, **told, **drawing)
+        classes, names = self.directions, self.labels
+        return certify_prediction(self.smoother, image, classes, self.plan, bias=self.bias, labels=names, **drawing)
 
     def trial(self, draws: int) -> Labels:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None))
