@@ -14,6 +14,7 @@ os.environ.pop("COLUMNS", None)  # the command line's console would keep the wid
 
 import pytest
 import torch
+from hub_server import serving
 from hypothesis import HealthCheck, settings
 from support import TinyEncoder, knowing, make_llava, randomise, tiny_call, vision_config
 from torch import Tensor
@@ -45,6 +46,13 @@ def clip():
 @pytest.fixture
 def llava():
     return make_llava()
+
+
+@pytest.fixture
+def live_hub(monkeypatch, tmp_path):
+    """A stand-in for the Hugging Face hub that answers; nobody is logged in until a test sets HF_TOKEN."""
+    with serving(monkeypatch, tmp_path) as hub:
+        yield hub
 
 
 @pytest.fixture

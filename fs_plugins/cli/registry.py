@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -135,6 +136,43 @@ def add(
         for other in known.entries:
             if other == name or name in known.passed_over(other):
                 _print_notes(known, other)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="The PSM's.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub; made if need be.")],
+    private: Annotated[bool, typer.Option(help="If it has to be made, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, made if need be; main if left out.")] = None,
+    message: Annotated[str | None, typer.Option(help="What is said of the commit.")] = None,
+) -> None:
+    """Push a trained PSM to the hub, with its card, and say how others add it to their registry."""
+    with errors_for_people():
+        from fs_plugins.publishing import push as pushed
+
+        _quieten()
+        commit = pushed(folder, repository, private=private or None, revision=revision, commit_message=message)
+        say_pushed(commit, folder)
+
+
+def say_pushed(commit: str, folder: Path) -> None:
+    """Where a PSM is on the hub, and how others find it.
+
+    Args:
+        commit: owner/name@commit.
+        folder: where it came from.
+    """
+    from huggingface_hub import constants
+
+    from fs_plugins.hf import upkeep
+    from fs_plugins.plugins import plugin_parts
+    from fs_plugins.psm import PSM
+
+    repository, _, revision = commit.partition("@")
+    console.print(f"\nPushed: {constants.ENDPOINT}/{repository}/tree/{revision}", soft_wrap=True)
+    console.print('psm="auto" finds it for whoever runs', soft_wrap=True)
+    config = PSM.from_pretrained(folder, **plugin_parts()).config
+    console.print(f"    {upkeep.how_to_add(commit, config)}", soft_wrap=True)
 
 
 def _known(name: str | None = None) -> Registry:

@@ -49,11 +49,13 @@ train = command(Settings, _train, argument="photos")
 
 
 def _publish(work: Work) -> None:
+    from fs_plugins.cli.registry import say_pushed
     from fs_plugins.training.work import train_and_publish
 
     finished = work.folder is not None and work.folder.finished
+    commits: list[str] = []
     with _progress(work.crew) as report:
-        scores = train_and_publish(work, report=report, command=_command(work.crew))
+        scores = train_and_publish(work, report=report, command=_command(work.crew), pushed=commits.append)
     if finished:
         _say(work.crew, f"Finished already: {work.settings.out}")
     if scores is not None:
@@ -62,6 +64,8 @@ def _publish(work: Work) -> None:
             f"\nWritten: {work.settings.out} (config.json, psm.safetensors, README.md, held-out.txt, log.csv)",
             soft_wrap=True,
         )
+    for commit in commits:
+        say_pushed(commit, work.settings.out)
 
 
 def _ablate(work: Work) -> None:

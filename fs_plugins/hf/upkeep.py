@@ -16,7 +16,7 @@ from fs_plugins.errors import FSPluginsError, RegistryError, SettingError
 from fs_plugins.hf.load import load_model, source
 from fs_plugins.identity import fingerprint, same_encoder
 from fs_plugins.plugins import claim, encoder_families, known_encoders, plugin_parts
-from fs_plugins.psm import PSM
+from fs_plugins.psm import PSM, PSMConfig
 from fs_plugins.registry import Check, Registry
 from fs_plugins.sources import source_of
 from fs_plugins.vision import VisionCall
@@ -77,14 +77,32 @@ def add(
 def _encoder(known: Registry, encoder: str | None, psm: PSM, processor: str | None) -> dict[str, Any]:
     """What the registry says of the encoder that a PSM was trained for, from another entry or from a model."""
     weights = psm.config.fingerprint
-    if encoder is None:
-        same = [name for name, entry in known.entries.items() if entry.has(weights)]
-        encoder = next(iter([*same, *known.entries.keys() & {psm.config.encoder}]), None)
+    encoder = encoder or _named(known, psm.config)
     if encoder is None:
         raise RegistryError(
             "No entry has the fingerprint of this PSM's encoder. Say what it was trained for: --encoder."
         )
     return _of_entry(known, encoder, weights) if encoder in known.entries else _of_model(encoder, psm, processor)
+
+
+def _named(known: Registry, config: PSMConfig) -> str | None:
+    """The entry of the encoder that a PSM was trained for: by its fingerprint, its name, or a model that uses it."""
+    entries = known.entries.items()
+    same = [name for name, entry in entries if entry.has(config.fingerprint)]
+    called = [name for name, entry in entries if config.encoder == name or config.encoder in entry.used_by]
+    return next(iter([*same, *called]), None)
+
+
+def how_to_add(pushed: str, config: PSMConfig) -> str:
+    """The command by which others put a PSM of the hub into their registry.
+
+    Args:
+        pushed: owner/name@commit.
+    """
+    command = f"fs-plugins registry add {pushed}"
+    if not config.readouts or _named(known_encoders(), config) is not None:
+        return command
+    return f"{command} --encoder {config.encoder if '/' in config.encoder else 'MODEL'}"
 
 
 def _of_entry(known: Registry, encoder: str, weights: Sequence[float]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import reprlib
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from fs_plugins.errors import FSPluginsError, PSMError
 from fs_plugins.fields import Count, Number, Sigma, Whole
 from fs_plugins.files import atomically, real, replace, value, writing
+from fs_plugins.psm import card, hub
 from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
@@ -250,6 +252,41 @@ class PSM(nn.Module):
         contents = self.files(dtype=dtype)
         with writing(target):
             _write(target, contents)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Save it in a repository of the Hugging Face hub, which is made if need be, in one commit.
+
+        ``from_pretrained(repo_id)`` loads it from there. A repository without a README.md gets a short one. A folder
+        that ``fs-plugins train`` wrote is pushed with its card by ``fs-plugins registry push``.
+
+        Args:
+            repo_id: owner/name.
+            private: whether a repository that is made is; left out, as its owner has it.
+            token: of the hub; left out, the one of the login.
+            revision: a branch, made if need be; left out, ``main``.
+            commit_message: what is said of the commit.
+            dtype: as for ``save_pretrained``.
+
+        Returns:
+            owner/name@commit, as ``fs-plugins registry add`` takes it.
+
+        Raises:
+            SettingError: no such name, nobody is logged in, or who is may not write there.
+            OutputError: the hub did not take it; the repository is as it was, or new and empty.
+        """
+        to = hub.Repository(repo_id, private, token, revision)
+        with tempfile.TemporaryDirectory(prefix="fs-plugins-") as folder:
+            self.save_pretrained(folder, dtype=dtype)
+            return to.upload(Path(folder), PSM_FILES, commit_message, card.short(self.config, repo_id))
 
     @classmethod
     @torch.inference_mode(False)  # weights made in the mode would let no gradient through, ever

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import certify_features
 from fs_plugins.choice import choose
-from fs_plugins.psm import PSM
+from fs_plugins.psm import PSM, PSMConfig
+from fs_plugins.psm.card import RADIUS, ROBUSTNESS, about, figure, head, headed
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.psm import robustness_score
 from fs_plugins.vision import VisionCall
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 THRESHOLD = 0.5
 """The cosine that certified radii speak of, as in the paper."""
@@ -75,34 +80,32 @@ def measure(
     return Scores(robustness, radii, len(images), min(certified, len(images)), n, alpha)
 
 
-def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, model: str, data: Sequence[str]) -> str:
-    """The model card, Markdown with a YAML header.
+def card(
+    psm: PSM,
+    config: TrainingConfig,
+    scores: Scores,
+    *,
+    command: str,
+    model: str,
+    data: Sequence[str],
+    place: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """The model card, Markdown with a YAML head that says the same figures.
 
     Args:
         command: what to run to get the same PSM again.
         model: whose encoder it is for, as the command named it.
         data: what was trained on and what was held out, in sentences.
+        place: where it will be, as ``enable`` is told; left out, in a folder of its name.
+        base_model, license: as for ``fs_plugins.psm.card.head``.
     """
     made = psm.config
-    readouts = ", ".join(f"`{spec.name}`" for spec in made.readouts) or "none (the purifier serves any)"
-    low, high = made.sigma_range
     kinds = list(next(iter(scores.robustness.values())))
     table = [[f"{sigma:g}", *(f"{row[kind]:.4f}" for kind in kinds)] for sigma, row in scores.robustness.items()]
     lines = [
-        "---",
-        "license:  # yours to choose",
-        "library_name: fs-plugins",
-        "tags: [fs-plugins, feature-space-smoothing, certified-robustness]",
-        "---",
-        "",
-        f"# {made.name}",
-        "",
-        f"A PSM (purifier and smoothness mapper, arXiv 2601.16200) for the vision encoder of `{model}`: readouts with "
-        f"a mapper: {readouts}; {_size(made.image_size)} pixels; sigma {low:g}"
-        + (f" to {high:g}, served at {made.sigma:g}" if low < high else "")
-        + ", in [0, 1] pixel units.",
-        "",
-        f'    fs_plugins.enable(model, psm="{made.name}")  # this folder',
+        *about(made, model, place or made.name),
         "",
         "## Scores",
         "",
@@ -120,7 +123,7 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
             "",
             *_table(list(scores.radii), [[f"{value:.4f}" for value in scores.radii.values()]]),
         ]
-    return "\n".join([
+    text = "\n".join([
         *lines,
         "",
         "## Training",
@@ -141,7 +144,40 @@ def card(psm: PSM, config: TrainingConfig, scores: Scores, *, command: str, mode
         "- The pictures held out are from the same folder as those trained on. No attack was run on it.",
         "- Certificates speak of the infinite average of draws, not of the few that are served.",
         "",
+        f"Licence: {license}." if license else "Licence: not chosen yet. Say it here, and as `license:` in the head.",
+        "",
     ])  # fmt: skip
+    return headed(text, head(made.name, base_model=base_model, license=license, results=_figures(made, scores)))
+
+
+def _figures(made: PSMConfig, scores: Scores) -> list[EvalResult]:
+    """The scores as the card's text has them, digit by digit."""
+    found = [
+        figure(
+            ROBUSTNESS,
+            round(value, 4),
+            f"Mean cosine of single noisy draws to the clean picture, {kind}, sigma {sigma:g}",
+            data=f"{scores.images} held-out pictures",
+            sigma=sigma,
+            parts=kind,
+        )
+        for sigma, row in scores.robustness.items()
+        for kind, value in row.items()
+    ]
+    return found + [
+        figure(
+            RADIUS,
+            round(value, 4),
+            f"Average certified l2 radius, {kind}, sigma {made.sigma:g}",
+            data=f"{scores.images} held-out pictures",
+            sigma=made.sigma,
+            parts=kind,
+            pictures=scores.certified,
+            n=scores.n,
+            alpha=scores.alpha,
+        )
+        for kind, value in scores.radii.items()
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -152,7 +188,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _count(module: nn.Module | None) -> str:
     total = sum(p.numel() for p in module.parameters()) if module is not None else 0
     return f"{total:,} parameters"
-
-
-def _size(size: tuple[int, int] | None) -> str:
-    return f"{size[0]}x{size[1]}" if size else "any number of"

@@ -9,7 +9,7 @@ from pathlib import Path
 from fs_plugins.files import real, spelled
 from fs_plugins.settings import knob
 
-_DATA, _PARTS, _STAGES, _RUN, _REPORT = "Data", "Parts", "Stages", "Run", "Report"
+_DATA, _PARTS, _STAGES, _RUN, _REPORT, _HUB = "Data", "Parts", "Stages", "Run", "Report", "Hub"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Settings:
     certify: int = knob(8, "Held-out pictures to certify in the end.", panel=_REPORT, least=0)
     n: int = knob(1000, "Draws per certificate.", panel=_REPORT, flag="--n", least=1)
     alpha: float = knob(1e-3, "Each certificate may be wrong with this probability.", panel=_REPORT)
+    push: str | None = knob(
+        None, "Push the finished PSM there, owner/name on the hub; whether that may be is checked first.", panel=_HUB
+    )
+    private: bool = knob(False, "If that repository has to be made, make it private.", panel=_HUB)
+    license: str | None = knob(None, "Of the PSM, for its card, by the hub's name: apache-2.0, mit ...", panel=_HUB)
 
     @property
     def title(self) -> str:

@@ -7,6 +7,7 @@ train_and_publish(work)
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,11 @@ from fs_plugins import files
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import check as check_certifiable
 from fs_plugins.choice import Smoothable, choose
-from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.errors import FSPluginsError, ModelError, SettingError
+from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import PSM
+from fs_plugins.psm.hub import Repository
+from fs_plugins.publishing import push
 from fs_plugins.settings import build
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training import data, publish
@@ -82,6 +86,8 @@ class Work:
         settings = build(Settings, vars(settings))
         crew = assemble(settings.precision)
         config, start = configured(settings)
+        if settings.push is not None and crew.is_main_process:
+            Repository(settings.push).check()
         trial = settings.dry_run or settings.ablate
         folder = None if trial else _folder(settings)
         call = _certifiable(load(), settings)
@@ -104,18 +110,24 @@ class Work:
         return _threads(self.settings)
 
 
-def train_and_publish(work: Work, *, report: Report | None = None, command: str = "") -> publish.Scores | None:
+def train_and_publish(
+    work: Work, *, report: Report | None = None, command: str = "", pushed: Callable[[str], None] | None = None
+) -> publish.Scores | None:
     """Train, or go on from where it stopped; then measure, certify, and write the PSM, its card and ``held-out.txt``.
+
+    Where ``settings.push`` names a repository, it is pushed there, also if it was finished before.
 
     Args:
         report: called after each step (and then with the stage ``CERTIFICATES``), in the first process.
         command: that does it again, for the card.
+        pushed: called with owner/name@commit once it is on the hub.
 
     Returns:
         the scores; None in other processes than the first, and where the training was finished already.
 
     Raises:
         SettingError: as for ``train_psm``; or another process is at work in the folder.
+        SettingError, OutputError: it is finished, and could not be pushed.
     """
     settings, folder = work.settings, work.folder
     if folder is None:
@@ -134,22 +146,59 @@ def train_and_publish(work: Work, *, report: Report | None = None, command: str 
             accelerator=work.crew,
             workers=work.workers,
         )
-        if not work.crew.is_main_process or folder.finished:
+        if not work.crew.is_main_process:
             return None
-        scores = publish.measure(
-            work.call,
-            psm,
-            work.shown,
-            certified=settings.certify,
-            n=settings.n,
-            alpha=settings.alpha,
-            seed=settings.seed,
-            advance=_counted(report, settings, min(settings.certify, len(work.shown))),
-        )
-        card = publish.card(psm, work.config, scores, command=command, model=settings.encoder, data=[_about(work)])
-        files.replace(folder.path / HELD_OUT, "".join(f"{name}\n" for name in work.held.names))
-        folder.publish(psm, card)
+        scores = None if folder.finished else _finish(work, folder, psm, report, command)
+        if settings.push is not None:
+            commit = _push(folder, settings.push, settings.private or None)
+            if pushed is not None:
+                pushed(commit)
     return scores
+
+
+def _finish(work: Work, folder: TrainingFolder, psm: PSM, report: Report | None, command: str) -> publish.Scores:
+    """Measure what was trained, and publish it in its folder, with its card and the list of held-out pictures."""
+    settings = work.settings
+    scores = publish.measure(
+        work.call,
+        psm,
+        work.shown,
+        certified=settings.certify,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        advance=_counted(report, settings, min(settings.certify, len(work.shown))),
+    )
+    card = publish.card(
+        psm,
+        work.config,
+        scores,
+        command=command,
+        model=settings.encoder,
+        data=[_about(work)],
+        place=settings.push,
+        base_model=_base_model(settings.model),
+        license=settings.license,
+    )
+    files.replace(folder.path / HELD_OUT, "".join(f"{name}\n" for name in work.held.names))
+    folder.publish(psm, card)
+    return scores
+
+
+def _push(folder: TrainingFolder, repo_id: str, private: bool | None) -> str:
+    try:
+        return push(folder.path, repo_id, private=private)
+    except FSPluginsError as error:
+        again = shlex.join(["fs-plugins", "registry", "push", str(folder.path), repo_id])
+        raise type(error)(f"{error} The PSM is finished, in {folder.path}. To push it later: {again}") from error
+
+
+def _base_model(model: str) -> str | None:
+    """What a card calls the model: its id on the hub, or the name of one that ships; None for a folder."""
+    if os.path.exists(model):
+        return None
+    entry = known_encoders().entries.get(model)
+    return entry.weights.location if entry is not None and entry.weights.source == "hub" else model
 
 
 @dataclass(frozen=True)
