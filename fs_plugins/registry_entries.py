@@ -148,8 +148,8 @@ class Entry(_Strict):
     """One encoder.
 
     Args:
-        kind: how it was trained, a lower-case word: ``vanilla`` (as published), ``fare`` or ``tecoa`` (against attacks)
-            in the registry that ships; others may use words of their own.
+        kind: how it was trained, a lower-case word: ``vanilla`` (as published), ``fare``, ``tecoa`` or ``advxl``
+            (against attacks) in the registry that ships; others may use words of their own.
         psm_of: the entry whose PSMs it uses unchanged (FARE and TeCoA use the vanilla one's).
     """
 

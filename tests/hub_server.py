@@ -206,8 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "Invalid rev id", "RevisionNotFound")
         if verb == "preupload":
             asked = json.loads(body)["files"]
-            modes = [{"path": one["path"], "uploadMode": _mode(one["path"]), "shouldIgnore": False} for one in asked]
-            return {"files": modes}
+            return {"files": [_preupload(one["path"], (repository.at(revision) or ("", {}))[1]) for one in asked]}
         assert verb == "commit", verb
         return self._commit(name, repository, revision, [json.loads(line) for line in body.splitlines()])
 
@@ -230,9 +229,15 @@ class _Handler(BaseHTTPRequestHandler):
         return {"success": True, "commitOid": oid, "commitUrl": f"{self._self}/{name}/commit/{oid}"}
 
 
-def _mode(path: str) -> str:
-    """What a repository's .gitattributes say when the hub makes it."""
-    return "lfs" if path.endswith((".safetensors", ".pt", ".bin")) else "regular"
+def _preupload(path: str, there: Files) -> dict:
+    """How a file goes up, as the .gitattributes say that the hub makes, and the checksum of the one that is there."""
+    large = path.endswith((".safetensors", ".pt", ".bin"))
+    told = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+    if path not in there:
+        return told
+    data = there[path]
+    blob = b"blob %d\0" % len(data) + data
+    return {**told, "oid": hashlib.sha256(data).hexdigest() if large else hashlib.sha1(blob).hexdigest()}
 
 
 def _validated(content: str) -> object:

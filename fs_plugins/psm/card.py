@@ -67,6 +67,7 @@ def figure(
         task_type=task,
         dataset_type="imagefolder",
         dataset_name=data,
+        dataset_config=data,  # by which figures of other data are kept apart
         metric_type=metric,
         metric_name=name,
         metric_value=value,

@@ -19,14 +19,31 @@ from fs_plugins.plugins import encoder_families
 CLIPS = [name for name, entry in SHIPPED.entries.items() if entry.architecture.family == "clip_vision"]
 
 
-@pytest.mark.parametrize("name", CLIPS)
-def test_every_clip_builds_on_the_meta_device_with_its_psms_readouts(name):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+def built(name: str):
+    """An entry's encoder as its framework makes one of that architecture, without weights."""
+    import transformers
+
+    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
 
     entry = SHIPPED.entries[name]
     facts = entry.architecture.model_dump(exclude={"family"})
     with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**facts)).eval()
+        if entry.architecture.family == "clip_vision":
+            return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**facts)).eval()
+        if entry.architecture.family == "siglip_vision_model":
+            return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**facts)).eval()
+        if entry.architecture.family == "dinov2":
+            gated = facts["hidden_size"] == 1536  # which has no word in an architecture
+            return transformers.Dinov2Model(transformers.Dinov2Config(**facts, use_swiglu_ffn=gated)).eval()
+        timm = pytest.importorskip("timm", exc_type=ImportError)
+        options = {"img_size": 336, "global_pool": "avg"} if facts["architecture"].startswith("vit_") else {}
+        return timm.create_model(facts["architecture"], num_classes=0, **options).eval()
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_clip_builds_on_the_meta_device_with_its_psms_readouts(name):
+    entry, model = SHIPPED.entries[name], built(name)
+    with torch.device("meta"):
         size = entry.architecture.image_size
         output = model(torch.zeros(1, 3, size, size), output_hidden_states=True)
     assert dict(fs_plugins.vision_call(model).architecture) == entry.architecture.model_dump()
@@ -40,6 +57,23 @@ def test_every_clip_builds_on_the_meta_device_with_its_psms_readouts(name):
     for psm in SHIPPED.entries[entry.psm_of or name].psms:
         tensor, shape = shapes[psm.readout]
         assert tuple(tensor.shape) == shape
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED.entries if name not in CLIPS])
+def test_every_other_encoder_is_what_its_entry_says(name):
+    from fs_plugins.adapters.hf import architecture
+
+    entry, model = SHIPPED.entries[name], built(name)
+    if entry.architecture.family == "dinov2":
+        found = architecture(model.config)
+        with torch.device("meta"):
+            output = model(torch.zeros(1, 3, 224, 224))
+        readouts = {key for key, value in output.items() if value.shape[-1] == model.config.hidden_size}
+    else:
+        call = fs_plugins.vision_call(model)
+        found, readouts = dict(call.architecture), {readout.name for readout in call.readouts}
+    assert found == entry.architecture.model_dump()
+    assert {psm.readout for psm in entry.psms} <= readouts
 
 
 def test_the_registry_names_what_the_paper_uses():
@@ -57,13 +91,11 @@ def test_the_registry_names_what_the_paper_uses():
 
 def test_public_towers_have_their_known_parameter_counts():
     """Counts that the public checkpoints are known by, so that a wrong width cannot slip in."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     known = {"clip-vit-base-patch16": 85_799_424, "clip-vit-large-patch14": 303_179_776, "llava-1.5": 303_507_456}
+    known |= {"siglip-base-patch16-224": 92_884_224, "siglip-so400m-patch14-384": 428_225_600}
+    known |= {"dinov2-base": 86_580_480, "dinov2-large": 304_368_640, "dinov2-giant": 1_136_480_768}
     for name, count in known.items():
-        with torch.device("meta"):
-            facts = SHIPPED.entries[name].architecture.model_dump(exclude={"family"})
-            assert sum(p.numel() for p in CLIPVisionModel(CLIPVisionConfig(**facts)).parameters()) == count
+        assert sum(p.numel() for p in built(name).parameters()) == count
 
 
 def test_the_public_diffusion_purifier_is_in_the_registry_that_ships():
