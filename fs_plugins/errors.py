@@ -39,7 +39,9 @@ class JudgeError(FSPluginsError, RuntimeError):
 
 
 class OutputError(SettingError, OSError):
-    """A file or folder cannot be written: it is in the way, protected, or the disk is full. What was there stays."""
+    """A file, a folder or a repository of the hub cannot be written: it is in the way, protected, the disk is full, or
+    the network is gone. What was there stays.
+    """
 
 
 class FSPluginsWarning(UserWarning):

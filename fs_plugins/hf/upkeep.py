@@ -89,8 +89,8 @@ def _named(known: Registry, config: PSMConfig) -> str | None:
     """The entry of the encoder that a PSM was trained for: by its fingerprint, its name, or a model that uses it."""
     entries = known.entries.items()
     same = [name for name, entry in entries if entry.has(config.fingerprint)]
-    called = [name for name, entry in entries if config.encoder == name or config.encoder in entry.used_by]
-    return next(iter([*same, *called]), None)
+    using = [name for name, entry in entries if config.encoder in entry.used_by]
+    return next(iter([*same, *known.entries.keys() & {config.encoder}, *using]), None)
 
 
 def how_to_add(pushed: str, config: PSMConfig) -> str:
