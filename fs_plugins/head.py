@@ -58,6 +58,19 @@ class Head:
             raise ModelError("This model's head is not affine in the embedded feature, so nothing is proved of it.")
         return weight.contiguous(), bias[0]
 
+    def linear(self) -> nn.Linear:
+        """The same as one layer, in single precision on the CPU.
+
+        Raises:
+            ModelError: see ``affine``.
+        """
+        weight, bias = self.affine()
+        classes, width = weight.shape
+        layer = nn.Linear(width, classes, device="cpu", dtype=torch.float32).requires_grad_(False)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        return layer
+
     def _scores(self, layers: list[nn.Module], embedded: Tensor) -> Tensor:
         parts = self.parts or (slice(None),) * len(layers)
         return torch.stack([layer(embedded[:, part]) for layer, part in zip(layers, parts, strict=True)]).mean(0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fs_plugins.api import vision_call
 from fs_plugins.errors import ModelError
 from fs_plugins.evaluation.datasets import Dataset
 from fs_plugins.evaluation.subjects import Headed, Subject
@@ -23,8 +24,8 @@ def loader(
     """How ``fs_plugins.evaluation.evaluate`` loads a model: with its own vision encoder, or with another in its place.
 
     Args:
-        name: folder or hub id, or an encoder of the registry that pip installs, which is asked through its own head;
-            ``"demo"`` and ``"demo-clip"`` ship.
+        name: folder or hub id, or an encoder of the registry that pip installs; ``"demo"`` and ``"demo-clip"`` ship.
+            Such an encoder, and an image classifier, is asked through its own head.
         class_prompt: what a class is called in a sentence, for models that compare pictures with class names.
         device: where to put it; a GPU where there is one if left out.
         processor: folder or hub id of its processor, where none is beside it.
@@ -49,6 +50,9 @@ def loader(
             swap_encoder(model, encoder, processor=prepares)
         if prepares is not None:
             return Chat(model, prepares)
+        own = vision_call(model).head
+        if own is not None and own.labels:
+            return Headed(model, own.linear().to(device or place()), own.labels)
         return ZeroShot(model, directions_of(model, source(name), dataset.classes, class_prompt))
 
     return loaded

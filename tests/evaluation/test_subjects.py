@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from support import make_classifier
 
 import fs_plugins
 from fs_plugins import ModelError
@@ -13,6 +15,7 @@ from fs_plugins.evaluation.plan import answers_key
 from fs_plugins.evaluation.subjects import Headed, size_of
 from fs_plugins.evaluation.suites import CLEAN, FS, NONE, Condition, Suite
 from fs_plugins.hf.chat import Chat
+from fs_plugins.hf.subjects import loader
 from fs_plugins.hf.zeroshot import ZeroShot
 
 
@@ -95,6 +98,20 @@ def test_a_head_that_does_not_know_a_class_is_refused(clip, data):
     subject = Headed(clip, torch.nn.Linear(24, 2), ["red", "blue"])
     with pytest.raises(ModelError, match="knows 2 classes, and 'green' is none"):
         subject.reply(None, torch.rand(1, 3, 16, 16), data.samples[:1], data)
+
+
+def test_an_image_classifier_is_asked_through_its_own_head(data, tmp_path):
+    names = {0: "green", 1: "blue", 2: "red"}
+    model = make_classifier(id2label=names)
+    model.save_pretrained(tmp_path / "classifier")
+    saved = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 16, "width": 16}}
+    (tmp_path / "classifier" / "preprocessor_config.json").write_text(json.dumps(saved), "utf-8")
+    subject = loader(str(tmp_path / "classifier"), device="cpu")("", data)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        likeliest = model(2 * images - 1).logits.argmax(1)
+    wanted = [str(data.classes.index(names[i])) for i in likeliest.tolist()]
+    assert subject.reply(None, images, data.samples[:4], data) == wanted
 
 
 def test_what_a_head_is_told_of_is_what_is_served(headed, start):
