@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypedDict
 
+import torch
+
 import fs_plugins
 from fs_plugins.evaluation.plan import Setup
 from fs_plugins.evaluation.subjects import Subject
@@ -65,6 +67,11 @@ def options(
             psm, sigma = None, whole.config.sigma
         else:
             psm = whole.only(mapper=False) if smoothing.parts == "purifier" else whole.only(purifier=False)
+    if setup.purifying is not None and psm not in (None, "none"):
+        found = fs_plugins.smoothers(subject.model, psm=psm, sigma=sigma, processor=pixels)[0].psm
+        if found is not None:
+            found.purifying = getattr(torch, setup.purifying)
+            psm = found
     return {
         "psm": psm,
         "sigma": sigma,

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import fs_plugins
 from fs_plugins.evaluation.datasets import Dataset, Sample
+from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.plan import attacked_key
 from fs_plugins.evaluation.results import Results
 from fs_plugins.evaluation.subjects import Subject, size_of
-from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence
+from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, Condition, Defence, Smoothing
 from fs_plugins.evaluation.tasks import TASKS, Choice
 from fs_plugins.files import atomically
 from fs_plugins.noise import normal
@@ -71,7 +72,7 @@ def panels(
         task: what was asked.
     """
     setup, store = results.plan.setup, results.store
-    smoother = fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma)[0]
+    smoother = fs_plugins.smoothers(subject.model, **options(subject, setup, Smoothing()))[0]
     size = size_of(subject.call)
     generator = torch.Generator().manual_seed(setup.seed)
 

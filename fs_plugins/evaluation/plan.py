@@ -10,11 +10,15 @@ from typing import Any
 
 import fs_plugins
 from fs_plugins import checks
+from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
 
 FEATURES, AGAIN = "features", "again"
 """Beside the tasks: the row of a picture's feature, and that of a second serving of it with other draws."""
+
+PURIFYING = "bfloat16"
+"""What torch calls the lower precision that purifiers may work in."""
 
 SHOWN = 6
 """How many pictures a report shows."""
@@ -36,6 +40,7 @@ class Setup:
         aside_images: how many pictures the supplement's tables get; all if None.
         psm, light: the PSM of the smoothed defences, and of their light form, as ``enable`` takes them.
         mapper_only: a PSM for the ablation's mapper without a purifier; the PSM's own mapper if None.
+        purifying: a lower precision that purifiers work in, ``"bfloat16"``; their own if None.
         sigma: noise in [0, 1] pixels; the PSM's own if None.
         n0: draws per picture.
         certified_images, certified_draws: how many pictures are certified, from how many draws each.
@@ -65,6 +70,7 @@ class Setup:
     robust_images: int | None = None
     aside_certified: int | None = None
     aside_adaptive: int | None = None
+    purifying: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
@@ -72,6 +78,11 @@ class Setup:
                 checks.settle(self, seed=checks.seed(value))
             elif name == "sigma":
                 checks.settle(self, sigma=None if value is None else checks.sigma(value))
+            elif name == "purifying":
+                if value not in (None, PURIFYING):
+                    raise SettingError(
+                        f"Purifiers work in float32, their own precision, or in {PURIFYING}; got {value!r}."
+                    )
             elif name not in ("psm", "light", "mapper_only") and value is not None:
                 checks.settle(self, **{name: checks.whole(name, value, least=0)})
 
@@ -182,7 +193,7 @@ def answers_key(defence: Defence, condition: Condition) -> str:
     return f"{defence.name}/{condition.name}"
 
 
-_LATER = {"robust_images", "aside_certified", "aside_adaptive"}
+_LATER = {"robust_images", "aside_certified", "aside_adaptive", "purifying"}
 """Settings that came later: folders from before there were any go on."""
 
 

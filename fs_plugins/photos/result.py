@@ -17,7 +17,7 @@ from fs_plugins.evaluation.tables import Cell, Figure, Table, title_of
 from fs_plugins.files import replace as write_whole
 from fs_plugins.photos.cost import Cost
 from fs_plugins.photos.settings import Settings
-from fs_plugins.photos.suites import SIGMAS, at, attacks, defences
+from fs_plugins.photos.suites import CLOSER, SIGMAS, at, attacks, defences
 
 _TASK = "classification"
 
@@ -66,7 +66,7 @@ class Photos:
             return {one.name: self._row(one, condition) for one in self.defences}
         some = self._some("adaptive")
         plain = replace(condition, adaptive=False)
-        return {one.name: self._row(one, plain if one == NONE else condition, some) for one in self.defences}
+        return {one.name: self._row(one, plain if one == NONE else condition, some) for one in (NONE, *CLOSER)}
 
     def _row(self, defence: Defence, condition: Condition, samples: tuple[Sample, ...] | None = None) -> Row:
         return row(self.results, defence, condition, _TASK, samples)
@@ -125,7 +125,7 @@ class Photos:
     def _adaptive(self) -> Table:
         some, setup = self._some("adaptive"), self.results.plan.setup
         lines: list[tuple[Cell, ...]] = []
-        for one in self.defences[1:]:
+        for one in CLOSER:
             for condition in (self.attacked[0], self.adaptive):
                 lines.append((one.title, title_of(condition), len(some), *self._row(one, condition, some).values()))
         note = (
@@ -168,7 +168,7 @@ class Photos:
 
     def _certified(self) -> Table:
         lines: list[tuple[Cell, ...]] = []
-        for one in self.defences[1:]:
+        for one in CLOSER:
             some = self.certificates(one)
             bounds = [Figure(mean([c.fcsb(eps) or 0.0 for c in some]), "number") for eps in DISTANCES]
             lines.append((one.title, f"{self.sigma:g}", len(some), *bounds, _radius(some)))
@@ -212,7 +212,7 @@ class Photos:
             "intervals": {which: intervals(some) for which, some in rows.items()},
             "sigmas": self.sigmas(),
             "certificates": {
-                **{one.name: self._proven(one) for one in self.defences[1:]},
+                **{one.name: self._proven(one) for one in CLOSER},
                 "ratio": None if self.ratio is None else rounded(self.ratio),
             },
             "cost": {**asdict(self.cost), **times},

@@ -15,6 +15,7 @@ import fs_plugins
 from fs_plugins.evaluation import picture, report
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Dataset, open_dataset
+from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.judges import ExactMatch, Judge
 from fs_plugins.evaluation.means import Track
 from fs_plugins.evaluation.picture import panels
@@ -23,7 +24,7 @@ from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject, size_of
-from fs_plugins.evaluation.suites import FS_PSM
+from fs_plugins.evaluation.suites import FS_PSM, Smoothing
 from fs_plugins.evaluation.whole import Loader
 from fs_plugins.files import locked, unused
 from fs_plugins.photos.cost import cost
@@ -82,7 +83,7 @@ def run(
         drawn = [
             replace(panel, certificate=certified[sample.image]) for panel, sample in zip(drawn, shown, strict=True)
         ]
-        smoother = fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma, n0=settings.n0)[0]
+        smoother = fs_plugins.smoothers(subject.model, **options(subject, setup, Smoothing()))[0]
         image = plan.dataset.image(shown[0], size_of(subject.call)).to(subject.call.device)
         photos = Photos(settings, own, usual, results, said, drawn, cost(smoother, image), time.time() - began)
         photos.write(out)
@@ -112,6 +113,7 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
         aside_images=settings.effort("sigma_images"),
         aside_adaptive=settings.effort("sigma_adaptive_images"),
         psm=psm,
+        purifying=None if settings.purifying == "float32" else settings.purifying,
         sigma=settings.sigma,
         n0=settings.n0,
         certified_images=settings.effort("certified_images"),
@@ -133,6 +135,7 @@ def _spoken(
     """Ask the language model about the same pictures; None where there is none."""
     if speaker is None:
         return None
+    data = data.some(settings.effort("spoken_images"), settings.seed)
     subject, folder = speaker("", data), settings.out / SPOKEN
     plan = Plan(spoken(settings), data, setup)
     kept = {**fixed("photo-vlm", {"none": ""}, data, setup), "made_by": "photos"}

@@ -17,7 +17,7 @@ class Settings:
 
     full: bool = knob(
         False,
-        f"All {FULL} held-out photographs and more of everything; otherwise {QUICK}, for 15 minutes on two cores.",
+        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for 15 minutes on two cores.",
     )
     images: int | None = knob(None, "How many photographs, the first ones by their names.", least=4)
     steps: int = knob(100, "Steps of the attacks on the encoder alone.", least=1)
@@ -26,11 +26,16 @@ class Settings:
     adaptive_steps: int | None = knob(None, "Steps of these attacks, with fresh draws at each.", least=1)
     sigma_images: int | None = knob(None, "Photographs of the table of noise levels.", least=2)
     certified_images: int | None = knob(None, "Photographs that are certified.", least=1)
+    spoken_images: int | None = knob(None, "Photographs that the small language model is asked about.", least=2)
     draws: int = knob(1000, "Draws that each is certified with.", least=20)
     n0: int = knob(4, "Noisy draws per photograph.", least=1)
     sigma: float | None = knob(None, "Noise level in [0, 1] pixels; left out, the PSM's own.")
     psm: str = knob("auto", "The encoder's own PSM: \"auto\" is the registry's, or a folder or hub id.")
     general: str = knob("photo", "The purifier that knows no encoder.")
+    purifying: str = knob(
+        "bfloat16",
+        "Precision of purifiers: bfloat16, or float32, which takes three times as long on CPUs with AMX.",
+    )
     seed: int = knob(0, "Of attacks, serving noise and certificates.")
     batch_size: int = knob(8, "Photographs at once; bounds memory, changes no result.", least=1)
     out: Path = knob(_FOLDER, "Folder for everything; an interrupted run goes on from it.")
@@ -49,18 +54,20 @@ class Settings:
 
 
 _USUAL = {
-    "adaptive_images": 16,
-    "adaptive_steps": 20,
-    "sigma_images": 40,
-    "sigma_adaptive_images": 8,
-    "certified_images": 20,
-    "sigma_certified_images": 4,
+    "adaptive_images": 10,
+    "adaptive_steps": 15,
+    "sigma_images": 30,
+    "sigma_adaptive_images": 5,
+    "certified_images": 6,
+    "sigma_certified_images": 2,
+    "spoken_images": 30,
 }
 _USUAL_FULL = {
     "adaptive_images": 50,
     "adaptive_steps": 50,
     "sigma_images": 200,
-    "sigma_adaptive_images": 24,
+    "sigma_adaptive_images": 20,
     "certified_images": 20,
     "sigma_certified_images": 20,
+    "spoken_images": 200,
 }

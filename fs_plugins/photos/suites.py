@@ -8,7 +8,8 @@ from fs_plugins.evaluation.suites import FS, FS_PSM, NONE, Condition, Defence, S
 from fs_plugins.photos.settings import Settings
 
 SIGMAS = (0.0625, 0.125, 0.25, 0.5)
-OWN = replace(FS_PSM, title="FS-PSM")
+CLOSER = (FS, FS_PSM)
+"""Those that are attacked adaptively and certified."""
 
 
 def general(purifier: str) -> Defence:
@@ -60,7 +61,7 @@ def suites(settings: Settings, own: bool, usual: float) -> tuple[Suite, ...]:
         ),
         Suite(
             "adaptive", "The attack on the defence itself, through noise, purifier, mapper and average", classification,
-            everybody[1:], (oblivious[0], adaptive), compared=False,
+            CLOSER, (oblivious[0], adaptive), compared=False,
         ),
         Suite(
             "sigmas", "Noise levels", classification, levels, oblivious[:1], certified=True, aside=True, compared=False,
@@ -69,7 +70,7 @@ def suites(settings: Settings, own: bool, usual: float) -> tuple[Suite, ...]:
             "sigmas-adaptive", "Noise levels, attacked adaptively", classification, levels, (adaptive,), plain=False,
             aside=True, compared=False,
         ),
-        Suite("certificates", "Certified cosine of features", None, everybody[1:], certified=True),
+        Suite("certificates", "Certified cosine of features", None, CLOSER, certified=True),
     )  # fmt: skip
 
 

@@ -158,6 +158,8 @@ class PSM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.purifying: torch.dtype | None = None
+        """A lower precision that the purifier works in, for the speed of it; None is its own."""
         self.purifier: nn.Module | None = None
         if config.purifier is not None:
             self.purifier = _build(config.purifier, _PURIFIERS | (purifiers or {}), "purifier")
@@ -172,7 +174,10 @@ class PSM(nn.Module):
 
     def purify(self, images: Tensor, sigma: float) -> Tensor:
         """(N, C, H, W) noisy images -> purified images; unchanged without a purifier."""
-        return images if self.purifier is None else _at_most_fp32(self.purifier, images, sigma)
+        if self.purifier is None:
+            return images
+        with torch.autocast(images.device.type, self.purifying) if self.purifying else nullcontext():
+            return _at_most_fp32(self.purifier, images, sigma)
 
     def map(self, readout: str, feature: Tensor, sigma: float) -> Tensor:
         """A readout's feature -> the refined feature; unchanged where the readout has no mapper."""

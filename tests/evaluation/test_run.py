@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from painting import SUITE, Painter
 from support import make_llava, make_psm
 
@@ -15,8 +16,9 @@ from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.judges import ExactMatch
+from fs_plugins.evaluation.plan import Setup
 from fs_plugins.evaluation.store import Store
-from fs_plugins.evaluation.suites import DEFENCES, LIGHT, NONE, SUITES, Condition
+from fs_plugins.evaluation.suites import DEFENCES, LIGHT, NONE, SUITES, Condition, Smoothing
 
 
 def rows_of(evaluation, *cells):
@@ -245,3 +247,13 @@ def test_an_attack_that_needs_tokens_of_an_encoder_without_is_left_out_with_a_no
     found = Results(evaluation.store.folder)
     assert found.notes() == ["The rows of FOA-Attack 16/255 are left out: This encoder gives no tokens."]
     assert {row[0] for row in found.tables()[0].rows} == {"clean", "AttackVLM 16/255"}
+
+
+def test_purifiers_work_in_a_lower_precision_where_the_setup_says_so(psm):
+    subject = Painter(make_llava())
+    lower = options(subject, Setup(psm=psm, purifying="bfloat16"), Smoothing())["psm"]
+    assert (lower.purifying, lower.mapped) == (torch.bfloat16, fs_plugins.PSM.from_pretrained(psm).mapped)
+    assert options(subject, Setup(psm=psm), Smoothing())["psm"] == psm
+    assert options(subject, Setup(psm=psm, sigma=0.25, purifying="bfloat16"), Smoothing("none"))["psm"] is None
+    with pytest.raises(SettingError, match="got 'float16'"):
+        Setup(purifying="float16")
