@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fs_plugins.checks import number, whole
+from fs_plugins.checks import number, shown, whole
 from fs_plugins.errors import SettingError
 
 PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "unshuffle": 1, "attention": True}
@@ -59,8 +59,37 @@ def check_multiple(levels: int, unshuffle: int = 1) -> None:
         )
 
 
-_CONTRAST = 0.25
-"""The spread of photographs' pixels: nets are shown images of about unit spread."""
+def basis(unshuffle: int) -> Tensor:
+    """(3 u^2, 3 u^2): the rows are pictures of u x u pixels, orthonormal, in the order of ``pixel_unshuffle``.
+
+    Grey, red against blue and green against both, each times the discrete cosine transform (DCT-II) down and across,
+    from the mean to the finest: what photographs have much of comes first.
+    """
+    places = torch.arange(unshuffle, dtype=torch.float64)
+    waves = torch.cos(torch.pi * torch.outer(places, 2 * places + 1) / (2 * unshuffle))
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    waves, colours = (rows / rows.norm(dim=1, keepdim=True) for rows in (waves, colours))
+    return torch.kron(colours, torch.kron(waves, waves)).float()
+
+
+def spectrum(images: Iterable[Tensor], unshuffle: int) -> list[float]:
+    """Root mean squares of the coefficients of (3, H, W) images in [0, 1], about mid grey, to four digits.
+
+    Sides are cut to multiples of ``unshuffle``. For ``UNetPurifier(spectrum=...)``.
+    """
+    to, total, count = basis(unshuffle), torch.zeros(3 * unshuffle**2), 0
+    for image in images:
+        height, width = (side - side % unshuffle for side in image.shape[1:])
+        folded = F.pixel_unshuffle(image[None, :, :height, :width] - 0.5, unshuffle)
+        total += _turned(folded, to).square().mean((0, 2, 3))
+        count += 1
+    return [float(f"{value:.4g}") for value in (total / count).sqrt().tolist()]
+
+
+def _turned(folded: Tensor, matrix: Tensor) -> Tensor:
+    """A matrix times the channels of (N, C, H, W), in the type of these also where autocast would have less."""
+    with torch.autocast(folded.device.type, enabled=False):
+        return F.conv2d(folded, matrix.to(folded.dtype)[:, :, None, None])
 
 
 class UNetPurifier(nn.Module):
@@ -71,13 +100,15 @@ class UNetPurifier(nn.Module):
         layers: residual blocks a level.
         unshuffle: side of the pixel blocks folded into channels first; 1 keeps full resolution.
         attention: self-attention in the middle block.
-        spread: of fine detail in [0, 1] pixels, sigma_data of Karras et al. (2022, eq. 7): the noisier an image is, the
-            less of it is kept and the more is painted anew, so that a narrow net need not carry the noise through; at
-            sigma 0 images stay as they are. None keeps all of the image and adds a change.
+        spectrum: how much pictures have of each row of ``basis(unshuffle)`` (see ``spectrum``). The net then works on
+            these coefficients, each preconditioned by its own sigma_data (Karras et al., 2022, eq. 7): of what stands
+            out of the noise nearly all is kept, of what drowns in it nothing (the filter of Wiener, 1949), and the net
+            adds what it knows of the rest, so that a narrow one need not carry picture and noise through. At sigma 0
+            images stay as they are. None keeps all of the image and adds a change.
 
     Raises:
-        SettingError: sizes that no such net has, a spread that is not positive, or a net that pads images to multiples
-            beyond ``MOST_MULTIPLE``.
+        SettingError: sizes that no such net has, a spectrum of another length or with a value that is not positive, or
+            a net that pads images to multiples beyond ``MOST_MULTIPLE``.
     """
 
     def __init__(
@@ -87,19 +118,22 @@ class UNetPurifier(nn.Module):
         layers: int = 1,
         unshuffle: int = 4,
         attention: bool = False,
-        spread: float | None = None,
+        spectrum: Iterable[float] | None = None,
     ) -> None:
         from diffusers import UNet2DModel
 
         super().__init__()
-        expected = "UNetPurifier.spread must be positive, in [0, 1] pixel units"
-        self.spread = None if spread is None else number(expected, spread, lambda found: found > 0)
         channels = widths("UNetPurifier.channels", channels, 8)
         layers, unshuffle = depth("UNetPurifier.layers", layers), whole("UNetPurifier.unshuffle", unshuffle)
         if not isinstance(attention, bool):
             raise SettingError(f"UNetPurifier.attention must be true or false, got {attention!r}.")
         check_multiple(len(channels), unshuffle)
         folded = 3 * unshuffle**2
+        known = None if spectrum is None else _positive(spectrum, folded)
+        self.spectrum: Any
+        self.register_buffer("spectrum", known, persistent=False)
+        self.basis: Any
+        self.register_buffer("basis", None if known is None else basis(unshuffle), persistent=False)
         self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)
         net: Any = UNet2DModel(
@@ -114,7 +148,7 @@ class UNetPurifier(nn.Module):
         )
         nn.init.zeros_(net.conv_out.weight)
         nn.init.zeros_(net.conv_out.bias)
-        self.net = net
+        self.net: Any = net
 
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) noisy images (unclamped) -> (N, 3, H, W) purified images, clamped to [0, 1] in eval mode."""
@@ -122,16 +156,32 @@ class UNetPurifier(nn.Module):
         pad = (0, -width % self.multiple, 0, -height % self.multiple)
         padded = F.pad(images, pad, mode="replicate") if any(pad) else images
         level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images))
-        kept, scale, shown = self._parts(padded, level.view(-1, 1, 1, 1))
-        change = self.net(F.pixel_unshuffle(shown, self.unshuffle), timestep=level * 1000).sample
-        clean = (kept + scale * F.pixel_shuffle(change, self.unshuffle))[..., :height, :width]
+        clean = (self._changed if self.basis is None else self._painted)(padded, level)[..., :height, :width]
         return clean if self.training else clean.clamp(0, 1)
 
-    def _parts(self, images: Tensor, level: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
-        """What is kept of noisy images, what the net's answer is scaled by, and what the net is shown."""
-        centred = images - 0.5
-        if self.spread is None:
-            return images, 1.0, centred
-        noise, detail = level.square(), self.spread**2
-        kept = 0.5 + centred * detail / (noise + detail)
-        return kept, level * self.spread / (noise + detail).sqrt(), centred / (noise + _CONTRAST**2).sqrt()
+    def _changed(self, images: Tensor, level: Tensor) -> Tensor:
+        said = self._said(F.pixel_unshuffle(images - 0.5, self.unshuffle), level)
+        return images + F.pixel_shuffle(said, self.unshuffle)
+
+    def _said(self, folded: Tensor, level: Tensor) -> Tensor:
+        return self.net(folded, timestep=level * 1000).sample
+
+    def _painted(self, images: Tensor, level: Tensor) -> Tensor:
+        """What is kept of noisy images' coefficients, and what the net adds to them."""
+        seen = _turned(F.pixel_unshuffle(images - 0.5, self.unshuffle), self.basis)
+        known, noise = self.spectrum.to(seen.dtype).view(1, -1, 1, 1), level.view(-1, 1, 1, 1)
+        there = known.square() + noise.square()
+        said = self._said(seen * there.rsqrt(), level).to(seen.dtype)
+        clean = seen * known.square() / there + noise * known * there.rsqrt() * said
+        return 0.5 + F.pixel_shuffle(_turned(clean, self.basis.t()), self.unshuffle)
+
+
+def _positive(spectrum: Iterable[float], count: int) -> Tensor:
+    try:
+        given = list(spectrum)
+    except TypeError:
+        given = []
+    if len(given) != count:
+        raise SettingError(f"UNetPurifier.spectrum has {count} numbers, 3 unshuffle^2; got {shown(spectrum)}.")
+    expected = "UNetPurifier.spectrum's numbers must be positive"
+    return torch.tensor([number(expected, value, lambda found: found > 0) for value in given])

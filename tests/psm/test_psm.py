@@ -13,6 +13,7 @@ from support import make_psm
 from fs_plugins import PSM, PSMError, SettingError
 from fs_plugins.psm import PAPER_UNET, Part, ResidualMapper, UNetPurifier
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
+from fs_plugins.psm.purifier import basis, spectrum
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -102,26 +103,48 @@ def test_purifier_takes_any_size_and_starts_as_the_identity(size):
     assert not torch.allclose(out, purifier(images, 0.5)), "sigma conditions the net"
 
 
+def test_the_basis_is_orthonormal_and_grey_comes_first():
+    for unshuffle in (1, 2, 3, 4):
+        rows = basis(unshuffle)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(3 * unshuffle**2))
+        assert torch.allclose(rows[0], rows[0, 0].expand_as(rows[0])), "the mean of all pixels"
+
+
+def test_a_spectrum_is_that_of_the_pictures():
+    rows, sizes = basis(2), torch.linspace(0.01, 0.12, 12)
+    drawn = sizes.view(-1, 1, 1) * torch.randn(12, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = 0.5 + F.pixel_shuffle(torch.einsum("dc,dhw->chw", rows, drawn), 2)
+    assert spectrum([image, image[:, :127]], 2) == pytest.approx(sizes.tolist(), rel=0.05)
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.25, 0.5])
-def test_a_spread_keeps_of_an_image_what_stands_out_of_the_noise(sigma):
-    purifier = UNetPurifier(channels=(8, 16), unshuffle=2, spread=0.1).eval()
-    images = torch.rand(2, 3, 15, 21)
-    kept = 0.1**2 / (0.1**2 + sigma**2)
-    assert torch.allclose(purifier(images, sigma), 0.5 + kept * (images - 0.5), atol=1e-6), (
-        "an untrained net adds nothing"
-    )
+def test_of_an_image_stays_what_stands_out_of_the_noise(sigma):
+    """A net that says nothing leaves the filter of Wiener: here all that is grey, and hardly any colour."""
+    known = [10.0] * 4 + [1e-3] * 8
+    purifier = UNetPurifier(channels=(8, 16), unshuffle=2, spectrum=known).eval()
+    images = 0.2 + 0.6 * torch.rand(2, 3, 15, 21)
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    assert torch.allclose(purifier(images, sigma), grey, atol=2e-3)
     shaken(purifier)
     assert torch.allclose(purifier(images, 0.0), images, atol=1e-6), "no noise, no change, whatever the net says"
+    assert not torch.allclose(purifier(images, sigma), grey, atol=2e-3)
     levels = torch.tensor([sigma, 0.0])
     assert torch.allclose(purifier(images, levels)[:1], purifier(images[:1], sigma), atol=1e-5), (
         "each image has its own"
     )
 
 
-@pytest.mark.parametrize("spread", [0, -0.1, float("nan"), True, "0.1"])
-def test_a_spread_is_positive(spread):
-    with pytest.raises(SettingError, match="spread must be positive"):
-        UNetPurifier(channels=(8, 16), spread=spread)
+def test_what_is_kept_is_exact_under_autocast():
+    purifier = shaken(UNetPurifier(channels=(8, 16), unshuffle=2, spectrum=[1.0] * 12).eval())
+    images = torch.rand(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(purifier(images, 0.0), images, atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [[0.1] * 11, [0.1] * 11 + [0.0], [-0.1] * 12, [float("nan")] * 12, 0.1, "0.1"])
+def test_a_spectrum_has_a_positive_number_for_each_row(known):
+    with pytest.raises(SettingError, match=r"UNetPurifier\.spectrum"):
+        UNetPurifier(channels=(8, 16), unshuffle=2, spectrum=known)
 
 
 def test_purifier_at_the_papers_size_has_43_7_million_parameters():
