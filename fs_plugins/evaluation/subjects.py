@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -66,15 +66,7 @@ class Headed:
         weight = next(self.head.parameters())
         with torch.no_grad():
             logits = self.head(embedded.to(weight)).float()
-        return [self._nearest(row, dataset.offered(one)) for row, one in zip(logits, samples, strict=True)]
-
-    def _nearest(self, logits: Tensor, offered: Sequence[str]) -> str:
-        if unknown := [name for name in offered if name not in self.numbers]:
-            raise ModelError(
-                f"The head of this model knows {len(self.numbers)} classes, and {unknown[0]!r} is none of them. Name "
-                "classes in dataset.json as it does: " + ", ".join(list(self.numbers)[:5]) + " ..."
-            )
-        return str(int(logits[[self.numbers[name] for name in offered]].argmax()))
+        return [likeliest(row, self.numbers, one, dataset) for row, one in zip(logits, samples, strict=True)]
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         call = self.call
@@ -83,6 +75,25 @@ class Headed:
             output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
             embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images))))
         return self.read(embedded, samples, dataset)
+
+
+def likeliest(scores: Tensor, numbers: Mapping[str, int], sample: Sample, dataset: Dataset) -> str:
+    """The reply that names the class with the largest score, of those on offer for a sample.
+
+    Args:
+        scores: (K,).
+        numbers: the K classes' places.
+
+    Raises:
+        ModelError: one on offer is none of them.
+    """
+    offered = dataset.offered(sample)
+    if unknown := next((name for name in offered if name not in numbers), None):
+        raise ModelError(
+            f"This model knows {len(numbers)} classes, and {unknown!r} is none of them. Name classes in dataset.json "
+            f"as it does: {', '.join(list(numbers)[:5])} ..."
+        )
+    return str(int(scores[[numbers[name] for name in offered]].argmax()))
 
 
 def size_of(call: VisionCall) -> tuple[int, int]:

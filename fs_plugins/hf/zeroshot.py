@@ -13,7 +13,7 @@ from fs_plugins.api import vision_call
 from fs_plugins.checks import words
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
-from fs_plugins.evaluation.subjects import size_of
+from fs_plugins.evaluation.subjects import likeliest, size_of
 from fs_plugins.evaluation.tasks import Task
 from fs_plugins.hf.load import load_tokenizer
 
@@ -83,5 +83,5 @@ class ZeroShot:
         with torch.no_grad():
             output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
             embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images)))).float()
-        nearest = (embedded @ self.directions.to(embedded).T).argmax(1)
-        return [str(dataset.classes.index(self.names[i])) for i in nearest.tolist()]
+        scores, numbers = embedded @ self.directions.to(embedded).T, {name: i for i, name in enumerate(self.names)}
+        return [likeliest(row, numbers, sample, dataset) for row, sample in zip(scores, samples, strict=True)]

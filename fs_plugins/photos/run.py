@@ -14,7 +14,7 @@ from pathlib import Path
 import fs_plugins
 from fs_plugins.evaluation import picture, report
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
-from fs_plugins.evaluation.datasets import Dataset, open_dataset
+from fs_plugins.evaluation.datasets import Dataset, Prompts, open_dataset
 from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.judges import ExactMatch, Judge
 from fs_plugins.evaluation.means import Track
@@ -96,8 +96,9 @@ def run(
 
 
 def _of_all_classes(data: Dataset) -> Dataset:
-    """An encoder with a head of its own chooses among all classes."""
-    return replace(data, samples=tuple(sample.model_copy(update={"choices": ()}) for sample in data.samples))
+    """An encoder with a head of its own chooses among all classes, by their numbers; nothing is said to it."""
+    samples = tuple(sample.model_copy(update={"choices": ()}) for sample in data.samples)
+    return replace(data, samples=samples, prompts=Prompts())
 
 
 def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:

@@ -59,18 +59,20 @@ def test_models_that_cut_pictures_up_are_refused(demo):
         Chat(demo.model, Tiles()).say(torch.rand(1, 3, 64, 64), ["?"], 2)
 
 
-def test_zero_shot_takes_the_nearest_class_and_is_smoothed(clip, data):
+def test_zero_shot_takes_the_nearest_class_on_offer_and_is_smoothed(clip, data):
+    names = ["blue", "red", "green"]
     directions = {
         name: torch.nn.functional.normalize(torch.randn(24, generator=torch.Generator().manual_seed(i)), dim=0)
-        for i, name in enumerate(["blue", "red"])
+        for i, name in enumerate(names)
     }
     subject = ZeroShot(clip, directions)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     embedded = subject.call.embed(subject.call.encode(images))
-    wanted = [
-        data.classes.index(["blue", "red"][i]) for i in (embedded @ torch.stack(list(directions.values())).T).argmax(1)
-    ]
-    assert subject.reply(None, images, data.samples[:4], data) == [str(i) for i in wanted]
+    scores = embedded @ torch.stack(list(directions.values())).T
+    wanted = [str(data.classes.index(names[i])) for i in scores.argmax(1)]
+    assert subject.reply(None, images, data.samples[:4], data) == wanted
+    few = [sample.model_copy(update={"choices": ("red", "blue")}) for sample in data.samples[:4]]
+    assert subject.reply(None, images, few, data) == [str(int(row[0] > row[1])) for row in scores]
     with fs_plugins.enable(clip, psm=None, sigma=0.25) as handle:
         subject.reply(None, images, data.samples[:4], data)
         assert handle.status().vision[0].calls == 1
