@@ -2,6 +2,7 @@ from .config import Stage as Stage
 from .config import TrainingConfig as TrainingConfig
 from .data import ImageFolder as ImageFolder
 from .folder import TrainingFolder as TrainingFolder
+from .linear import train_linear_head as train_linear_head
 from .psm import robustness_score as robustness_score
 from .psm import train_psm as train_psm
 from .settings import Settings as Settings
