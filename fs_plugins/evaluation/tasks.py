@@ -90,7 +90,9 @@ class Captioning:
 
 @dataclass(frozen=True)
 class Classification:
-    """The number of one of the dataset's classes, or of those that are on offer for the sample."""
+    """The number of one of the dataset's classes, or of those that are on offer for the sample; or, where the dataset's
+    prompts say so, its name.
+    """
 
     name: ClassVar[str] = "classification"
 
@@ -99,11 +101,14 @@ class Classification:
 
     def prompt(self, sample: Sample, dataset: Dataset) -> str:
         offered = dataset.offered(sample)
-        listed = ", ".join(f"{number}. {name}" for number, name in enumerate(offered))
+        numbered = dataset.prompts.classification_answers == "number"
+        listed = ", ".join(f"{number}. {name}" if numbered else name for number, name in enumerate(offered))
         return dataset.prompts.classification.format(classes=listed, last=len(offered) - 1)
 
     def parse(self, reply: str, sample: Sample, dataset: Dataset) -> str | None:
         bare, offered = _bare(reply), dataset.offered(sample)
+        if dataset.prompts.classification_answers == "name":
+            return _by_words(reply, tuple(offered))
         if not re.fullmatch("[0-9]{1,9}", bare) or int(bare) >= len(offered):
             return None
         return offered[int(bare)]

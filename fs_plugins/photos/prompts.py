@@ -1,6 +1,6 @@
 """What is asked about photographs, and how ``photo-vlm`` was taught to answer: training and evaluation both read it.
 
-A choice is answered by the option's own words, a class by its number, and nothing else is said, as the tasks judge it.
+A choice is answered by the option's own words, and nothing else is said, as the tasks judge it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ QUESTION = "What is in this photograph?"
 
 PROMPTS = Prompts(
     captioning="Describe this photograph in one sentence.",
-    classification=f"{QUESTION} {{classes}}. Answer with its number, from 0 to {{last}}.",
+    classification=f"{QUESTION} Choose one: {{classes}}.",
+    classification_answers="name",
     vqa="{question} Choose one: {options}.",
     vqa_answers="option",
 )

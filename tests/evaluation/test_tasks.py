@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -229,3 +230,13 @@ def test_a_sample_may_offer_fewer_classes_in_an_order_of_its_own():
     assert task.verdict("1", chosen, data) == Verdict(True, False)
     assert task.verdict("0", chosen, data) == Verdict(False, True)  # its target's class, not the dataset's
     assert task.verdict("3", chosen, data) == Verdict(False, False)
+
+
+def test_a_class_is_answered_by_its_name_where_the_prompts_say_so():
+    named = Prompts(classification_answers="name", classification="Which? {classes}.")
+    data = dataclasses.replace(TEN, prompts=named)
+    sample, task = data.samples[0], Classification()
+    assert task.prompt(sample, data).startswith("Which? rooster, gibbon, ")
+    assert task.parse("Gibbon.", sample, data) == "gibbon"
+    assert task.parse("1", sample, data) is None
+    assert task.parse("a gibbon and a rooster", sample, data) is None

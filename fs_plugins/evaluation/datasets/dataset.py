@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
@@ -80,12 +80,15 @@ class Prompts(Strict):
 
     Args:
         captioning: as it is.
-        classification: with ``{classes}`` ("0. rooster, 1. gibbon") and ``{last}``, the last class's number.
+        classification_answers: whether classes are numbered and a number is the answer, or a class's own name is.
+        classification: with ``{classes}`` ("0. rooster, 1. gibbon") and ``{last}``, the last class's number; names need
+            no ``{last}``.
         vqa: with ``{question}``, ``{options}`` and, where wanted, ``{none}``, the dataset's ``none_option``.
         vqa_answers: whether options are lettered and a letter is the answer, or an option's own words are.
     """
 
     captioning: str = "Describe this image in one concise sentence, no longer than 20 words."
+    classification_answers: Literal["number", "name"] = "number"
     classification: str = (
         "You are a precise visual classifier. What are the main objects in this image?: {classes}. Output only a "
         "single integer between 0 and {last} with no explanation, no text, no punctuation."
@@ -100,8 +103,9 @@ class Prompts(Strict):
 
     @field_validator("classification")
     @classmethod
-    def _of_classes(cls, template: str) -> str:
-        return _template(template, "classes", "last")
+    def _of_classes(cls, template: str, info: ValidationInfo) -> str:
+        numbered = info.data.get("classification_answers") == "number"
+        return _template(template, "classes", "last") if numbered else _template(template, "classes", allowed="last")
 
     @field_validator("vqa")
     @classmethod
