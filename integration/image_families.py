@@ -103,7 +103,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         for kind in (classifier, bare)
     ),
     *(kind(name, 32, **RESIDUAL) for name in ("ResNet", "RegNet") for kind in (classifier, bare)),
-    *(kind("Bit", 64, **STAGES, num_groups=4, embedding_size=8) for kind in (classifier, bare)),
+    *(kind("Bit", 32, **RESIDUAL, num_groups=4) for kind in (classifier, bare)),
     *(
         kind("FocalNet", 32, image_size=32, embed_dim=16, depths=[1, 1], focal_levels=[1, 1], focal_windows=[3, 3])
         for kind in (classifier, bare)
