@@ -99,7 +99,12 @@ class Photos:
             f"This encoder has no PSM of its own in the registry; the purifier {self.settings.general!r} stands in, "
             "and FS-PSM is with it."
         ]  # fmt: skip
-        return [*found, *self.results.notes(), *([] if self.said is None else self.said.notes())]
+        if self.said is not None:
+            psm = self.said.plan.setup.psm
+            if psm != self.results.plan.setup.psm:
+                found.append(f"What the small language model consumes has no PSM here; it is smoothed with {psm!r}.")
+            found += self.said.notes()
+        return [*found, *self.results.notes()]
 
     def _classes(self) -> Table:
         lines: list[tuple[Cell, ...]] = [

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fs_plugins
+from fs_plugins.errors import PSMError
 from fs_plugins.evaluation import picture, report
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Dataset, Prompts, open_dataset
@@ -75,7 +76,7 @@ def run(
         store = Store.begin(out / ROWS, {**fixed(model, {"none": ""}, plan.dataset, setup), "made_by": "photos"})
         Evaluation(lambda tower: subject, plan, store, ExactMatch(), track, batch_size=settings.batch_size).run()
         results = Results(out)
-        said = _spoken(settings, data, setup, store, speaker, judge, track)
+        said = _spoken(settings, data, store, speaker, judge, track)
         shown = plan.samples(setup.certified_images)[:SHOWN]  # not chosen by outcome
         attacked = attacks(settings.eps)[0]
         drawn = panels(results, plan.dataset, subject, shown, attacked, "classification")
@@ -124,10 +125,19 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
     )
 
 
+def _fitting(settings: Settings, subject: Subject) -> Setup:
+    """The same for the language model, which may consume another readout than the PSM was made for."""
+    _, setup = _defence(settings, subject)
+    try:
+        fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma)
+    except PSMError:
+        return replace(setup, psm=settings.general)
+    return setup
+
+
 def _spoken(
     settings: Settings,
     data: Dataset,
-    setup: Setup,
     attacked: Store,
     speaker: Loader | None,
     judge: Judge | None,
@@ -138,6 +148,7 @@ def _spoken(
         return None
     data = data.some(settings.effort("spoken_images"), settings.seed)
     subject, folder = speaker("", data), settings.out / SPOKEN
+    setup = _fitting(settings, subject)
     plan = Plan(spoken(settings), data, setup)
     kept = {**fixed("photo-vlm", {"none": ""}, data, setup), "made_by": "photos"}
     store = Store.begin(folder / ROWS, kept)

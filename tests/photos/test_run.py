@@ -51,9 +51,9 @@ def headed(clip):
 def measure(headed, tmp_path):
     """Settings and a speaker -> what is measured of four photographs."""
     psm, general = tmp_path / "own", tmp_path / "general"
-    made = make_psm(headed.call, sigma_range=(0.05, 0.5))
-    made.save_pretrained(psm)
-    made.only(mapper=False).save_pretrained(general)
+    levels = {"sigma_range": (0.05, 0.5)}
+    make_psm(headed.call, **levels).save_pretrained(psm)
+    make_psm(headed.call, mapper=False, fingerprint=(), image_size=None, **levels).save_pretrained(general)
     shown = [replace(one, label=i % len(NAMES)) for i, one in enumerate(held_out()[:6])]
     usual = {
         "images": 4,
@@ -146,6 +146,15 @@ def test_the_speaker_is_shown_the_same_attacked_pictures(measure, headed):
     data = found.said.plan.dataset
     hits = [answer.verdict.correct for answer in found.said.answers(NONE, CLEAN, "classification")]
     assert hits == [sample.choices[1] == sample.label for sample in data.samples]
+
+
+def test_a_speaker_that_consumes_something_else_is_smoothed_with_the_general_purifier(measure, llava):
+    speaker = Speaker(Headed(llava.requires_grad_(False), torch.nn.Identity(), NAMES))
+    found = measure(speaker, spoken_images=2)
+    assert found.said.plan.setup.psm == found.settings.general != found.results.plan.setup.psm
+    assert "smoothed with" in found.notes()[0]
+    assert len(found.said.plan.dataset.samples) == 2
+    assert len(list(found.said.answers(FS_PSM, found.attacked[0], "vqa"))) == 2
 
 
 def test_without_a_psm_of_its_own_the_general_one_stands_once(measure):
