@@ -93,7 +93,8 @@ def likeliest(scores: Tensor, numbers: Mapping[str, int], sample: Sample, datase
             f"This model knows {len(numbers)} classes, and {unknown!r} is none of them. Name classes in dataset.json "
             f"as it does: {', '.join(list(numbers)[:5])} ..."
         )
-    return str(int(scores[[numbers[name] for name in offered]].argmax()))
+    place = int(scores[[numbers[name] for name in offered]].argmax())
+    return offered[place] if dataset.prompts.classification_answers == "name" else str(place)
 
 
 def size_of(call: VisionCall) -> tuple[int, int]:

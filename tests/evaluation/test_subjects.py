@@ -94,6 +94,8 @@ def test_a_head_takes_the_likeliest_of_the_classes_on_offer(headed, data):
     assert headed.reply(None, images, data.samples[:4], data) == [str(data.classes.index(name)) for name in names]
     few = [sample.model_copy(update={"choices": ("blue", "red")}) for sample in data.samples[:4]]
     assert headed.reply(None, images, few, data) == [str(int(row[2] > row[1])) for row in logits]
+    by_name = replace(data, prompts=data.prompts.model_copy(update={"classification_answers": "name"}))
+    assert headed.reply(None, images, data.samples[:4], by_name) == names
 
 
 def test_a_head_that_does_not_know_a_class_is_refused(clip, data):
