@@ -65,9 +65,9 @@ def basis(unshuffle: int) -> Tensor:
     Grey, red against blue and green against both, each times the discrete cosine transform (DCT-II) down and across,
     from the mean to the finest: what photographs have much of comes first.
     """
-    places = torch.arange(unshuffle, dtype=torch.float64)
+    places = torch.arange(unshuffle, dtype=torch.float64, device="cpu")
     waves = torch.cos(torch.pi * torch.outer(places, 2 * places + 1) / (2 * unshuffle))
-    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64, device="cpu")
     waves, colours = (rows / rows.norm(dim=1, keepdim=True) for rows in (waves, colours))
     return torch.kron(colours, torch.kron(waves, waves)).float()
 
@@ -77,7 +77,7 @@ def spectrum(images: Iterable[Tensor], unshuffle: int) -> list[float]:
 
     Sides are cut to multiples of ``unshuffle``. For ``UNetPurifier(spectrum=...)``.
     """
-    to, total, count = basis(unshuffle), torch.zeros(3 * unshuffle**2), 0
+    to, total, count = basis(unshuffle), torch.zeros(3 * unshuffle**2, dtype=torch.float32, device="cpu"), 0
     for image in images:
         height, width = (side - side % unshuffle for side in image.shape[1:])
         folded = F.pixel_unshuffle(image[None, :, :height, :width] - 0.5, unshuffle)
@@ -184,4 +184,5 @@ def _positive(spectrum: Iterable[float], count: int) -> Tensor:
     if len(given) != count:
         raise SettingError(f"UNetPurifier.spectrum has {count} numbers, 3 unshuffle^2; got {shown(spectrum)}.")
     expected = "UNetPurifier.spectrum's numbers must be positive"
-    return torch.tensor([number(expected, value, lambda found: found > 0) for value in given])
+    numbers = [number(expected, value, lambda found: found > 0) for value in given]
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
