@@ -63,30 +63,48 @@ def crops(photos: Sequence[Tensor], size: int, count: int, generator: torch.Gene
     return torch.cat(found).clamp(0, 1)
 
 
-def train(photos: Path, out: Path, *, steps: int, batch: int, size: int, lr: float, seed: int, side: int) -> Part:
+def encoders() -> list[fs_plugins.VisionCall]:
+    """Those that have a say, as maps."""
+    found = [tower(name, num_classes=0, global_pool="").requires_grad_(False) for name in ENCODERS]
+    return [fs_plugins.vision_call(encoder.to(memory_format=torch.channels_last)) for encoder in found]
+
+
+def train(
+    photos: Path,
+    out: Path,
+    calls: Sequence[fs_plugins.VisionCall],
+    *,
+    steps: int,
+    batch: int,
+    size: int,
+    lr: float,
+    seed: int,
+    side: int,
+) -> Part:
     """``steps`` steps in all, or those that are left of them; the moving average is in ``ema.safetensors``.
+
+    Args:
+        calls: encoders with one readout of tokens, frozen, by turns; none for pixels alone.
 
     Returns:
         what was trained.
     """
     folder = ImageFolder(photos, (side, side))
     pictures = [(folder[i] * 255).round().byte() for i in range(len(folder)) if i % HELD_OUT]
-    encoders = [tower(name, num_classes=0, global_pool="").requires_grad_(False) for name in ENCODERS]
-    calls = [fs_plugins.vision_call(encoder.to(memory_format=torch.channels_last)) for encoder in encoders]
     full = [picture.float() / 255 for picture in pictures]
     part = Part(kind="unet", args={**UNET, "spectrum": spectrum(full, UNET["unshuffle"])})
     work = Work(part, seed, lr, steps, out / "checkpoint.pt")
     began = time.time()
     for step in range(work.done + 1, steps + 1):
         generator = torch.Generator().manual_seed((seed << 32) + step)
-        share = min(1.0, max(0.0, (step / steps - RISE[0]) / (RISE[1] - RISE[0])))
+        share = bool(calls) * min(1.0, max(0.0, (step / steps - RISE[0]) / (RISE[1] - RISE[0])))
         clean = crops(pictures, size if share else SMALL, batch, generator).contiguous(
             memory_format=torch.channels_last
         )
         low, high = SIGMAS
         sigma = low + (high - low) * torch.rand(batch, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        losses = work.advance(clean, sigma, noise, calls[step % len(calls)], share)
+        losses = work.advance(clean, sigma, noise, calls[step % len(calls)] if share else None, share)
         if step % 50 == 0 or step == steps:
             told = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print(f"{step}/{steps} {told} {time.time() - began:.0f}s", flush=True)
@@ -132,21 +150,21 @@ class Work:
             print(f"going on from step {self.done}", flush=True)
 
     def advance(
-        self, clean: Tensor, sigma: Tensor, noise: Tensor, call: fs_plugins.VisionCall, share: float
+        self, clean: Tensor, sigma: Tensor, noise: Tensor, call: fs_plugins.VisionCall | None, share: float
     ) -> dict[str, float]:
         """One step, in bfloat16.
 
         Args:
             clean, sigma, noise: (B, 3, H, W) crops, (B,) noise levels and standard normal noise.
-            call: whose features are to stay.
+            call: whose features are to stay, if any.
             share: of the weights of features, from 0 (pixels alone) to 1.
         """
         with torch.autocast(clean.device.type, torch.bfloat16):
             purified = self.net(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
-            features = turned(purified, clean, call) if share else {}
+            features = turned(purified, clean, call) if call else {}
         losses = {"l1": (purified.float() - clean).abs().mean(), **features}
         loss = losses["l1"]
-        if share:
+        if call:
             loss = loss + share * (POOLED * losses["pooled"] + TOKENS * losses["tokens"])
         self.optimizer.zero_grad()
         loss.backward()
@@ -209,10 +227,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     listed = options.pop("credits")
-    part = train(**options)
-    finish(part, options["out"])
+    photos, out = options.pop("photos"), options.pop("out")
+    part = train(photos, out, encoders(), **options)
+    finish(part, out)
     if listed:
-        credit(options["photos"], listed, options["out"])
+        credit(photos, listed, out)
 
 
 if __name__ == "__main__":
