@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fs_plugins.cli.base import console, duration, missing, needs, progress
@@ -26,15 +27,18 @@ def _photos(settings: Settings) -> None:
     from fs_plugins.photos import run as photos
     from fs_plugins.photos.dataset import write
     from fs_plugins.photos.judge import sentences
-    from fs_plugins.photos.photographs import class_names, held_out
+    from fs_plugins.photos.photographs import class_names, held_out, of_competition
 
     quieten()
+    photographs = held_out() if settings.photos is None else of_competition(settings.photos)
+    if settings.photos is not None:
+        settings = replace(settings, images=min(settings.images or len(photographs), len(photographs)))
     speaks = not missing(*SPEAKERS_PACKAGES)
-    folder = settings.out / f"photographs-{settings.count}"
+    folder = settings.out / f"photographs-{'all-' if settings.photos else ''}{settings.count}"
     with progress() as track:
         result = photos.run(
             settings,
-            lambda: write(folder, held_out(), class_names(), settings.count),
+            lambda: write(folder, photographs, class_names(), settings.count),
             loader(MODEL),
             model=MODEL,
             speaker=loader(SPEAKER) if speaks else None,
@@ -44,14 +48,15 @@ def _photos(settings: Settings) -> None:
     _show(result, settings)
 
 
-photos = command(Settings, _photos)
+photos = command(Settings, _photos, argument="photos")
 
 
 def _show(result: Photos, settings: Settings) -> None:
     from fs_plugins.cli import tables
 
+    held = "held-out " if settings.photos is None else ""
     console.print(
-        f"{settings.count} held-out photographs, targeted attacks at l-inf {result.attacked[0].eps255:g}/255, "
+        f"{settings.count} {held}photographs, targeted attacks at l-inf {result.attacked[0].eps255:g}/255, "
         f"{settings.steps} steps; sigma {result.sigma:g}, n0 {settings.n0}"
     )
     tables.show(result.tables())

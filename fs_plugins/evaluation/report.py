@@ -50,7 +50,7 @@ _UNSET = {
 _GENERATOR = '<meta name="generator" content="fs-plugins">'
 
 
-def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
+def write(results: Results, path: Path, *, shown: int = SHOWN, further: Sequence[Table] = ()) -> None:
     """Write the report.
 
     Args:
@@ -58,6 +58,7 @@ def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
         path: of the HTML file; it is replaced whole.
         shown: how many pictures are shown, the first ones, as far as the folder has them; the tables and answers are of
             all.
+        further: tables to stand after those of the evaluation.
 
     Raises:
         SettingError: ``shown`` is negative, or a purified picture in the folder has another shape than the attacked
@@ -73,7 +74,7 @@ def write(results: Results, path: Path, *, shown: int = SHOWN) -> None:
         data=plan.dataset.name,
         settings=_settings(settings, results),
         notes=[*results.notes(), *(f"Skipped: {sentence}" for sentence in plan.dataset.skipped)],
-        tables=[_grouped(table) for table in results.tables()],
+        tables=[_grouped(table) for table in (*results.tables(), *further)],
         curves=_curves(results),
         enlarged=ENLARGED,
         purified=any(attack["purified"] for picture in pictures for attack in picture["attacks"]),

@@ -1,19 +1,22 @@
 """The photographs that everything on photographs is judged on: two hundred, each by its author under CC BY 2.0.
 
 They are every fifth of the thousand of the NIPS 2017 competition on adversarial attacks, in the order of their names,
-and nothing that ships was trained on them. With the folder of all thousand the same fifth is read from there.
+and nothing that ships was trained on them. The others can be read from the competition's own folder.
 """
 
 from __future__ import annotations
 
 import csv
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fs_plugins.errors import SettingError
 from fs_plugins.files import text
+from fs_plugins.pictures import pictures_below
 
 FOLDER = Path(__file__).parent / "pictures"
 CREDITS = FOLDER / "photographs.csv"
@@ -29,10 +32,11 @@ class Photograph:
     """One of them.
 
     Args:
-        name: as in the competition's list; the file is ``FOLDER / f"{name}.jpg"``.
+        name: as in the competition's list.
         label: number of its class, 0 to 999, in ImageNet's order.
         aim: number of the class that the competition's targeted attacks were to reach.
         author, source, licence: whose it is, the page it comes from, and the address of its licence.
+        path: of the picture.
     """
 
     name: str
@@ -41,22 +45,69 @@ class Photograph:
     author: str
     source: str
     licence: str
-
-    @property
-    def path(self) -> Path:
-        return FOLDER / f"{self.name}.jpg"
+    path: Path
 
 
 @cache
 def held_out() -> tuple[Photograph, ...]:
     """The two hundred, in the order of their names."""
-    rows = csv.DictReader(text(CREDITS).splitlines())
     return tuple(
         Photograph(
-            row["photograph"], int(row["label"]), int(row["aim"]), row["author"], row["source"], row["licence"]
+            row["photograph"],
+            int(row["label"]),
+            int(row["aim"]),
+            row["author"],
+            row["source"],
+            row["licence"],
+            FOLDER / f"{row['photograph']}.jpg",
         )
-        for row in rows
-    )  # fmt: skip
+        for row in csv.DictReader(text(CREDITS).splitlines())
+    )
+
+
+def of_competition(folder: Path) -> tuple[Photograph, ...]:
+    """All photographs of the competition's folder, in the order of their names.
+
+    Args:
+        folder: has ``images.csv``, and the pictures below it.
+
+    Raises:
+        SettingError: it is not that folder, or lacks pictures.
+    """
+    listing, needed = folder / "images.csv", ("TrueLabel", "TargetClass", "Author", "OriginalLandingURL", "License")
+    try:
+        rows = {row.get("ImageId"): row for row in csv.DictReader(text(listing).splitlines())}
+    except (OSError, ValueError, csv.Error) as error:
+        raise SettingError(f"{listing}, the list of the NIPS 2017 competition, cannot be read: {error}.") from None
+    there = {path.stem: path for path in reversed(pictures_below(folder))}
+    if not rows or not rows.keys() <= there.keys():
+        missing = sorted(map(str, rows.keys() - there.keys()))
+        raise SettingError(
+            f"{folder} has {len(rows) - len(missing)} of the {len(rows)} pictures that {listing} names"
+            + (f"; the first that is missing is {missing[0]}." if missing else ".")
+        )
+    try:
+        return tuple(_listed(rows[name], needed, there[name]) for name in sorted(there) if name in rows)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SettingError(f"{listing} needs the columns ImageId, {', '.join(needed)}: {error}.") from None
+
+
+def _listed(row: dict[str, str], needed: Sequence[str], path: Path) -> Photograph:
+    label, aim, author, source, licence = (row[column] for column in needed)
+    return Photograph(row["ImageId"], int(label) - 1, int(aim) - 1, spelled(author), source, licence, path)
+
+
+def spelled(author: str) -> str:
+    """An author's name; the competition's list has bytes beyond ASCII as ``\\303\\251``."""
+    plain = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), author)
+    return plain.encode("latin-1").decode() if plain != author else author
+
+
+def trained_on() -> frozenset[str]:
+    """Names of the photographs that something which ships was trained on, by the lists beside it."""
+    listed = sorted(FOLDER.parents[1].glob("*/*/photographs.csv"))
+    rows = (row for path in listed if path != CREDITS for row in csv.DictReader(text(path).splitlines()))
+    return frozenset(row["photograph"] for row in rows)
 
 
 @cache

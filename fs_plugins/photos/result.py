@@ -16,6 +16,7 @@ from fs_plugins.evaluation.suites import CLEAN, FS, FS_PSM, NONE, Condition, Def
 from fs_plugins.evaluation.tables import Cell, Figure, Table, title_of
 from fs_plugins.files import replace as write_whole
 from fs_plugins.photos.cost import Cost
+from fs_plugins.photos.photographs import trained_on
 from fs_plugins.photos.settings import Settings
 from fs_plugins.photos.suites import CLOSER, SIGMAS, at, attacks, defences
 
@@ -93,8 +94,14 @@ class Photos:
         said = [] if self.said is None else self.said.tables()
         return [self._classes(), self._adaptive(), self._sigmas(), self._certified(), self._cost(), *said]
 
+    def further(self) -> list[Table]:
+        """Those that an evaluation's report has not."""
+        return [self._cost(), *([] if self.said is None else self.said.tables())]
+
     def notes(self) -> list[str]:
         """What was left out, and why."""
+        learnt = {Path(sample.image).stem for sample in self.results.plan.dataset.samples} & trained_on()
+        seen = [f"What ships was trained on {len(learnt)} of these photographs, so nothing here is of unseen ones."]
         found = [] if self.own else [
             f"This encoder has no PSM of its own in the registry; the purifier {self.settings.general!r} stands in, "
             "and FS-PSM is with it."
@@ -104,7 +111,7 @@ class Photos:
             if psm != self.results.plan.setup.psm:
                 found.append(f"What the small language model consumes has no PSM here; it is smoothed with {psm!r}.")
             found += self.said.notes()
-        return [*found, *self.results.notes()]
+        return [*(seen if learnt else []), *found, *self.results.notes()]
 
     def _classes(self) -> Table:
         lines: list[tuple[Cell, ...]] = [

@@ -90,9 +90,7 @@ def run(
         photos.write(out)
         title = picture.titled(attacked, steps=settings.steps, n0=settings.n0, sigma=usual)
         picture.draw(drawn, title, out / "photos.png")
-        report.write(results, out / "report.html")
-        if said is not None:
-            report.write(said, out / SPOKEN / "report.html")
+        report.write(results, out / "report.html", further=photos.further())
     return photos
 
 

@@ -15,6 +15,10 @@ _FOLDER = Path("runs/photos")
 class Settings:
     """One run. How much work a part gets that is left out here depends on ``full``."""
 
+    photos: Path | None = knob(
+        None,
+        "The NIPS 2017 competition's folder, for all its photographs; left out, those held out.",
+    )
     full: bool = knob(
         False,
         f"All {FULL} photographs and more of everything; otherwise {QUICK}, for 15 minutes on two cores.",

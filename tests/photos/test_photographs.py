@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fs_plugins.photos.photographs import CREDITS, FOLDER, choices, held_out
+from fs_plugins import SettingError
+from fs_plugins.photos.photographs import CREDITS, FOLDER, choices, held_out, of_competition, trained_on
 
 
 def test_each_photograph_has_author_source_and_licence():
@@ -25,6 +30,45 @@ def test_each_photograph_has_author_source_and_licence():
 
 def test_they_are_small_enough_to_ship():
     assert sum(one.path.stat().st_size for one in held_out()) + CREDITS.stat().st_size < 8e6
+
+
+def test_none_was_trained_on():
+    """By the lists beside what was trained on photographs."""
+    assert len(trained_on()) == 800
+    assert not trained_on() & {one.name for one in held_out()}
+
+
+@pytest.fixture
+def competition(tmp_path):
+    """Three of them, as the competition's folder has them."""
+    rows = [("ImageId", "TrueLabel", "TargetClass", "Author", "OriginalLandingURL", "License")]
+    (tmp_path / "images").mkdir()
+    for i, one in enumerate(reversed(held_out()[:3])):
+        shutil.copy(one.path, tmp_path / "images" / one.path.name)
+        rows.append((one.name, one.label + 1, one.aim + 1, f"Ren\\303\\251 {i}", one.source, one.licence))
+    with (tmp_path / "images.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path
+
+
+def test_the_competitions_own_folder_says_the_same(competition):
+    found = of_competition(competition)
+    assert [
+        replace(one, path=two.path, author=two.author) for one, two in zip(found, held_out(), strict=False)
+    ] == list(held_out()[:3])
+    assert [one.author for one in found] == ["René 2", "René 1", "René 0"]
+    assert all(one.path.parent == competition / "images" for one in found)
+
+
+def test_a_folder_that_is_not_the_competitions_is_refused_in_words(competition, tmp_path):
+    with pytest.raises(SettingError, match="images.csv, the list of the NIPS 2017 competition, cannot be read"):
+        of_competition(tmp_path / "images")
+    (competition / "images" / held_out()[1].path.name).unlink()
+    with pytest.raises(SettingError, match=f"2 of the 3 pictures .* missing is {held_out()[1].name}"):
+        of_competition(competition)
+    (competition / "images.csv").write_text(f"ImageId,TrueLabel\n{held_out()[0].name},1\n", encoding="utf-8")
+    with pytest.raises(SettingError, match="needs the columns"):
+        of_competition(competition)
 
 
 def test_they_are_whole():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,22 +18,17 @@ from pathlib import Path
 from PIL import Image
 
 from fs_plugins.files import replace, table
-from fs_plugins.photos.photographs import CREDITS, FOLDER, HELD_OUT
+from fs_plugins.photos.photographs import CREDITS, FOLDER, HELD_OUT, spelled
 from fs_plugins.pictures import pictures_below
 
 QUALITY = 90
 
 
 def credits_of(names: Iterable[str], listed: Path) -> list[dict[str, str]]:
-    """The competition's rows of these photographs; it has bytes beyond ASCII as ``\\303\\251``."""
+    """The competition's rows of these photographs."""
     with listed.open(newline="", encoding="utf-8") as file:
         rows = {row["ImageId"]: row for row in csv.DictReader(file)}
-    return [{**rows[name], "Author": _spelled(rows[name]["Author"])} for name in names]
-
-
-def _spelled(author: str) -> str:
-    plain = re.sub(r"\\(\d{3})", lambda byte: chr(int(byte[1], 8)), author)
-    return plain.encode("latin-1").decode() if plain != author else author
+    return [{**rows[name], "Author": spelled(rows[name]["Author"])} for name in names]
 
 
 def ship(chosen: Sequence[Path], listed: Path) -> None:
