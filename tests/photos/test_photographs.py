@@ -61,7 +61,7 @@ def test_the_competitions_own_folder_says_the_same(competition):
 
 
 def test_a_folder_that_is_not_the_competitions_is_refused_in_words(competition, tmp_path):
-    with pytest.raises(SettingError, match="images.csv, the list of the NIPS 2017 competition, cannot be read"):
+    with pytest.raises(SettingError, match=r"images\.csv, the list of the NIPS 2017 competition, cannot be read"):
         of_competition(tmp_path / "images")
     (competition / "images" / held_out()[1].path.name).unlink()
     with pytest.raises(SettingError, match=f"2 of the 3 pictures .* missing is {held_out()[1].name}"):
