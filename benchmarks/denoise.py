@@ -72,7 +72,8 @@ def shipped_with_scikit_image() -> Iterable[torch.Tensor]:
 
 
 def held_out(folder: Path) -> Iterable[torch.Tensor]:
-    for path in ImageFolder(folder, (SIDE, SIDE)).paths[::HELD_OUT]:
+    """Every fourth of them: fifty of the competition's thousand."""
+    for path in ImageFolder(folder, (SIDE, SIDE)).paths[:: 4 * HELD_OUT]:
         yield to_unit(rgb(path))
 
 

@@ -92,7 +92,7 @@ def test_the_purifier_that_ships_is_small_names_its_photographs_and_removes_nois
     assert len(named) == 950
     assert all(row["author"] and row["source"].startswith("http") for row in named)
     psm = registry.shipped().purifier("photo")
-    assert psm.config.sigma_range == photo.SIGMAS
+    assert psm.config.sigma_range == (0.05, 0.5)
     y, x = torch.meshgrid(torch.linspace(0, 1, 100), torch.linspace(0, 1, 90), indexing="ij")
     clean = torch.stack([x, y, (x + y) / 2])[None]
     for sigma, decibels in ((0.1, 33), (0.25, 30), (0.5, 26)):

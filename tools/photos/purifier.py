@@ -1,4 +1,4 @@
-"""The photo purifier that ships: a U-Net that denoises photographs, for any encoder and a range of sigma.
+"""The light purifier of photographs: a U-Net that denoises photographs, for any encoder and a range of sigma.
 
     python -m tools.photos.purifier PHOTOS --out FOLDER --credits images.csv
 
@@ -200,7 +200,7 @@ def credit(photos: Path, listed: Path, out: Path) -> None:
 def finish(part: Part, out: Path) -> None:
     """The moving average as a PSM without a mapper, for any encoder."""
     config = PSMConfig(
-        name="photo",
+        name="photo-light",
         sigma=0.25,
         sigma_range=SIGMAS,
         image_size=None,
