@@ -1,7 +1,8 @@
 """The photographs that everything on photographs is judged on: two hundred, each by its author under CC BY 2.0.
 
-They are every fifth of the thousand of the NIPS 2017 competition on adversarial attacks, in the order of their names,
-and but for the older purifier ``photo`` nothing that ships was trained on them. The others can be read from the competition's own folder.
+They are every fifth of the thousand of the NIPS 2017 competition on adversarial attacks, in the order of their names.
+But for the older purifier ``photo``, nothing that ships was trained on them. The others can be read from the
+competition's own folder.
 """
 
 from __future__ import annotations
