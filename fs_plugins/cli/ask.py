@@ -14,7 +14,7 @@ from fs_plugins.cli.base import console, errors_for_people, needs
 
 def ask(
     model: Annotated[
-        str, typer.Argument(help='Folder or hub id of an image-text-to-text model; "demo" is the one that ships.')
+        str, typer.Argument(help='Folder or hub id of an image-text-to-text model; "demo" and "photo-vlm" ship.')
     ],
     image: Annotated[Path, typer.Argument(help="A PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],

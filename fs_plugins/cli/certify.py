@@ -31,7 +31,8 @@ def certify(
     model: Annotated[
         str,
         typer.Option(
-            help='Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.'
+            help="Folder or hub id of a transformers model, or an encoder of the registry; "
+            '"demo", "demo-clip" and "photo-vlm" ship.'
         ),
     ] = "demo",
     processor: Annotated[

@@ -14,7 +14,7 @@ from fs_plugins.terminal import styled
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help='Folder or hub id of a transformers model; "demo" is the one that ships.')
+        str | None, typer.Argument(help='Folder or hub id of a transformers model; "demo" and "photo-vlm" ship.')
     ] = None,
 ) -> None:
     """What is installed, which adapters loaded, and what enable would find in a model."""

@@ -19,7 +19,9 @@ class Settings:
     suite: tuple[str, ...] = knob(
         ("table3",), "table1 to table5, s6, s7, s8, adaptive, masking, or all; may be given several times.", panel=_RUN
     )
-    model: str = knob("demo", 'Folder or hub id of a transformers model; "demo" and "demo-clip" ship.', panel=_RUN)
+    model: str = knob(
+        "demo", 'Folder or hub id of a transformers model; "demo", "demo-clip" and "photo-vlm" ship.', panel=_RUN
+    )
     processor: str | None = knob(
         None, "Folder or hub id of the model's processor, where none is beside the model.", panel=_RUN
     )

@@ -28,7 +28,7 @@ class SmoothedModel(lmms):
     """Any Hugging Face image-text-to-text model with a chat template, or LLaVA-1.5, behind ``fs_plugins.enable``.
 
     Args:
-        pretrained: folder or hub id; "demo" is the model that ships.
+        pretrained: folder or hub id; "demo" and "photo-vlm" ship.
         smooth: False for the model as it is, to compare with.
         psm, sigma, n0, noise, noise_scope, seed, pin: see ``fs_plugins.hf.lmms.smooth``.
         dtype: as transformers names it; "auto" is the checkpoint's.

@@ -1,7 +1,7 @@
 """Models of transformers, their processors and tokenizers by folder or hub id: the one place that loads them.
 
-``"demo"`` and ``"demo-clip"`` are the models that ship; an encoder of the registry is loaded without the model around
-it.
+``"demo"`` and ``"demo-clip"`` are the models that ship, ``"photo-vlm"`` is put together of what ``fs-plugins[photos]``
+installs; an encoder of the registry is loaded without the model around it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from torch import nn
 
 from fs_plugins.demo.shipped import MODELS
 from fs_plugins.errors import FSPluginsError, ModelError
+from fs_plugins.photos import torchvision_schemas, vlm  # noqa: F401  (transformers imports torchvision)
 from fs_plugins.plugins import known_encoders
 
 
 def source(name: str) -> str:
-    """What transformers is to be told: a folder or hub id."""
+    """What transformers is to be told: a folder or hub id.
+
+    Raises:
+        SettingError: the parts of ``"photo-vlm"`` are not installed.
+        OutputError: there is no room for it.
+    """
+    if name == vlm.NAME:
+        return str(vlm.folder())
     return str(MODELS.get(name, name))
 
 
@@ -79,7 +87,7 @@ def load_chat(
     """An image-text-to-text model in eval mode, and its processor.
 
     Args:
-        name: folder, hub id or ``"demo"``.
+        name: folder, hub id, ``"demo"`` or ``"photo-vlm"``.
         dtype, device_map: as ``from_pretrained`` takes them.
         device: where to put it, unless ``device_map`` says; ``place()`` if left out.
 

