@@ -100,8 +100,9 @@ class Photos:
 
     def notes(self) -> list[str]:
         """What was left out, and why."""
-        learnt = {Path(sample.image).stem for sample in self.results.plan.dataset.samples} & trained_on()
-        seen = [f"What ships was trained on {len(learnt)} of these photographs, so nothing here is of unseen ones."]
+        names = {Path(sample.image).stem for sample in self.results.plan.dataset.samples}
+        learnt = len(names & trained_on()) if self.settings.photos else 0
+        seen = [f"{learnt} of these photographs are among those that something which ships was trained on."]
         found = [] if self.own else [
             f"This encoder has no PSM of its own in the registry; the purifier {self.settings.general!r} stands in, "
             "and FS-PSM is with it."

@@ -34,9 +34,9 @@ class Speaker:
 
     def reply(self, task, images, samples, dataset):
         self.shown += [image.clone() for image in images]
-        return {"captioning": ["A photo of a thing 0."], "classification": ["1"], "vqa": ["thing 0"]}[task.name] * len(
-            samples
-        )
+        return {"captioning": ["A photo of a thing 0."], "classification": ["thing 1"], "vqa": ["thing 0"]}[
+            task.name
+        ] * len(samples)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_speaker_is_shown_the_same_attacked_pictures(measure, headed):
     assert said == ["A photo of a thing 0."] * 4
     data = found.said.plan.dataset
     hits = [answer.verdict.correct for answer in found.said.answers(NONE, CLEAN, "classification")]
-    assert hits == [sample.choices[1] == sample.label for sample in data.samples]
+    assert hits == [sample.label == "thing 1" for sample in data.samples]
 
 
 def test_a_speaker_that_consumes_something_else_is_smoothed_with_the_general_purifier(measure, llava):

