@@ -224,7 +224,7 @@ def test_directions_are_the_same_however_they_are_held(directions):
 
 
 @pytest.mark.parametrize(
-    "directions", ["ab", ["a", "b"], [PICTURES[0], PICTURES[1]], 5, None, torch.eye(24)[:3] * 1j, {"a": "b", "c": "d"}]
+    "directions", ["ab", ["a", "b"], [PICTURES[0], PICTURES[1]], 5, torch.eye(24)[:3] * 1j, {"a": "b", "c": "d"}]
 )
 def test_what_is_no_direction_is_refused_in_words(directions):
     with pytest.raises(SettingError, match="directions must be"):

@@ -29,6 +29,7 @@ TEXTS = (
 
 BASES = {
     "demo": ["--images", "2", "--steps", "1"],
+    "photos": ["--images", "4", "--steps", "1"],  # where what it needs is not installed, it says that first
     "ask": ["demo", "{picture}", "what is it?"],
     "certify": ["{picture}", "--n", "8", "--model", "demo-clip"],
     "evaluate": ["--quick", "--data", "{data}", "--model", "demo-clip"],
@@ -38,6 +39,7 @@ BASES = {
     "registry show": ["{odd}"],
     "registry verify": [],
     "registry add": ["{odd}"],
+    "registry push": ["{odd}", "owner/name"],
 }
 """Whole calls, which the odd value is added to; what an odd value stands in place of comes later and wins."""
 
@@ -113,7 +115,7 @@ def problem(words: str, option: str, value: str, places: dict[str, str], own: Pa
     (own / "registry.yaml").write_text("version: 1\n", "utf-8")
     names = {**places, "fresh": str(own / "fresh"), "odd": value}
     typed = [*words.split(), *(name.format(**names) if name[:1] == "{" else name for name in BASES[words])]
-    if words in ("demo", "evaluate", "certify") and option != "--out":
+    if words in ("demo", "photos", "evaluate", "certify") and option != "--out":
         typed += ["--out", str(own / "out")]
     if option:
         typed += [option, *[value] * (2 if option == "--sigma-range" else 1)]

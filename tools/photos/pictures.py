@@ -15,11 +15,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from fs_plugins.files import replace, table
 from fs_plugins.photos.photographs import CREDITS, FOLDER, HELD_OUT, spelled
-from fs_plugins.pictures import pictures_below
+from fs_plugins.pictures import pictures_below, rgb
 
 QUALITY = 90
 
@@ -36,8 +34,7 @@ def ship(chosen: Sequence[Path], listed: Path) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     for path in chosen:
-        with Image.open(path) as picture:
-            picture.convert("RGB").save(FOLDER / f"{path.stem}.jpg", quality=QUALITY)
+        rgb(path).save(FOLDER / f"{path.stem}.jpg", quality=QUALITY)
     columns = ("photograph", "label", "aim", "author", "source", "licence")
     rows = [
         (
