@@ -22,6 +22,11 @@ from fs_plugins.pictures import pictures_below, rgb
 QUALITY = 90
 
 
+def others(photos: Path) -> list[Path]:
+    """Those of a folder that are not held out, in the order of their names."""
+    return [path for i, path in enumerate(pictures_below(photos)) if i % HELD_OUT]
+
+
 def credits_of(names: Iterable[str], listed: Path) -> list[dict[str, str]]:
     """The competition's rows of these photographs."""
     with listed.open(newline="", encoding="utf-8") as file:
@@ -56,14 +61,12 @@ def main() -> None:
     parser.add_argument("--credits", type=Path, required=True, help="CSV of the competition")
     parser.add_argument("--others", type=Path, help="folder for links to all that are not held out")
     options = parser.parse_args()
-    found = pictures_below(options.photos)
     if options.others:
         options.others.mkdir(parents=True)
-        for i, path in enumerate(found):
-            if i % HELD_OUT:
-                (options.others / path.name).symlink_to(path.resolve())
+        for path in others(options.photos):
+            (options.others / path.name).symlink_to(path.resolve())
         return
-    ship(found[::HELD_OUT], options.credits)
+    ship(pictures_below(options.photos)[::HELD_OUT], options.credits)
 
 
 if __name__ == "__main__":

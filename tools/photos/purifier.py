@@ -27,11 +27,10 @@ import fs_plugins
 from fs_plugins.files import atomically, replace, table
 from fs_plugins.photos.parts import tower
 from fs_plugins.photos.photographs import HELD_OUT
-from fs_plugins.pictures import pictures_below
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.purifier import UNetPurifier, spectrum
 from fs_plugins.training.data import ImageFolder
-from tools.photos.pictures import credits_of
+from tools.photos.pictures import credits_of, others
 
 UNET = {"channels": [64, 80, 128, 192], "layers": 1, "unshuffle": 4}
 """With the photographs' own spectrum."""
@@ -192,7 +191,7 @@ class Work:
 
 def credit(photos: Path, listed: Path, out: Path) -> None:
     """Write down whose photographs were trained on."""
-    trained_on = [path.stem for i, path in enumerate(pictures_below(photos)) if i % HELD_OUT]
+    trained_on = [path.stem for path in others(photos)]
     rows = [(row["ImageId"], row["Author"], row["OriginalLandingURL"]) for row in credits_of(trained_on, listed)]
     replace(out / "psm" / "photographs.csv", table([("photograph", "author", "source"), *rows]))
 

@@ -35,7 +35,7 @@ from fs_plugins.photos.prompts import PROMPTS, QUESTION, answer, caption
 from fs_plugins.photos.vlm import IMAGE_TOKEN, NAME, SIZE, processor, untaught
 from fs_plugins.pictures import pictures_below
 from fs_plugins.training.data import ImageFolder
-from tools.photos.pictures import credits_of
+from tools.photos.pictures import credits_of, others
 
 RANK = 16
 TAUGHT = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|down_proj)"
@@ -424,7 +424,7 @@ def _made(file: Path, make: Callable[[], Any]) -> Any:
 
 def credit(photos: Path, labels: Path, out: Path) -> None:
     """Write down whose photographs, of which classes, were trained on."""
-    trained_on = [path.stem for i, path in enumerate(pictures_below(photos)) if i % HELD_OUT]
+    trained_on = [path.stem for path in others(photos)]
     rows = [
         (row["ImageId"], int(row["TrueLabel"]) - 1, row["Author"], row["OriginalLandingURL"])
         for row in credits_of(trained_on, labels)
