@@ -78,10 +78,10 @@ def enable(
     Args:
         model: any model an adapter claims, also inside PEFT, torch.compile or DDP; in eval mode.
         psm: ``"auto"`` takes the registry's PSM for this encoder, readout and resolution, or else its purifier
-            ``"photo"``, with a warning; ``"photo"``, ``"diffusion"`` or another of the registry's purifiers by name, a
-            PSM, its folder or its hub id is used as given (a folder of such a name is ``./photo``); ``None`` is plain
-            smoothing at ``sigma``. A list has one for each vision encoder of a model that has several (Video-LLaVA:
-            images, then video).
+            ``"photo-light"``, with a warning; ``"photo-light"``, ``"photo"``, ``"diffusion"`` or another of the
+            registry's purifiers by name, a PSM, its folder or its hub id is used as given (a folder of such a name is
+            ``./photo``); ``None`` is plain smoothing at ``sigma``. A list has one for each vision encoder of a model
+            that has several (Video-LLaVA: images, then video).
         sigma: standard deviation of the noise in [0, 1] pixel units at the resolution the encoder sees.
             Left out, the PSM's own. Required with ``psm=None``.
         n0: draws per image. More is steadier and slower.

@@ -149,7 +149,7 @@ def test_a_psm_serves_an_offloaded_tower_but_is_not_found_for_it(kind, tmp_path)
         smoothed = model(**inputs).logits
         accelerated(model, kind, tmp_path)
         assert torch.equal(model(**inputs).logits, smoothed)
-    with pytest.warns(FSPluginsWarning, match=r"on the meta device \(offloaded\?\).*'photo' stands in"):
+    with pytest.warns(FSPluginsWarning, match=r"on the meta device \(offloaded\?\).*'photo-light' stands in"):
         fs_plugins.enable(model, psm="auto", **DRAWS).disable()
     assert torch.equal(model(**inputs).logits, plain)
     with fs_plugins.enable(model, psm=DEMO / "psm-llava", **DRAWS):

@@ -87,7 +87,7 @@ def test_doctor_says_which_psm_is_missing_for_an_unknown_encoder():
     assert found.problem is None
     assert encoder.recognised == ()
     assert "No PSM in the registry fits" in encoder.psm
-    assert "'photo' stands in" in encoder.psm
+    assert "'photo-light' stands in" in encoder.psm
     assert "the default of clip_vision_model" in encoder.pixels
 
 

@@ -358,18 +358,18 @@ def test_an_encoder_without_a_psm_gets_the_photo_purifier_and_one_warning(llava,
     assert told[0].filename == __file__
     for part in (
         "No PSM in the registry fits this encoder",
-        "'photo' stands in",
+        "'photo-light' stands in",
         "fs-plugins train PHOTOS",
-        "psm='photo'",
+        "psm='photo-light'",
     ):
         assert part in str(told[0].message)
     (vision,) = handle.status().vision
-    assert (vision.psm, vision.purifier, vision.sigma) == ("photo", "unet", 0.25)
+    assert (vision.psm, vision.purifier, vision.sigma) == ("photo-light", "unet", 0.25)
     assert not any(readout.mapped for readout in vision.readouts)
     handle.disable()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with fs_plugins.enable(llava, psm="photo", seed=3) as asked, torch.no_grad():
+        with fs_plugins.enable(llava, psm="photo-light", seed=3) as asked, torch.no_grad():
             served = consumed(llava, images)
             assert asked.status().vision[0].images == len(images)
     with pytest.warns(FSPluginsWarning, match="stands in"), fs_plugins.enable(llava, seed=3), torch.no_grad():
@@ -380,7 +380,7 @@ def test_a_certificate_of_an_encoder_without_a_psm_is_the_photo_purifiers(llava,
     with pytest.warns(FSPluginsWarning, match="stands in") as told:
         (one,) = fs_plugins.certify(llava, images[:1], n=20, seed=0)
     assert told[0].filename == __file__
-    (same,) = fs_plugins.certify(llava, images[:1], n=20, seed=0, psm="photo")
+    (same,) = fs_plugins.certify(llava, images[:1], n=20, seed=0, psm="photo-light")
     assert one == same
 
 
@@ -448,7 +448,7 @@ def test_a_quantised_encoder_is_served_by_the_photo_purifier():
         assert handle.status().vision[0].psm == "demo-psm-clip"
     clip.vision_model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2).byte(), requires_grad=False))
     with pytest.warns(FSPluginsWarning, match="weights are quantised.*stands in"), fs_plugins.enable(clip) as handle:
-        assert handle.status().vision[0].psm == "photo"
+        assert handle.status().vision[0].psm == "photo-light"
 
 
 def test_models_in_training_mode_and_strange_objects_are_refused(llava):

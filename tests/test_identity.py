@@ -179,7 +179,7 @@ def test_a_quantised_encoder_is_smoothed_and_certified(small, images, tmp_path):
         assert small.get_image_features(pixel_values=pixels_of(images)) is not None
         assert handle.status().vision[0].draws == 9
     with pytest.warns(fs_plugins.FSPluginsWarning, match="stands in"), fs_plugins.enable(small) as handle:
-        assert handle.status().vision[0].psm == "photo"
+        assert handle.status().vision[0].psm == "photo-light"
     rows = tmp_path / "rows.jsonl"
     settings = {"n": 60, **PLAIN, "seed": 1}
     first = fs_plugins.certify(small, images, **settings, out=rows)

@@ -1,9 +1,9 @@
 """The model cards of the PSMs that ship: what their texts say, again as data in a YAML head.
 
-    python -m tools.cards [photo]
+    python -m tools.cards [photo|photo-light]
 
 The demo's PSMs have a short card each, whose figures are those of the embedded world's card, which the trainings print.
-With ``photo``, the purifier of photographs gets the head that its own text says. No figure is made here.
+A purifier of photographs gets the head that its own text says. No figure is made here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 ASSETS = Path(assets.CLIP).parent
-PHOTO = ASSETS.parents[1] / "psm" / "photo" / "README.md"
+PHOTOS = ("photo", "photo-light")
 IN_REGISTRY = ("psm-clip", "psm-llava")
 DEMO = (*IN_REGISTRY, "psm-llava-no-purifier")
 _MEASURED = "110 held-out scenes of the embedded world"
@@ -79,8 +79,13 @@ def demo_card(name: str) -> str:
     return headed("\n".join(body), head(config.name, base_model="demo-clip", license=LICENCE, results=results))
 
 
-def photo_card(card: str) -> str:
-    """The card of the purifier of photographs with the head that its text says: PSNR, where a table has a column "ours"
+def of_photographs(name: str) -> Path:
+    """The card of a purifier of photographs."""
+    return ASSETS.parents[1] / "psm" / name / "README.md"
+
+
+def photo_card(name: str, card: str) -> str:
+    """The card of a purifier of photographs with the head that its text says: PSNR, where a table has a column "ours"
     for each sigma.
     """
     results: list[EvalResult] = []
@@ -92,14 +97,14 @@ def photo_card(card: str) -> str:
                        task="image-to-image", sigma=float(row[0]))
                 for row in rows
             ]  # fmt: skip
-    return headed(card, head("photo", license=LICENCE, results=results, tags=["denoising"]))
+    return headed(card, head(name, license=LICENCE, results=results, tags=["denoising"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["photo"])
-    if parser.parse_args().what == "photo":
-        replace(PHOTO, photo_card(text(PHOTO)))
+    parser.add_argument("what", nargs="?", choices=PHOTOS)
+    if name := parser.parse_args().what:
+        replace(of_photographs(name), photo_card(name, text(of_photographs(name))))
     for name in DEMO:
         replace(ASSETS / name / "README.md", demo_card(name))
 

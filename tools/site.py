@@ -18,7 +18,9 @@ OUTSIDE = {
     "repository/readme.md": "README.md",
     "repository/changelog.md": "CHANGELOG.md",
     "repository/demo.md": "fs_plugins/demo/assets/README.md",
+    "repository/photo-light.md": "fs_plugins/psm/photo-light/README.md",
     "repository/photo.md": "fs_plugins/psm/photo/README.md",
+    "repository/photo-vlm.md": "fs_plugins/photos/vlm/README.md",
 }
 """Page of the site -> file of the repository."""
 LINK = re.compile(r"\[([^\]\n]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")

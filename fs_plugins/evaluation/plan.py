@@ -58,7 +58,7 @@ class Setup:
     adaptive_images: int | None = None
     aside_images: int | None = None
     psm: str = "auto"
-    light: str = "photo"
+    light: str = "photo-light"
     mapper_only: str | None = None
     sigma: float | None = None
     n0: int = 4

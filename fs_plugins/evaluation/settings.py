@@ -47,8 +47,8 @@ class Settings:
     masking_images: int | None = knob(None, "Pictures of the suite masking.", panel=_WORK, least=2)
     masking_queries: int | None = knob(None, "Queries of its gradient-free attack, a picture.", panel=_WORK, least=1)
     quick: bool = knob(False, "Few pictures and steps, to see that all works; intervals are wide.", panel=_WORK)
-    psm: str = knob("auto", '"auto", "photo", "diffusion", a PSM folder or hub id.', panel=_DEFENCE)
-    light: str = knob("photo", "The light PSM of suite s6.", panel=_DEFENCE)
+    psm: str = knob("auto", '"auto", "photo-light", "diffusion", a PSM folder or hub id.', panel=_DEFENCE)
+    light: str = knob("photo-light", "The light PSM of suite s6.", panel=_DEFENCE)
     sigma: float | None = knob(None, "Noise level in [0, 1] pixels; left out, the PSM's own.", panel=_DEFENCE)
     n0: int = knob(4, "Noisy draws per picture.", panel=_DEFENCE, least=1)
     fare: str | None = knob(

@@ -35,7 +35,7 @@ class Settings:
     n0: int = knob(4, "Noisy draws per photograph.", least=1)
     sigma: float | None = knob(None, "Noise level in [0, 1] pixels; left out, the PSM's own.")
     psm: str = knob("auto", "The encoder's own PSM: \"auto\" is the registry's, or a folder or hub id.")
-    general: str = knob("photo", "The purifier that knows no encoder.")
+    general: str = knob("photo-light", "The purifier that knows no encoder.")
     purifying: str = knob(
         "bfloat16",
         "Precision of purifiers: bfloat16, or float32, which takes three times as long on CPUs with AMX.",

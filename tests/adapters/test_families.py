@@ -313,7 +313,7 @@ def test_encoders_that_are_alike_are_warned_about_once():
     with pytest.warns(fs_plugins.FSPluginsWarning) as told:
         handle = fs_plugins.enable(model)
     assert len(told) == 1
-    assert [vision.psm for vision in handle.status().vision] == ["photo", "photo"]
+    assert [vision.psm for vision in handle.status().vision] == ["photo-light", "photo-light"]
     assert len({id(smoother.psm) for smoother in handle.smoothers}) == 1, "it is loaded once"
 
 

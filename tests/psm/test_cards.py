@@ -9,10 +9,9 @@ from huggingface_hub import ModelCard
 
 from fs_plugins import PSM, files
 from fs_plugins.psm.card import figure, head, headed
-from tools.cards import ASSETS, DEMO, PHOTO, demo_card, photo_card
+from tools.cards import ASSETS, DEMO, PHOTOS, demo_card, of_photographs, photo_card
 
-CARDS = [ASSETS / name / "README.md" for name in DEMO]
-CARDS += [PHOTO] if files.text(PHOTO).startswith("---") else []
+CARDS = [*(ASSETS / name / "README.md" for name in DEMO), *map(of_photographs, PHOTOS)]
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
@@ -37,11 +36,10 @@ def test_the_demos_cards_are_what_the_worlds_card_says(name):
     assert ModelCard(demo_card(name)).data.base_model == "demo-clip"
 
 
-def test_the_photo_purifiers_head_follows_from_its_text():
-    text = files.text(PHOTO)
-    once = photo_card(text)
-    assert photo_card(once) == once
-    assert ModelCard(once).text.strip() == (ModelCard(text).text if text.startswith("---") else text).strip()
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_photo_purifiers_head_follows_from_its_text(name):
+    text = files.text(of_photographs(name))
+    assert photo_card(name, text) == text, f"python -m tools.cards {name}"
 
 
 def test_a_head_takes_the_place_of_another_and_keeps_figures_of_other_data_apart():

@@ -67,7 +67,7 @@ def test_training_holds_photographs_out_follows_from_its_seed_and_names_whose_th
     listed = tmp_path / "images.csv"
     rows = [f"{i:02},Ren\\303\\251 {i},https://example.org/{i}" for i in range(21)]
     listed.write_text("\n".join(["ImageId,Author,OriginalLandingURL", *rows]) + "\n", "utf-8")
-    photo.credit(photos, listed, tmp_path / "one")
+    photo.credit(photos, listed, tmp_path / "one" / "psm")
     named = list(csv.reader((tmp_path / "one" / "psm" / "photographs.csv").open(encoding="utf-8")))
     assert named[0] == ["photograph", "author", "source"]
     assert named[1] == ["01", "René 1", "https://example.org/1"]

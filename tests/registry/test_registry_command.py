@@ -20,7 +20,7 @@ from fs_plugins.sources import PSM_FILES
 def test_add_puts_a_psm_into_the_users_file_where_enable_finds_it(trained, llava):
     model, psm = trained
     path = registry.user_path()
-    with pytest.warns(FSPluginsWarning, match="'photo' stands in"):
+    with pytest.warns(FSPluginsWarning, match="'photo-light' stands in"):
         fs_plugins.enable(llava).disable()
     assert f"new is at the top of {path}" in told("add", str(psm), "--encoder", str(model))
     with fs_plugins.enable(llava) as handle:

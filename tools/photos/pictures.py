@@ -4,7 +4,8 @@
     python -m tools.photos.pictures PHOTOS --credits images.csv --others FOLDER
 
 Every fifth in the order of names, as JPEG of quality 90 at their own 299 x 299. With ``--others`` nothing of these is
-written: the folder gets links to all others, for ``fs-plugins train``.
+written: the folder gets links to all others, for ``fs-plugins train``, and ``photographs.csv``, which says whose they
+are and belongs beside what is trained on them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ def credits_of(names: Iterable[str], listed: Path) -> list[dict[str, str]]:
     with listed.open(newline="", encoding="utf-8") as file:
         rows = {row["ImageId"]: row for row in csv.DictReader(file)}
     return [{**rows[name], "Author": spelled(rows[name]["Author"])} for name in names]
+
+
+def credit(photos: Path, listed: Path, folder: Path) -> None:
+    """Write down whose photographs are not held out, into ``photographs.csv``."""
+    rows = credits_of((path.stem for path in others(photos)), listed)
+    named = [(row["ImageId"], row["Author"], row["OriginalLandingURL"]) for row in rows]
+    replace(folder / CREDITS.name, table([("photograph", "author", "source"), *named]))
 
 
 def ship(chosen: Sequence[Path], listed: Path) -> None:
@@ -65,6 +73,7 @@ def main() -> None:
         options.others.mkdir(parents=True)
         for path in others(options.photos):
             (options.others / path.name).symlink_to(path.resolve())
+        credit(options.photos, options.credits, options.others)
         return
     ship(pictures_below(options.photos)[::HELD_OUT], options.credits)
 

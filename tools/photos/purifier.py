@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.files import atomically, replace, table
+from fs_plugins.files import atomically, replace
 from fs_plugins.photos.parts import tower
 from fs_plugins.photos.photographs import HELD_OUT
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.purifier import UNetPurifier, spectrum
 from fs_plugins.training.data import ImageFolder
-from tools.photos.pictures import credits_of, others
+from tools.photos.pictures import credit
 
 UNET = {"channels": [64, 80, 128, 192], "layers": 1, "unshuffle": 4}
 """With the photographs' own spectrum."""
@@ -189,13 +189,6 @@ class Work:
         atomically(self.checkpoint, lambda file: torch.save(state, file))
 
 
-def credit(photos: Path, listed: Path, out: Path) -> None:
-    """Write down whose photographs were trained on."""
-    trained_on = [path.stem for path in others(photos)]
-    rows = [(row["ImageId"], row["Author"], row["OriginalLandingURL"]) for row in credits_of(trained_on, listed)]
-    replace(out / "psm" / "photographs.csv", table([("photograph", "author", "source"), *rows]))
-
-
 def finish(part: Part, out: Path) -> None:
     """The moving average as a PSM without a mapper, for any encoder."""
     config = PSMConfig(
@@ -230,7 +223,7 @@ def main() -> None:
     part = train(photos, out, encoders(), **options)
     finish(part, out)
     if listed:
-        credit(photos, listed, out)
+        credit(photos, listed, out / "psm")
 
 
 if __name__ == "__main__":
