@@ -62,7 +62,7 @@ _USUAL = {
     "adaptive_steps": 15,
     "sigma_images": 30,
     "sigma_adaptive_images": 5,
-    "certified_images": 6,
+    "certified_images": 4,
     "sigma_certified_images": 2,
     "spoken_images": 30,
 }
