@@ -19,7 +19,8 @@ def ask(
     image: Annotated[Path, typer.Argument(help="A PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     psm: Annotated[
-        str, typer.Option(help='"auto", "photo-light", "diffusion", "none" for plain smoothing, a PSM folder or hub id.')
+        str,
+        typer.Option(help='"auto", "photo-light", "diffusion", "none" for plain smoothing, a PSM folder or hub id.'),
     ] = "auto",
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
     n0: Annotated[int, typer.Option(min=1, help="Noisy draws per image.")] = 4,

@@ -39,7 +39,8 @@ def certify(
         str | None, typer.Option(help="Folder or hub id of the model's processor, where none is beside the model.")
     ] = None,
     psm: Annotated[
-        str, typer.Option(help='"auto", "photo-light", "diffusion", "none" for plain smoothing, a PSM folder or hub id.')
+        str,
+        typer.Option(help='"auto", "photo-light", "diffusion", "none" for plain smoothing, a PSM folder or hub id.'),
     ] = "auto",
     sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels; left out, the PSM's own.")] = None,
     n: Annotated[int, typer.Option("--n", "--draws", min=1, help="Draws per image.")] = 1000,
