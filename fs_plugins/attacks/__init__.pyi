@@ -1,3 +1,4 @@
+from .answer import Answer as Answer
 from .ball import Ball as Ball
 from .ball import Norm as Norm
 from .crop import Crop as Crop

@@ -33,6 +33,9 @@ class Subject(Protocol):
 class Reader(Protocol):
     """A subject that classifies by the encoder's embedded feature alone, which is seen once for answer and cosine."""
 
+    def scores(self, embedded: Tensor) -> Tensor:
+        """(B, E) served embeddings -> (B, K) class scores. Gradients flow through."""
+
     def read(self, embedded: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         """(B, E) served embeddings -> the replies to ``classification``."""
 
@@ -57,15 +60,18 @@ class Headed:
         self.numbers = {name: number for number, name in enumerate(names)}
         size_of(self.call)
 
+    def scores(self, embedded: Tensor) -> Tensor:
+        scores: Tensor = self.head(embedded.to(next(self.head.parameters()))).float()
+        return scores
+
+    @torch.no_grad()
     def read(self, embedded: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         """Of the classes on offer that with the largest logit.
 
         Raises:
             ModelError: the head does not know one of them.
         """
-        weight = next(self.head.parameters())
-        with torch.no_grad():
-            logits = self.head(embedded.to(weight)).float()
+        logits = self.scores(embedded)
         return [likeliest(row, self.numbers, one, dataset) for row, one in zip(logits, samples, strict=True)]
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:

@@ -106,6 +106,8 @@ class Condition:
 
 
 CLEAN, TARGET = Condition(), Condition("target")
+ANSWER = "answer"
+"""The attack on what a subject's head makes of the feature: away from its answer, whatever comes of it."""
 THREE = tuple(Condition(method, 16) for method in ("m-attack", "foa", "attackvlm"))
 FOA = Condition("foa", 16)
 

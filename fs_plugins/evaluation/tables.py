@@ -9,7 +9,7 @@ from typing import Literal
 
 from fs_plugins.attacks.methods import known_attacks
 from fs_plugins.evaluation.metrics import Estimate
-from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition
+from fs_plugins.evaluation.suites import ANSWER, CLEAN, TARGET, Condition
 from fs_plugins.files import replace, table
 
 Unit = Literal["share", "number"]
@@ -99,4 +99,6 @@ def title_of(condition: Condition) -> str:
         return condition.method
     attack = known_attacks().get(condition.method)  # a plugin's may be gone when its results are read
     name = condition.method if attack is None else attack.name
+    if condition.method == ANSWER:
+        name = "attack on the answer"
     return f"{name} {condition.eps255:g}/255{', adaptive' if condition.adaptive else ''}"

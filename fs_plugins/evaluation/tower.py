@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.attacks import attack
+from fs_plugins.attacks import Answer, attack
 from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.attacks.masking import check_gradients, effort
-from fs_plugins.errors import PSMError, RegistryError
+from fs_plugins.errors import ModelError, PSMError, RegistryError
 from fs_plugins.evaluation.asking import Asking
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.defended import Encoder, Options, asked_for, defended, options
 from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import Asked, Plan, attacked_key
-from fs_plugins.evaluation.subjects import Subject, size_of
-from fs_plugins.evaluation.suites import CLEAN, FS_PSM, TARGET, Condition, Defence
+from fs_plugins.evaluation.subjects import Reader, Subject, size_of
+from fs_plugins.evaluation.suites import ANSWER, CLEAN, FS_PSM, TARGET, Condition, Defence
 from fs_plugins.evaluation.tables import title_of
 from fs_plugins.identity import digest
 from fs_plugins.kept import write
@@ -137,8 +137,8 @@ class Tower:
             attacked = attack(
                 encoder,
                 images,
-                targets,
-                method=condition.method,
+                None if condition.method == ANSWER else targets,
+                method=self._method(condition),
                 eps=condition.eps,
                 steps=steps,
                 draws=draws,
@@ -149,6 +149,13 @@ class Tower:
             )
             for sample, image in zip(some, attacked, strict=True):
                 self.store.keep(key, sample.image, image)
+
+    def _method(self, condition: Condition) -> str | Answer:
+        if condition.method != ANSWER:
+            return condition.method
+        if not isinstance(self.subject, Reader):
+            raise ModelError("An answer is attacked through a head over classes, and this model has none.")
+        return Answer(self.subject.scores)
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """The pictures and what attacks on them aim at, (B, C, H, W) in [0, 1] on the encoder's device."""

@@ -12,13 +12,13 @@ from fs_plugins.evaluation.metrics import mean
 from fs_plugins.evaluation.picture import Panel
 from fs_plugins.evaluation.results import DISTANCES, Results
 from fs_plugins.evaluation.rows import Row, Rows, intervals, rounded, row, values
-from fs_plugins.evaluation.suites import CLEAN, FS, FS_PSM, NONE, Condition, Defence, Suite
+from fs_plugins.evaluation.suites import ANSWER, CLEAN, FS, FS_PSM, NONE, Condition, Defence, Suite
 from fs_plugins.evaluation.tables import Cell, Figure, Table, title_of
 from fs_plugins.files import replace as write_whole
 from fs_plugins.photos.cost import Cost
 from fs_plugins.photos.photographs import trained_on
 from fs_plugins.photos.settings import Settings
-from fs_plugins.photos.suites import CLOSER, SIGMAS, at, attacks, defences
+from fs_plugins.photos.suites import CLOSER, SIGMAS, at, attacks, defences, on_the_answer
 
 _TASK = "classification"
 
@@ -62,12 +62,13 @@ class Photos:
         return defences(self.settings, self.own)
 
     def rows(self, condition: Condition) -> Rows:
-        """Of every defence. Nothing is adaptive about attacking no defence."""
+        """Of every defence that was attacked so. Nothing is adaptive about attacking no defence."""
         if not condition.adaptive:
             return {one.name: self._row(one, condition) for one in self.defences}
         some = self._some("adaptive")
         plain = replace(condition, adaptive=False)
-        return {one.name: self._row(one, plain if one == NONE else condition, some) for one in (NONE, *CLOSER)}
+        some_of = CLOSER if condition.method == ANSWER else (NONE, *CLOSER)
+        return {one.name: self._row(one, plain if one == NONE else condition, some) for one in some_of}
 
     def _row(self, defence: Defence, condition: Condition, samples: tuple[Sample, ...] | None = None) -> Row:
         return row(self.results, defence, condition, _TASK, samples)
@@ -139,12 +140,14 @@ class Photos:
         some, setup = self._some("adaptive"), self.results.plan.setup
         lines: list[tuple[Cell, ...]] = []
         for one in CLOSER:
-            for condition in (self.attacked[0], self.adaptive):
+            for condition in (self.attacked[0], self.adaptive, on_the_answer(self.adaptive)):
                 lines.append((one.title, title_of(condition), len(some), *self._row(one, condition, some).values()))
         note = (
             f"The adaptive attack takes {setup.adaptive_steps} steps through noise, purifier, encoder, mapper and "
             f"average, with {setup.n0} fresh draws at each; the other, {setup.steps} steps against the encoder alone, "
-            "stands beside it on the same photographs. More steps may find more."
+            "stands beside it on the same photographs. The attack on the answer takes the same way and as many steps, "
+            "away from the class that the encoder alone answers: it has no aim, so its ASR says little. More steps may "
+            "find more."
         )
         columns = ("defence", "attack", "n", "ACC", "ASR", "FCS")
         return Table("adaptive", "Attacked through the defence", columns, tuple(lines), note)
@@ -216,7 +219,12 @@ class Photos:
     def summary(self) -> dict[str, object]:
         """What ``summary.json`` holds: values, and in ``intervals`` the 95 % interval of each."""
         names = ("attacked", "attacked_m_attack")
-        kinds = {"clean": CLEAN, **dict(zip(names, self.attacked, strict=True)), "adaptive": self.adaptive}
+        kinds = {
+            "clean": CLEAN,
+            **dict(zip(names, self.attacked, strict=True)),
+            "adaptive": self.adaptive,
+            "adaptive_answer": on_the_answer(self.adaptive),
+        }
         rows = {which: self.rows(condition) for which, condition in kinds.items()}
         times = {name: rounded(getattr(self.cost, name)) for name in ("times", "clip_times")}
         setup = self.results.plan.setup

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import fs_plugins
 from fs_plugins.errors import PSMError
 from fs_plugins.evaluation import picture, report
@@ -72,8 +70,6 @@ def run(
     with locked(out, "this evaluation on photographs"):
         data = open_dataset(photographs(), seed=settings.seed)
         subject = load("", data)
-        # A fifth faster on CPUs.
-        subject.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         own, setup = _defence(settings, subject)
         usual = fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma)[0].sigma
         plan = Plan(suites(settings, own, usual), _of_all_classes(data), setup)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fs_plugins.evaluation.suites import FS, FS_PSM, NONE, Condition, Defence, Smoothing, Suite, radius
+from fs_plugins.evaluation.suites import ANSWER, FS, FS_PSM, NONE, Condition, Defence, Smoothing, Suite, radius
 from fs_plugins.photos.settings import Settings
 
 SIGMAS = (0.0625, 0.125, 0.25, 0.5)
@@ -36,6 +36,11 @@ def attacks(eps: str) -> tuple[Condition, ...]:
     return (Condition("attackvlm", size), Condition("m-attack", size))
 
 
+def on_the_answer(condition: Condition) -> Condition:
+    """The same, on the class that is answered rather than on the feature."""
+    return replace(condition, method=ANSWER)
+
+
 def at(sigma: float, usual: float) -> Defence:
     """FS-PSM at a noise level; at its usual one it is the same as everywhere."""
     if sigma == usual:
@@ -61,7 +66,7 @@ def suites(settings: Settings, own: bool, usual: float) -> tuple[Suite, ...]:
         ),
         Suite(
             "adaptive", "The attack on the defence itself, through noise, purifier, mapper and average", classification,
-            CLOSER, (oblivious[0], adaptive), compared=False,
+            CLOSER, (oblivious[0], adaptive, on_the_answer(adaptive)), compared=False,
         ),
         Suite(
             "sigmas", "Noise levels", classification, levels, oblivious[:1], certified=True, aside=True, compared=False,

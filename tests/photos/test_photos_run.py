@@ -89,6 +89,7 @@ def test_what_is_written_is_what_was_answered(measure, headed, tmp_path):
     kinds = ("clean", "attacked", "attacked_m_attack", "adaptive")
     assert [set(told[kind]) for kind in kinds[:3]] == [{"none", "fs", "fs_photo", "fs_psm"}] * 3
     assert set(told["adaptive"]) == {"none", "fs", "fs_psm"}
+    assert set(told["adaptive_answer"]) == {"fs", "fs_psm"}
     assert all(set(row) == {"acc", "asr", "fcs"} for kind in kinds for row in told[kind].values())
     assert (told["images"], told["adaptive_images"], told["seed"], told["own_psm"]) == (4, 2, 0, True)
     data = open_dataset(tmp_path / "out/photographs-4")
