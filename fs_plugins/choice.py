@@ -191,16 +191,8 @@ def find_psm(
             notices.append(str(chosen))
         else:
             found = known.load(chosen, **plugin_parts())
-    elif isinstance(psm, str) and not {"/", os.sep} & set(psm):
-        purifiers = known_encoders().purifiers
-        if psm not in purifiers and not os.path.exists(psm):
-            raise PSMError(
-                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: "
-                f"{', '.join(purifiers)}."
-            )
-        found = purifier(psm) if psm in purifiers else PSM.from_pretrained(psm, **plugin_parts())
     elif isinstance(psm, str | os.PathLike):
-        found = PSM.from_pretrained(psm, **plugin_parts())
+        found = named_psm(psm, purifier)
     else:
         raise SettingError(
             'psm must be "auto", None, a PSM, its folder or hub id, or the name of one of the registry\'s purifiers; '
@@ -223,3 +215,25 @@ def find_psm(
             "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it."
         )
     return found, notices
+
+
+def named_psm(psm: str | os.PathLike[str], purifier: Callable[[str], PSM] | None = None) -> PSM:
+    """The PSM that a purifier's name, a folder or a hub id stands for; a folder of a purifier's name is ``./NAME``.
+
+    Args:
+        purifier: as for ``find_psm``.
+
+    Raises:
+        PSMError: there is none, or it is damaged.
+        RegistryError: a purifier that is not trained yet, or not to be had.
+    """
+    if isinstance(psm, str) and not {"/", os.sep} & set(psm):
+        known = known_encoders()
+        if psm in known.purifiers:
+            return purifier(psm) if purifier is not None else known.purifier(psm, **plugin_parts())
+        if not os.path.exists(psm):
+            raise PSMError(
+                f"No PSM folder at {psm!r}, and the registry has no purifier of that name. It has: "
+                f"{', '.join(known.purifiers)}."
+            )
+    return PSM.from_pretrained(psm, **plugin_parts())

@@ -42,7 +42,9 @@ class Settings:
     lora: int | None = knob(None, "diffusion: train updates of this rank only.", panel=_PARTS, least=1)
     mapper: str = knob("residual", "residual, none, or a plugin's kind.", panel=_PARTS)
     mapper_args: str = knob("{}", "Its arguments.", panel=_PARTS)
-    start: str | None = knob(None, "A PSM whose purifier to go on from.", panel=_PARTS)
+    start: str | None = knob(
+        None, "What purifier to go on from: its name in the registry, or a PSM's folder or hub id.", panel=_PARTS
+    )
     steps: int = knob(12_000, "Of the purifier; 0 with --start takes it as it is.", panel=_STAGES)
     mapper_steps: int = knob(2_500, "Of the mapper.", panel=_STAGES)
     batch_size: int = knob(16, "Images a forward, in every process.", panel=_STAGES)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from fs_plugins import files
+from fs_plugins.choice import named_psm
 from fs_plugins.errors import SettingError
 from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
@@ -22,7 +23,7 @@ def configured(settings: Settings) -> tuple[TrainingConfig, PSM | None]:
 
     Raises:
         SettingError: a value out of range, or settings that do not go together.
-        PSMError: ``start`` or ``purifier_weights`` cannot be read.
+        PSMError, RegistryError: ``start`` or ``purifier_weights`` cannot be read.
     """
     purifier, start = _purifier(settings)
     lr = (FINE if start is not None or settings.lora is not None else SCRATCH) if settings.lr is None else settings.lr
@@ -60,7 +61,7 @@ def _purifier(settings: Settings) -> tuple[Part | None, PSM | None]:
     if (settings.start is not None or kind != "diffusion") and (weights or lora):
         raise SettingError("--purifier-weights and --lora go with --purifier diffusion, and not with --start.")
     if settings.start is not None:
-        started = PSM.from_pretrained(settings.start, **plugin_parts())
+        started = named_psm(settings.start)
         if started.config.purifier is None:
             raise SettingError(f"--start {settings.start} has no purifier to go on from.")
         return started.config.purifier, started

@@ -209,6 +209,7 @@ def test_half_precision_and_a_purifier_to_go_on_from(photos, trained, tmp_path):
         (["{photos}", "--start", "{empty}", "--lora", "4"], "not with --start"),
         (["{photos}", "--purifier", "none", "--mapper", "none"], "Nothing to train"),
         (["{photos}", "--start", "{empty}"], "is no PSM folder"),
+        (["{photos}", "--start", "photo-lite"], "the registry has no purifier of that name. It has: "),
         (["{photos}", "--model", "{empty}"], "Cannot load"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_trainings import Blobs, config
-from support import make_llava
+from support import make_llava, make_psm
 
 import fs_plugins
 from fs_plugins import PSM, ModelError, SettingError
@@ -21,6 +21,7 @@ from fs_plugins.pictures import to_unit
 from fs_plugins.settings import build, read
 from fs_plugins.training import Settings, Stage, TrainingFolder, Work, robustness_score, train_and_publish, train_psm
 from fs_plugins.training.psm import one_call
+from fs_plugins.training.start import configured
 
 SHORT = {"batch_size": 4, "draws": 1, "steps": 1, "mapper_steps": 1, "certify": 1, "n": 20}
 
@@ -52,6 +53,18 @@ def test_what_writes_nothing_has_no_folder_to_publish_in(tmp_path):
     with pytest.raises(SettingError, match="write nothing"):
         train_and_publish(work)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_training_goes_on_from_a_purifier_by_the_names_that_enable_takes(call, tmp_path, monkeypatch):
+    start = configured(Settings(start="photo-light"))[1]
+    named = fs_plugins.smoothers(call, psm="photo-light")[0].psm
+    assert start.config == named.config
+    assert all(torch.equal(value, named.state_dict()[name]) for name, value in start.state_dict().items())
+    mine = make_psm(call)
+    mine.save_pretrained(tmp_path / "photo-light")
+    monkeypatch.chdir(tmp_path)
+    assert configured(Settings(start="photo-light"))[1].config == named.config
+    assert configured(Settings(start="./photo-light"))[1].config.name == mine.config.name
 
 
 def test_scenes_need_somebody_who_draws_them(tmp_path):
