@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fs_plugins.photos import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
+from fs_plugins import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each

@@ -217,7 +217,7 @@ def test_wrong_arguments_are_told(wrong, says):
 
 def test_its_own_command_scores_the_demo(tasks, tmp_path):
     # By the module rather than the script, so that torchvision is importable beside a CPU-only torch.
-    start = "import fs_plugins.photos.torchvision_schemas; from lmms_eval.__main__ import cli_evaluate; cli_evaluate()"
+    start = "import fs_plugins.torchvision_schemas; from lmms_eval.__main__ import cli_evaluate; cli_evaluate()"
     options = {"model": "fs_plugins", "model_args": "pretrained=demo,sigma=0.25,n0=4,seed=0", "tasks": "fs_scenes"}
     options |= {"include_path": tasks, "use_cache": tmp_path / "cache", "output_path": tmp_path / "out"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

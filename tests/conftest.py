@@ -20,8 +20,11 @@ from support import TinyEncoder, knowing, make_llava, randomise, tiny_call, visi
 from torch import Tensor
 
 import fs_plugins.cli.base  # noqa: F401  (makes that console before a test sets a width of its own)
-from fs_plugins import VisionCall, hooks
-from fs_plugins.photos import torchvision_schemas  # noqa: F401  (where there is torchvision)
+from fs_plugins import (
+    VisionCall,
+    hooks,
+    torchvision_schemas,  # noqa: F401  (where there is torchvision)
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "fs_plugins"
 FLOORS = (
-    ("errors", "pickled", "terminal"),
+    ("errors", "pickled", "terminal", "torchvision_schemas"),
     ("checks", "contents", "fields", "files", "kept", "noise", "outputs", "plain_yaml", "settings", "identity"),
     ("head", "layouts", "pictures"),
     ("vision",),

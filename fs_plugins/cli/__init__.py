@@ -12,7 +12,11 @@ from typing import Annotated, TextIO
 
 import typer
 
-from fs_plugins import __version__, errors
+from fs_plugins import (
+    __version__,
+    errors,
+    torchvision_schemas,  # noqa: F401  (every command may import torchvision, if it is there)
+)
 from fs_plugins.cli.ask import ask
 from fs_plugins.cli.base import complaints, console
 from fs_plugins.cli.certify import certify
@@ -22,7 +26,6 @@ from fs_plugins.cli.evaluate import evaluate
 from fs_plugins.cli.photos import photos
 from fs_plugins.cli.registry import app as registry
 from fs_plugins.cli.train import train
-from fs_plugins.photos import torchvision_schemas  # noqa: F401  (every command may import torchvision, if it is there)
 
 app = typer.Typer(
     help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fs_plugins import torchvision_schemas  # noqa: F401  (transformers imports torchvision)
 from fs_plugins.demo.shipped import MODELS
 from fs_plugins.errors import FSPluginsError, ModelError
-from fs_plugins.photos import torchvision_schemas, vlm  # noqa: F401  (transformers imports torchvision)
+from fs_plugins.photos import vlm
 from fs_plugins.plugins import known_encoders
 
 

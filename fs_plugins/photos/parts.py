@@ -68,7 +68,7 @@ def timm() -> Any:
     Raises:
         SettingError: it is not installed.
     """
-    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
+    from fs_plugins import torchvision_schemas  # noqa: F401  (timm imports torchvision)
 
     try:
         import timm

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fs_plugins.checks import whole
 from fs_plugins.errors import PSMError, SettingError
-from fs_plugins.psm.purifier import check_multiple, depth, widths
+from fs_plugins.psm.purifier import check_multiple, depth, unet_class, widths
 
 _GROUPS = 32
 
@@ -66,8 +66,6 @@ class DiffusionPurifier(nn.Module):
         attention: Iterable[int] = (3, 4, 5),
         head_dim: int = 64,
     ) -> None:
-        from diffusers import UNet2DModel
-
         super().__init__()
         channels = widths("DiffusionPurifier.channels", channels, _GROUPS)
         layers = depth("DiffusionPurifier.layers", layers)
@@ -89,7 +87,7 @@ class DiffusionPurifier(nn.Module):
         self.head_dim = head_dim
         self.attention = attention
         self.multiple = 2 ** levels[-1]
-        self.net: Any = UNet2DModel(
+        self.net: Any = unet_class()(
             in_channels=3,
             out_channels=6,
             block_out_channels=channels,

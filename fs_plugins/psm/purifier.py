@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fs_plugins.checks import number, shown, whole
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import PSMError, SettingError
 
 PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "unshuffle": 1, "attention": True}
 """The light purifier at the paper's size: 43.6 M parameters (the paper says 43.7 M and no widths)."""
@@ -21,6 +21,21 @@ PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "uns
 
 MOST_MULTIPLE = 256
 """Images are padded to multiples of a side: a small file must not make large pictures of small ones."""
+
+
+def unet_class() -> Any:
+    """diffusers' ``UNet2DModel``, also beside a torch for which torchvision was not built.
+
+    Raises:
+        PSMError: diffusers cannot be imported.
+    """
+    from fs_plugins import torchvision_schemas  # noqa: F401  (diffusers imports torchvision)
+
+    try:
+        from diffusers import UNet2DModel
+    except (ImportError, RuntimeError) as error:  # the second is what diffusers makes of a fault in what it imports
+        raise PSMError(f"diffusers, of which it is made, cannot be imported: {error}") from error
+    return UNet2DModel
 
 
 def widths(name: str, given: Iterable[int], group: int) -> tuple[int, ...]:
@@ -120,8 +135,6 @@ class UNetPurifier(nn.Module):
         attention: bool = False,
         spectrum: Iterable[float] | None = None,
     ) -> None:
-        from diffusers import UNet2DModel
-
         super().__init__()
         channels = widths("UNetPurifier.channels", channels, 8)
         layers, unshuffle = depth("UNetPurifier.layers", layers), whole("UNetPurifier.unshuffle", unshuffle)
@@ -136,7 +149,7 @@ class UNetPurifier(nn.Module):
         self.register_buffer("basis", None if known is None else basis(unshuffle), persistent=False)
         self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)
-        net: Any = UNet2DModel(
+        net: Any = unet_class()(
             in_channels=folded,
             out_channels=folded,
             block_out_channels=tuple(channels),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support import IMAGE_TOKEN, make_llava, pixels_of, randomise, vision_config
 from torch import Tensor, nn
 
-from fs_plugins.photos import torchvision_schemas  # noqa: F401  (open_clip imports torchvision)
+from fs_plugins import torchvision_schemas  # noqa: F401  (open_clip imports torchvision)
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torchvision import ops
 handle = torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
 """
-START = "import sys; sys.path.insert(0, sys.argv[1]); from fs_plugins.photos import torchvision_schemas; "
+START = "import sys; sys.path.insert(0, sys.argv[1]); from fs_plugins import torchvision_schemas; "
 
 
 def imported(folder: Path, code: str, then: str) -> subprocess.CompletedProcess[str]:
@@ -42,3 +43,17 @@ def test_other_faults_are_its_own(tmp_path, code, error):
 def test_one_that_works_is_imported_once(tmp_path):
     done = imported(tmp_path, "print('once')", "import torchvision; assert 'torch' not in sys.modules")
     assert done.stdout == "once\n", done.stderr
+
+
+def test_a_purifier_is_made_beside_the_torchvision_that_is_installed():
+    """By the plain Python API: nobody else has imported what transformers and diffusers need then."""
+    if find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from support import TinyEncoder, tiny_call; import fs_plugins; "
+        "assert 'torchvision' not in sys.modules; smoothers = fs_plugins.smoothers; "
+        "print(smoothers(tiny_call(TinyEncoder()), psm='photo-light')[0].psm.config.name)"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout == "photo-light\n", done.stderr

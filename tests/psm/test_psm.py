@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import make_psm
 
 from fs_plugins import PSM, PSMError, SettingError
-from fs_plugins.psm import PAPER_UNET, Part, ResidualMapper, UNetPurifier
+from fs_plugins.psm import PAPER_UNET, Part, PSMConfig, ResidualMapper, UNetPurifier
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
 from fs_plugins.psm.purifier import basis, spectrum
 
@@ -156,6 +157,14 @@ def test_purifier_at_the_papers_size_has_43_7_million_parameters():
 def test_purifier_widths_are_checked():
     with pytest.raises(SettingError, match="multiples of 8"):
         UNetPurifier(channels=(10,))
+
+
+@pytest.mark.parametrize("kind", ["unet", "diffusion"])
+def test_a_purifier_says_that_what_it_is_made_of_cannot_be_imported(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    facts = {"sigma": 0.25, "sigma_range": (0.25, 0.25), "image_size": None, "encoder": "any", "fingerprint": ()}
+    with pytest.raises(PSMError, match="cannot be built: diffusers, of which it is made, cannot be imported"):
+        PSM(PSMConfig(name="p", purifier=Part(kind=kind), **facts))
 
 
 def test_bundle_survives_the_disk_bit_for_bit(call, tmp_path):

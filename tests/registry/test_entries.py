@@ -23,7 +23,7 @@ def built(name: str):
     """An entry's encoder as its framework makes one of that architecture, without weights."""
     import transformers
 
-    from fs_plugins.photos import torchvision_schemas  # noqa: F401  (timm imports torchvision)
+    from fs_plugins import torchvision_schemas  # noqa: F401  (timm imports torchvision)
 
     entry = SHIPPED.entries[name]
     facts = entry.architecture.model_dump(exclude={"family"})
