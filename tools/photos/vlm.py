@@ -432,36 +432,6 @@ def credit(photos: Path, labels: Path, out: Path) -> None:
     replace(out / "vlm" / "photographs.csv", table([("photograph", "label", "author", "source"), *rows]))
 
 
-def _kept(file: Path, make: Any) -> Maps:
-    if not file.exists():
-        made = make()
-        atomically(file, lambda place: torch.save((made.places, made.labels), place))
-    return Maps(*torch.load(file, weights_only=True))
-
-
-def _save(file: Path, step: int, trained: list[Tensor], optimizer: Any, schedule: Any) -> None:
-    state = {
-        "step": step,
-        "trained": [p.detach() for p in trained],
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-    }
-    atomically(file, lambda place: torch.save(state, place))
-
-
-def _restore(file: Path, trained: list[Tensor], optimizer: Any, schedule: Any) -> int:
-    if not file.exists():
-        return 0
-    kept = torch.load(file, weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(trained, kept["trained"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(kept["optimizer"])
-    schedule.load_state_dict(kept["schedule"])
-    print(f"going on from step {kept['step']}", flush=True)
-    return int(kept["step"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
