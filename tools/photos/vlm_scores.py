@@ -60,8 +60,8 @@ def replies(
     return answers
 
 
-def trained_on() -> frozenset[int]:
-    """The classes of the photographs that ``photo-vlm`` was trained on."""
+def labels_trained_on() -> frozenset[int]:
+    """The classes, by their numbers, of the photographs that ``photo-vlm`` was trained on."""
     return frozenset(int(row["label"]) for row in csv.DictReader(text(vlm.SHIPPED / "photographs.csv").splitlines()))
 
 
@@ -78,7 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     names, photographs = class_names(), held_out()[: options.count]
     answers = replies(options.model, photographs, names)
-    new = [one.label not in trained_on() for one in photographs]
+    known = labels_trained_on()
+    new = [one.label not in known for one in photographs]
     for what, (_, hits) in answers.items():
         unseen = [hit for hit, one in zip(hits, new, strict=True) if one]
         print(f"{what:14s} {told(hits)}; of classes on no photograph trained on, {told(unseen)}")
