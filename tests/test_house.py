@@ -31,6 +31,7 @@ FLOORS = (
 FRAMEWORKS = {"transformers", "open_clip", "open_flamingo", "llava", "timm", "lmms_eval"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """fs_plugins' modules by their dotted names below the package, without adapters, which an entry point brings."""
     found = {}
@@ -116,19 +117,20 @@ IN_PLACE = {"bernoulli_", "normal_", "random_", "uniform_"}
 SOURCES = [*ROOT.rglob("*.py"), *(ROOT.parent / "adapters").rglob("*.py")]
 
 
-def calls(path: Path) -> list[ast.Call]:
-    """But for weights, which are made as their module is."""
+@cache
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """With the text of what is called; but for weights, which are made as their module is."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    weights = {id(part) for node in found if ast.unparse(node.func) == "nn.Parameter" for part in node.args}
-    return [node for node in found if id(node) not in weights]
+    found = [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    weights = {id(part) for name, node in found if name == "nn.Parameter" for part in node.args}
+    return [(name, node) for name, node in found if id(node) not in weights]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_tensor_is_made_in_torchs_default_type_or_place(path):
     """They are the user's to set: a seed would give other numbers, and a sum lose its precision."""
-    for call in calls(path):
-        _, _, name = ast.unparse(call.func).rpartition("torch.")
+    for called, call in calls(path):
+        _, _, name = called.rpartition("torch.")
         if name in MAKES:
             whole = {"arange", "randint", "randperm"}  # made of whole numbers they are whole numbers
             needed = {"device"} if name in whole else {"device", "dtype"}
@@ -137,8 +139,8 @@ def test_no_tensor_is_made_in_torchs_default_type_or_place(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_all_noise_is_drawn_in_one_place(path):
-    drawn = [ast.unparse(call) for call in calls(path) if ast.unparse(call.func) in {f"torch.{one}" for one in DRAWS}]
-    drawn += [ast.unparse(call) for call in calls(path) if getattr(call.func, "attr", None) in IN_PLACE]
+    drawn = [ast.unparse(call) for called, call in calls(path) if called in {f"torch.{one}" for one in DRAWS}]
+    drawn += [ast.unparse(call) for _, call in calls(path) if getattr(call.func, "attr", None) in IN_PLACE]
     assert not drawn or path == ROOT / "noise.py"
 
 
@@ -161,5 +163,5 @@ def test_only_one_module_speaks_to_the_terminal(name):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_links_are_followed_in_one_way(path):
     """``Path.resolve`` is a RuntimeError for links that go in a circle, up to Python 3.12."""
-    followed = [call for call in calls(path) if getattr(call.func, "attr", "") == "resolve" and not call.args]
+    followed = [call for _, call in calls(path) if getattr(call.func, "attr", "") == "resolve" and not call.args]
     assert not followed, "use files.real"
