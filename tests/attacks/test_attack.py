@@ -28,7 +28,7 @@ def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method
     images, targets = rand(3, 3, 8, 8).double(), rand(3, 3, 8, 8, seed=1).double()
     encoder = smoother(call) if adaptive else call
     aims = targets if targeted else None
-    steps = {"steps": 60} if method == "square" else {"steps": 8, "step_size": eps / 3}
+    steps = {"steps": 24} if method == "square" else {"steps": 5, "step_size": eps / 2}
     options = {"norm": norm, "eps": eps, **steps, "draws": 2 if adaptive else 1, "seed": 3}
     attacked = attack(encoder, images, aims, method=method, **options)
     far = (attacked - images).abs().max() if norm == "linf" else length(attacked - images).max()
@@ -39,7 +39,7 @@ def test_every_attack_climbs_its_objective_in_its_ball_and_repeats_itself(method
     victim, sign = Victim(encoder), 1 if targeted else -1
     objective = METHODS[method].objective([victim], targets if targeted else images, Stream((9,), (0, 1, 2)), sign)
     with torch.no_grad():
-        before, after = (torch.stack([objective(x, step, 0) for step in range(12)]).mean(0) for x in (images, attacked))
+        before, after = (torch.stack([objective(x, step, 0) for step in range(6)]).mean(0) for x in (images, attacked))
     assert after.mean() > before.mean()
     assert torch.equal(attack(encoder, images, aims, method=method, **options), attacked)
     other = attack(encoder, images, aims, method=method, **{**options, "seed": 4})
@@ -54,7 +54,7 @@ def test_the_batch_size_changes_nothing(method, adaptive):
     call = tiny_call(TinyEncoder().double())
     images, targets = rand(5, 3, 8, 8).double(), rand(5, 3, 8, 8, seed=1).double()
     encoder = smoother(call) if adaptive else call
-    options = {"steps": 8, "seed": 3, "names": list("abcde")}
+    options = {"steps": 4, "seed": 3, "names": list("abcde")}
     whole = attack(encoder, images, targets, method=method, batch_size=5, **options)
     assert torch.allclose(attack(encoder, images, targets, method=method, batch_size=2, **options), whole, atol=1e-6)
     options["names"] = ["d"]

@@ -27,8 +27,8 @@ def litter(folder: Path) -> list[str]:
 
 @pytest.fixture
 def psms(call) -> tuple[PSM, PSM]:
-    """An old one and a new one, of other weights and another sigma."""
-    old, new = make_psm(call), make_psm(call, sigma=0.5)
+    """An old one and a new one, of other weights and another sigma; small, as they are saved and read very often."""
+    old, new = (make_psm(call, sigma=sigma, purifier=False) for sigma in (0.25, 0.5))
     with torch.no_grad():
         next(new.parameters()).add_(1)
     return old, new
