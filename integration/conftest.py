@@ -62,7 +62,7 @@ class Recorder:
         if hasattr(session.config, "workerinput"):
             return
         import exceptions
-        from test_families import INSTALLED, absent
+        from test_families import INSTALLED, absent, brief
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         families = sorted(self.families, key=self.places.__getitem__)
@@ -71,5 +71,6 @@ class Recorder:
             "torch": version("torch"),
             "families": {family: self.families[family] for family in families},
             "absent": {name: exceptions.ABSENT[name] for name in absent()},
+            "brief": brief(),
         }
         self.path.write_text(json.dumps(told, indent=1), "utf-8")

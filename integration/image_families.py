@@ -133,3 +133,24 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
     replace(bare("TimmWrapper", 64, **TIMM), needs="timm"),
     replace(bare("TimmWrapper", 32, **TIMM_TOKENS, do_pooling=False), name="TimmWrapperModel tokens", needs="timm"),
 )
+
+ONE_OF_EACH_KIND = {
+    "ViTForImageClassification",  # the head sees the class token
+    "ViTModel",  # tokens and a pooler
+    "ViTMSNModel",  # tokens alone
+    "DeiTForImageClassificationWithTeacher",  # two tokens, two heads
+    "Dinov2ForImageClassification",  # the class token and the patches' mean
+    "Dinov2WithRegistersForImageClassification",  # registers between them
+    "BeitForImageClassification",  # the pooler's output
+    "ConvNextModel",  # a map and a pooler
+    "ResNetForImageClassification",  # pooled maps of one place
+    "MobileViTModel",  # a pooler that is switched on
+    "LevitForImageClassificationWithTeacher",  # the mean of tokens, two heads
+    "PvtV2ForImageClassification",  # the mean of a map
+    "CLIPForImageClassification",  # an encoder inside another model's vision_model
+    "SiglipForImageClassification",
+    "TimmWrapperForImageClassification",
+    "TimmWrapperModel",
+    "TimmWrapperModel tokens",
+}
+"""Families that go every way through their adapter. The others go one of these ways too."""

@@ -11,11 +11,14 @@ from exceptions import EXEMPTIONS
 
 HEAD = """# Compatibility
 
-Every family is a small, randomly initialised model of the framework's own class, and every cell is a run of the whole
+Every family is a small, randomly initialised model of the framework's own class, and every cell is a run of the
 [conformance kit](../how-to/write-an-adapter.md#the-conformance-kit) on it. `make integration` builds the environments,
 runs the kit and writes this page.
 
-A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below.
+A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below. It is the
+whole kit but where it says *model only*: image models share one adapter, so the whole kit is run on all of them in one
+version of transformers, and in the others on one for each way through it, with the tests about the model itself on the
+rest.
 """
 
 
@@ -70,7 +73,7 @@ def _cell(family: str, run: dict[str, Any], reasons: dict[str, str]) -> str:
     known = {exemption.reason for exemption in EXEMPTIONS}
     exempt |= {test: why for test, why in kinds.get("skipped", {}).items() if why in known}
     marks = "".join(f" +1 ({_mark(why, reasons)})" for why in exempt.values())
-    return f"{len(kinds.get('passed', ()))}{marks}"
+    return f"{len(kinds.get('passed', ()))}{' *model only*' * (family in run['brief'])}{marks}"
 
 
 def _mark(reason: str, reasons: dict[str, str]) -> str:
