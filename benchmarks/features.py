@@ -1,11 +1,11 @@
 """How much of an encoder's feature is left behind purifiers that do not know it: on the held-out photographs that ship.
 
-    python -m benchmarks.features PSM [PSM ...] [--images 200]
+    python -m benchmarks.features PSM [PSM ...] [--images 200] [--unseen]
 
 For each PSM, by folder or by its name in the registry, and each noise level: the cosine between what is served with
 n0 = 4 draws and the clean feature, and how often the encoder's own head still finds the photograph's class, with 95 %
 intervals. The encoder is EfficientNet-Lite0, from ``fs-plugins[photos]``. "none" is plain smoothing. Purifiers work in
-bfloat16.
+bfloat16. With ``--unseen``, only those photographs that nothing which ships was trained on.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("psm", nargs="+")
     parser.add_argument("--images", type=int, default=len(held_out()))
+    parser.add_argument("--unseen", action="store_true")
     options = parser.parse_args()
     model, head = load_encoder(ENCODER), load_head(ENCODER)
     folder = ImageFolder(FOLDER, size_of(fs_plugins.vision_call(model)))
-    chosen = held_out()[: options.images]
-    pictures = torch.stack([folder[i] for i in range(len(chosen))])
+    seen = trained_on()
+    places = [i for i, one in enumerate(held_out()) if not (options.unseen and one.name in seen)][: options.images]
+    chosen = [held_out()[i] for i in places]
+    pictures = torch.stack([folder[i] for i in places])
     labels = torch.tensor([one.label for one in chosen])
     console = Console()
     for name in options.psm:
@@ -74,7 +77,7 @@ def main() -> None:
         for sigma, cosine, right in rows:
             table.add_row(f"{sigma:g}", told(cosine), told(right))
         console.print(table)
-    if learnt := len({one.name for one in chosen} & trained_on()):
+    if learnt := len({one.name for one in chosen} & seen):
         console.print(f"Something that ships was trained on {learnt} of these photographs.")
 
 

@@ -31,8 +31,8 @@ from fs_plugins.sources import checksum
 from fs_plugins.vision import VisionCall
 
 STAND_IN = "photo-light"
-"""The purifier that serves encoders without a PSM of their own: of those that ship the one that costs least and, on an
-encoder that neither knows, leaves the class right most often at every noise level (``benchmarks/features.py``)."""
+"""The purifier that serves encoders without a PSM of their own: of those that ship the one that costs a quarter and,
+on an encoder that neither knows, leaves the class right as often (``benchmarks/features.py``)."""
 
 
 class Parts(TypedDict, total=False):
