@@ -6,7 +6,6 @@ and a picture. Everything is computed while it runs, or taken from an earlier ru
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import fs_plugins
 from fs_plugins.errors import PSMError
 from fs_plugins.evaluation import picture, report
+from fs_plugins.evaluation.clock import Clock
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Dataset, Prompts, open_dataset
 from fs_plugins.evaluation.defended import options
@@ -65,9 +65,11 @@ def run(
         SettingError: a setting out of range, or the folder holds something else, is in use, or was begun with others.
     """
     settings = build(Settings, vars(settings))
-    began, out = time.time(), settings.out
+    out = settings.out
     unused(out, f"{ROWS}/{SETTINGS}", f"photographs-*/{DATASET}", what="evaluation on photographs")
     with locked(out, "this evaluation on photographs"):
+        clock = Clock(out / ROWS)
+        track = clock.on(track)
         data = open_dataset(photographs(), seed=settings.seed)
         subject = load("", data)
         own, setup = _defence(settings, subject)
@@ -86,11 +88,12 @@ def run(
         ]
         smoother = fs_plugins.smoothers(subject.model, **options(subject, setup, Smoothing()))[0]
         image = plan.dataset.image(shown[0], size_of(subject.call)).to(subject.call.device)
-        photos = Photos(settings, own, usual, results, said, drawn, cost(smoother, image), time.time() - began)
+        photos = Photos(settings, own, usual, results, said, drawn, cost(smoother, image), clock.seconds)
         photos.write(out)
         title = picture.titled(attacked, steps=settings.steps, n0=settings.n0, sigma=usual)
         picture.draw(drawn, title, out / "photos.png")
         report.write(results, out / "report.html", further=photos.further())
+        clock.write()
     return photos
 
 

@@ -13,7 +13,7 @@ import fs_plugins
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import open_dataset
 from fs_plugins.evaluation.report import is_one
-from fs_plugins.evaluation.results import accuracy
+from fs_plugins.evaluation.results import ROWS, accuracy
 from fs_plugins.evaluation.subjects import Headed
 from fs_plugins.evaluation.suites import CLEAN, FS, FS_PSM, NONE
 from fs_plugins.photos import run as photos
@@ -70,7 +70,7 @@ def measure(headed, tmp_path):
         "out": tmp_path / "out",
     }
 
-    def measured(speaker=None, **changes):
+    def measured(speaker=None, track=lambda what, count: lambda done: None, **changes):
         settings = Settings(**{**usual, **changes})
         return photos.run(
             settings,
@@ -78,6 +78,7 @@ def measure(headed, tmp_path):
             lambda encoder, data: headed,
             model="tiny",
             speaker=speaker and (lambda encoder, data: speaker),
+            track=track,
         )
 
     return measured
@@ -133,6 +134,34 @@ def test_a_run_goes_on_where_it_was_and_is_held_to_its_settings(measure, monkeyp
         measure(steps=3)
     with pytest.raises(SettingError, match="float32, their own precision, or in bfloat16; got 'float16'"):
         measure(purifying="float16")
+
+
+def test_its_seconds_are_those_of_all_its_parts(measure, monkeypatch, tmp_path):
+    ticks = iter(range(0, 10**6, 10))  # ten seconds between any two looks at the clock
+    monkeypatch.setattr("fs_plugins.evaluation.clock.monotonic", lambda: next(ticks))
+    done = []
+
+    def stops(what, count):
+        def advance(some):
+            done.append(some)
+            if len(done) == 8:
+                raise KeyboardInterrupt
+
+        return advance
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(track=stops)
+    assert (tmp_path / f"out/{ROWS}/settings.json").exists()
+    before = json.loads((tmp_path / f"out/{ROWS}/seconds.json").read_bytes())["seconds"]
+    assert before >= 7 * 10
+    began = next(ticks)
+    found = measure()
+    assert found.seconds > before + 10
+    assert found.seconds == pytest.approx(before + next(ticks) - began, abs=60)
+    assert json.loads((tmp_path / "out/summary.json").read_text("utf-8"))["seconds"] == round(found.seconds, 1)
+    (tmp_path / f"out/{ROWS}/seconds.json").write_text("7", "utf-8")
+    with pytest.raises(SettingError, match=r"seconds\.json is not what an evaluation wrote.*Delete it"):
+        measure()
 
 
 def test_the_speaker_is_shown_the_same_attacked_pictures(measure, headed):
