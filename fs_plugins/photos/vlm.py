@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 
 from fs_plugins import kept, sources
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import OutputError, SettingError
 from fs_plugins.files import filling, locked_file, writing
 from fs_plugins.photos.parts import language_model_file, timm, tower, tower_file
 
@@ -31,6 +35,11 @@ _RECIPE = 1
 """Goes up when ``assemble`` writes something else of the same parts."""
 _PATIENCE = 1800.0
 """Seconds to wait for another process that assembles."""
+_LATELY = 3600.0
+"""A copy that was asked for within so many seconds may be about to be loaded."""
+_SETTLED = 10.0
+"""Seconds after which a change to a file is sure to give it another time."""
+_KNOWN = f"{NAME}-parts.json"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -54,6 +63,9 @@ def folder() -> Path:
         with writing(place), locked_file(place, "the model", wait=_PATIENCE):
             if not (place / kept.SUMS).is_file():
                 assemble(place)
+                _remove_others(place)
+    with suppress(OSError):  # a cache may be for reading only
+        os.utime(place)
     return place
 
 
@@ -61,9 +73,46 @@ def _parts() -> str:
     """A digest of all that the checkpoint is made of."""
     _needed()
     digest = hashlib.sha256(str(_RECIPE).encode())
-    for file in (*sorted(SHIPPED.glob("adapter_*")), tower_file(), language_model_file()):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for one in _digests((*sorted(SHIPPED.glob("adapter_*")), tower_file(), language_model_file())):
+        digest.update(bytes.fromhex(one))
     return digest.hexdigest()[:16]
+
+
+def _digests(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, which are read where the cache does not know it or they may have changed since."""
+    listed = sources.cache() / _KNOWN
+    known: dict[str, Any] = {}
+    with suppress(SettingError):  # damaged, or not there yet
+        known = kept.read(listed, "photo-vlm")
+    told: dict[str, str] = {}
+    sure: dict[str, Any] = {}
+    for path in map(os.path.abspath, paths):
+        found, now = os.stat(path), time.time()
+        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        before = known.get(path)
+        if not isinstance(before, list) or before[:-1] != state:
+            with open(path, "rb") as file:
+                before = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+        told[path] = str(before[-1])
+        if now - max(found.st_mtime, found.st_ctime) > _SETTLED:
+            sure[path] = before
+    if known | sure != known:
+        with suppress(OutputError):
+            kept.write(listed, known | sure)  # those of another environment's too
+    return list(told.values())
+
+
+def _remove_others(place: Path) -> None:
+    """Copies made of other parts go, but for those that another process makes or may be about to load."""
+    for left in place.parent.glob(f".{NAME}-*.gone"):
+        shutil.rmtree(left, ignore_errors=True)
+    for other in place.parent.glob(f"{NAME}-{'[0-9a-f]' * 16}"):
+        if other != place:
+            with suppress(OSError, SettingError), locked_file(other, "the model"):
+                if time.time() - other.stat().st_mtime > _LATELY:
+                    gone = other.with_name(f".{other.name}.gone")
+                    os.replace(other, gone)  # at once: what is not whole would be taken for the model
+                    shutil.rmtree(gone)
 
 
 def assemble(place: str | os.PathLike[str], adapter: Path = SHIPPED) -> Path:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from fs_plugins.errors import SettingError
+from fs_plugins.files import locked_file
 from fs_plugins.hf import load_chat
 from fs_plugins.photos import parts, vlm
 
@@ -166,6 +170,81 @@ def test_a_mirrored_map_is_of_the_other_class():
 
     wrong = (difference(made) + difference(places)).abs().mean()
     assert wrong < 0.1 * difference(places).abs().mean()
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Two files that stand for the packages', a cache, and how often something is put together of them."""
+    files = tmp_path / "tower.pth", tmp_path / "model.gguf"
+    for file in files:
+        file.write_bytes(b"first")
+    monkeypatch.setenv("FS_PLUGINS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vlm, "_needed", lambda: None)
+    monkeypatch.setattr(vlm, "tower_file", lambda: files[0])
+    monkeypatch.setattr(vlm, "language_model_file", lambda: files[1])
+
+    def assemble(place):
+        made.append(place)
+        place.mkdir(parents=True)
+        (place / "SHA256SUMS").touch()
+
+    made: list[Path] = []
+    monkeypatch.setattr(vlm, "assemble", assemble)
+    return files, made
+
+
+def test_parts_are_read_once_and_again_when_they_change(installed, monkeypatch):
+    files, made = installed
+    monkeypatch.setattr(vlm, "_SETTLED", -1.0)
+    first = vlm.folder()
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", lambda *_: pytest.fail("a file is read again"))
+        assert vlm.folder() == first
+    before = files[1].stat()
+    time.sleep(0.05)  # longer than between two times of a file system
+    files[1].write_bytes(b"other")
+    os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert vlm.folder() != first
+    assert len(made) == 2
+    (first.parent / "photo-vlm-parts.json").write_text("{}", "utf-8")
+    files[1].write_bytes(b"first")
+    assert vlm.folder() == first
+
+
+def test_what_was_just_written_is_read_every_time(installed):
+    files, _ = installed
+    first = vlm.folder()
+    before = files[0].stat()
+    files[0].write_bytes(b"other")
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert vlm.folder() != first
+
+
+def test_copies_of_older_parts_are_removed_unless_they_are_in_use(installed):
+    files, _ = installed
+
+    def copy(content):
+        files[0].write_bytes(content)
+        return vlm.folder()
+
+    unused, used, made = copy(b"unused"), copy(b"used"), copy(b"made")
+    left = unused.with_name(f".{used.name}.gone")
+    another = unused.with_name("photo-vlm-mine")
+    for folder in (left, another):
+        folder.mkdir()
+    for folder in (unused, made, another):
+        os.utime(folder, (0, 0))
+    with locked_file(made, "another process"):
+        new = copy(b"new")
+    assert [path.exists() for path in (unused, used, made, another, new, left)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert copy(b"unused") == unused
 
 
 @pytest.mark.slow
