@@ -62,7 +62,8 @@ class Recorder:
         if hasattr(session.config, "workerinput"):
             return
         import exceptions
-        from test_families import INSTALLED, absent, brief
+        from test_families import absent, brief
+        from versions import INSTALLED
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         families = sorted(self.families, key=self.places.__getitem__)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
 from functools import cache
-from pathlib import Path
 
 import exceptions
-import transformers
 from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
 from image_families import IMAGE_FAMILIES, ONE_OF_EACH_KIND
 from packaging.version import Version
+from versions import INSTALLED, PINNED
 
 from fs_plugins.testing import AdapterConformance
-
-INSTALLED = Version(transformers.__version__)
-_CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text("utf-8")
-PINNED = Version(re.search(r"^transformers==(\S+)$", _CONSTRAINTS, re.MULTILINE)[1])
 
 # What a version of transformers may change about a model, rather than about how any is smoothed.
 ABOUT_THE_MODEL = {

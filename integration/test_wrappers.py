@@ -16,6 +16,7 @@ from families import CLIP_NORM, CLIP_VISION, FAMILIES, IMAGE, LLAMA, make, norma
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from versions import INSTALLED, PINNED
 
 import fs_plugins
 from fs_plugins import FSPluginsWarning
@@ -158,7 +159,10 @@ def test_a_psm_serves_an_offloaded_tower_but_is_not_found_for_it(kind, tmp_path)
     assert distance(smoothed, plain) > 0.01
 
 
-# torch.compile, with its own backend
+# torch.compile. What becomes of a graph is torch's affair, which is the same in all environments, and takes it long:
+# its own backend is run on the pinned transformers, and elsewhere the graphs are run as they were traced.
+
+BACKEND = "inductor" if INSTALLED == PINNED else "eager"
 
 
 @pytest.fixture
@@ -173,7 +177,7 @@ def compiler() -> Iterator[None]:
 def test_compiled_code_sees_smoothing_come_and_go(name):
     family = subject(name)
     model = family.build()
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend=BACKEND)
     assert close(family.ask(compiled), family.plain)
     for enabled in (compiled, model):
         with fs_plugins.enable(enabled, **SMOOTHING):
@@ -181,10 +185,10 @@ def test_compiled_code_sees_smoothing_come_and_go(name):
             assert calls(compiled) == calls(model) == fs_plugins.status(enabled).model_calls == 1
         assert close(family.ask(compiled), family.plain)
     fs_plugins.enable(model, **SMOOTHING)
-    model.compile()
+    model.compile(backend=BACKEND)
     family.check(model, close)
     fs_plugins.enable(model, **SMOOTHING)
-    assert close(family.ask(torch.compile(model)), family.smoothed)
+    assert close(family.ask(torch.compile(model, backend=BACKEND)), family.smoothed)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -193,7 +197,7 @@ def test_compiled_code_sees_smoothing_come_and_go(name):
 def test_a_compiled_tower_is_smoothed(name, order):
     def compile_tower(model: nn.Module) -> nn.Module:
         parent = model if name == CLIP else model.model
-        setattr(parent, TOWERS[name], torch.compile(getattr(parent, TOWERS[name])))
+        setattr(parent, TOWERS[name], torch.compile(getattr(parent, TOWERS[name]), backend=BACKEND))
         return model
 
     subject(name).check(subject(name).put(order, compile_tower), close)
