@@ -64,8 +64,9 @@ class Match:
         how = "fingerprint" if self.verified else "architecture alone, nobody has verified its weights"
         borrowed = f" of {self.psm_name}, used unchanged" if self.name != self.psm_name else ""
         passed_over = f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else ""
+        alone = "" if self.psm.mapped else " by its purifier alone"
         return (
-            f"{self.name} (by its {how}): PSM{borrowed}, {self.psm.readout}, sigma {self.psm.sigmas}, "
+            f"{self.name} (by its {how}): PSM{borrowed}, {self.psm.readout}{alone}, sigma {self.psm.sigmas}, "
             f"{self.psm.origin}, as {self.file} says{passed_over}"
         )
 
@@ -215,7 +216,8 @@ class Registry:
         if isinstance(match, StandIn):
             return self.purifier(match.name, **parts)
         folder = match.psm.fetch(match.file.parent, f"The PSM of {match.psm_name!r}")
-        return PSM.from_pretrained(folder, **parts)
+        psm = PSM.from_pretrained(folder, **parts)
+        return psm if match.psm.mapped else psm.only(mapper=False)
 
     def purifier(self, name: str, **parts: Unpack[Parts]) -> PSM:
         """A purifier by name, as a PSM without mappers that serves any encoder at any resolution.
@@ -283,7 +285,7 @@ class Registry:
                 f"serves at sigma {config.sigma:g} of {config.sigma_range}, not {trained.sigma} of {trained.span}"
             )
         if isinstance(trained, PSMEntry) and config.readouts:
-            if trained.readout not in [readout.name for readout in config.readouts]:
+            if trained.mapped and trained.readout not in [readout.name for readout in config.readouts]:
                 wrong.append(f"has no mapper for {trained.readout}")
             if self.entries[name].verified and not self.entries[name].has(config.fingerprint):
                 wrong.append("was trained for other weights")

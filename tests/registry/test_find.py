@@ -34,6 +34,26 @@ def test_psm_auto_refuses_other_weights_other_readouts_and_other_sigmas(llava, o
             known.find(fs_plugins.vision_call(model), sigma)
 
 
+def test_a_purifier_that_learnt_by_one_readout_serves_another_alone(llava, own, tmp_path):
+    other = make_llava(vision_feature_layer=-1)
+    other.model.vision_tower.load_state_dict(llava.model.vision_tower.state_dict())
+    call = fs_plugins.vision_call(other)
+    (mapped,) = own["encoders"]["mine"]["psms"]
+    alone = mapped | {"readout": call.readouts[0].name, "mapped": False}
+    own["encoders"]["mine"]["psms"].append(alone)
+    known = registry.Registry([write(tmp_path / "r.yaml", own)])
+    match = known.find(call)
+    assert "by its purifier alone" in str(match)
+    psm = known.load(match)
+    assert (psm.mapped, psm.purifier is None) == ((), False)
+    psm.check(call, 0.25)
+    assert known.load(known.find(fs_plugins.vision_call(llava))).mapped == (mapped["readout"],)
+    assert all(check.right for check in known.verify("mine"))
+    alone["mapped"] = True
+    wrong = registry.Registry([write(tmp_path / "wrong.yaml", own)]).verify("mine")
+    assert [check.right for check in wrong] == [True, False]
+
+
 def test_an_encoder_of_known_architecture_without_a_psm_is_told_so():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
