@@ -25,6 +25,8 @@ class Family:
     image_size: tuple[int, int] = (16, 16)
     outcome: Callable[[nn.Module, Inputs], Tensor] = logits
     generate: Callable[[nn.Module, Inputs], Tensor] | None = None
+    #: Whether it is not smooth.
+    kinks: bool = False
     #: The package that it is run where it is installed, beside transformers.
     needs: str = "transformers"
     #: The first transformers it works on, or None if 4.57.6 is one.

@@ -58,12 +58,14 @@ def bare(name: str, size: int = 16, **config: Any) -> Family:
     return Family(f"{name}Model", partial(build, f"{name}Model", size, **config), inputs, (size, size), outcome=fields)
 
 
+kinked = partial(replace, kinks=True)
+"""Of families whose activations are ReLU, or bend like it."""
 TEACHER = "ForImageClassificationWithTeacher"
 DINO = {**LAYERS, "mlp_ratio": 2, "image_size": 16, "patch_size": 4}
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
-MOBILE = {"image_size": 32, "depth_multiplier": 0.25, "min_depth": 8, "hidden_act": "gelu"}
-RESIDUAL = {**STAGES, "embedding_size": 8, "hidden_act": "gelu"}
+MOBILE = {"image_size": 32, "depth_multiplier": 0.25, "min_depth": 8}
+RESIDUAL = {**STAGES, "embedding_size": 8}
 LEVIT = {
     "image_size": 64,
     "hidden_sizes": [32, 48, 64],
@@ -97,13 +99,13 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
     *(kind(name, 32, image_size=32, **STAGES) for name in ("ConvNext", "ConvNextV2") for kind in (classifier, bare)),
     *(kind(name, 32, **WINDOWS) for name in ("Swin", "Swinv2") for kind in (classifier, bare)),
     *(kind("EfficientNet", 32, **EFFICIENT) for kind in (classifier, bare)),
-    *(kind(name, 32, **MOBILE) for name in ("MobileNetV1", "MobileNetV2") for kind in (classifier, bare)),
+    *(kinked(kind(name, 32, **MOBILE)) for name in ("MobileNetV1", "MobileNetV2") for kind in (classifier, bare)),
     *(
         kind("MobileViT", 64, image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 32])
         for kind in (classifier, bare)
     ),
-    *(kind(name, 32, **RESIDUAL) for name in ("ResNet", "RegNet") for kind in (classifier, bare)),
-    *(kind("Bit", 32, **RESIDUAL, num_groups=4) for kind in (classifier, bare)),
+    *(kinked(kind(name, 32, **RESIDUAL)) for name in ("ResNet", "RegNet") for kind in (classifier, bare)),
+    *(kinked(kind("Bit", 32, **RESIDUAL, num_groups=4)) for kind in (classifier, bare)),
     *(
         kind("FocalNet", 32, image_size=32, embed_dim=16, depths=[1, 1], focal_levels=[1, 1], focal_windows=[3, 3])
         for kind in (classifier, bare)
@@ -124,8 +126,8 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         )
         for kind in (classifier, bare)
     ),
-    classifier("Levit", 64, **LEVIT),
-    classifier("Levit", 64, ending=TEACHER, **LEVIT),
+    kinked(classifier("Levit", 64, **LEVIT)),
+    kinked(classifier("Levit", 64, ending=TEACHER, **LEVIT)),
     *(kind("PvtV2", 64, **PYRAMID) for kind in (classifier, bare)),
     classifier("CLIP", vision_config=VISION),
     classifier("Siglip", vision_config=VISION),

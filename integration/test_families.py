@@ -70,6 +70,7 @@ def suite(family: Family) -> type[AdapterConformance]:
             "family": family.name,
             "expected_failures": exempt(now_and_then=False),
             "not_run": exempt(now_and_then=True),
+            "kinks": family.kinks,
             "calls_per_generate": family.calls_per_generate,
             "make_model": lambda self: copy.deepcopy(built()),
             "make_inputs": lambda self, model, images: family.inputs(model, images),

@@ -319,7 +319,25 @@ def test_an_adapter_that_changes_the_model_is_found(claimed):
         suite.test_claiming_leaves_the_model_alone()
 
 
-def test_a_cut_gradient_path_is_found(claimed):
+class Wave(Chat):
+    """A triangular wave of the tokens, with a kink every other step of the usual comparison."""
+
+    def see(self, picture):
+        return torch.asin(torch.sin(3e4 * super().see(picture)))
+
+
+def test_gradients_are_compared_between_an_encoders_kinks(claimed):
+    claimed()
+    suite = OnChat()
+    suite.kind = Wave
+    with found("off by"):
+        suite.test_gradients_match_finite_differences()
+    suite.kinks = True
+    suite.test_gradients_match_finite_differences()
+
+
+@pytest.mark.parametrize("kinks", [False, True])
+def test_a_cut_gradient_path_is_found(claimed, kinks):
     """Gradients reach the images, but not by every way."""
 
     class Cut(Chat):
@@ -329,7 +347,7 @@ def test_a_cut_gradient_path_is_found(claimed):
 
     claimed()
     suite = OnChat()
-    suite.kind = Cut
+    suite.kind, suite.kinks = Cut, kinks
     with found("off by"):
         suite.test_gradients_match_finite_differences()
 
