@@ -126,7 +126,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
         )
         for kind in (classifier, bare)
     ),
-    kinked(classifier("Levit", 64, **LEVIT)),
+    *(kinked(kind("Levit", 64, **LEVIT)) for kind in (classifier, bare)),
     kinked(classifier("Levit", 64, ending=TEACHER, **LEVIT)),
     *(kind("PvtV2", 64, **PYRAMID) for kind in (classifier, bare)),
     classifier("CLIP", vision_config=VISION),
