@@ -18,6 +18,7 @@ OUTSIDE = {
     "repository/readme.md": "README.md",
     "repository/changelog.md": "CHANGELOG.md",
     "repository/demo.md": "fs_plugins/demo/assets/README.md",
+    "repository/photo-efficientnet-lite0.md": "fs_plugins/psm/efficientnet-lite0/README.md",
     "repository/photo-light.md": "fs_plugins/psm/photo-light/README.md",
     "repository/photo.md": "fs_plugins/psm/photo/README.md",
     "repository/photo-vlm.md": "fs_plugins/photos/vlm/README.md",

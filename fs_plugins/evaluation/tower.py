@@ -11,6 +11,7 @@ from torch import Tensor
 import fs_plugins
 from fs_plugins.attacks import Answer, attack
 from fs_plugins.attacks.feature import NoTokensError
+from fs_plugins.attacks.folded import folded
 from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.errors import ModelError, PSMError, RegistryError
 from fs_plugins.evaluation.asking import Asking
@@ -24,6 +25,7 @@ from fs_plugins.evaluation.tables import title_of
 from fs_plugins.identity import digest
 from fs_plugins.kept import write
 from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
 
 
 @dataclass
@@ -132,6 +134,8 @@ class Tower:
         if not missing:
             return
         advance = self.means.track(what, steps * len(missing))
+        if isinstance(encoder, VisionCall):
+            encoder = folded(encoder, self._pairs(missing[:1])[0])
         for some in self.means.batches(missing):
             images, targets = self._pairs(some)
             attacked = attack(
