@@ -18,7 +18,7 @@ from fs_plugins.files import replace as write_whole
 from fs_plugins.photos.cost import Cost
 from fs_plugins.photos.photographs import trained_on
 from fs_plugins.photos.settings import Settings
-from fs_plugins.photos.suites import CLOSER, SIGMAS, at, attacks, defences, on_the_answer
+from fs_plugins.photos.suites import CLOSER, OTHER, SIGMAS, at, attacks, defences, on_the_answer
 
 _TASK = "classification"
 
@@ -64,7 +64,8 @@ class Photos:
     def rows(self, condition: Condition) -> Rows:
         """Of every defence that was attacked so. Nothing is adaptive about attacking no defence."""
         if not condition.adaptive:
-            return {one.name: self._row(one, condition) for one in self.defences}
+            asked = self._asked(condition)
+            return {one.name: self._row(one, condition, asked) for one in self.defences}
         some = self._some("adaptive")
         plain = replace(condition, adaptive=False)
         some_of = CLOSER if condition.method == ANSWER else (NONE, *CLOSER)
@@ -72,6 +73,11 @@ class Photos:
 
     def _row(self, defence: Defence, condition: Condition, samples: tuple[Sample, ...] | None = None) -> Row:
         return row(self.results, defence, condition, _TASK, samples)
+
+    def _asked(self, condition: Condition) -> tuple[Sample, ...]:
+        """What every defence is asked about, clean or attacked obliviously."""
+        every = self.results.plan.dataset.samples
+        return self._some(OTHER) if condition in self.attacked[1:] else every
 
     def _suite(self, name: str) -> Suite:
         return next(suite for suite in self.results.plan.suites if suite.name == name)
@@ -120,8 +126,8 @@ class Photos:
             (
                 title_of(condition),
                 one.title,
-                self.settings.count,
-                *self._row(one, condition).values(),
+                len(self._asked(condition)),
+                *self._row(one, condition, self._asked(condition)).values(),
             )
             for condition in (CLEAN, *self.attacked)
             for one in self.defences

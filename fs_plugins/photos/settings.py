@@ -28,7 +28,7 @@ class Settings:
     eps: str = knob("16/255", "l-inf radius of the attacks in [0, 1] pixels, as people write it.")
     adaptive_images: int | None = knob(None, "Photographs that are attacked through the defences.", least=2)
     adaptive_steps: int | None = knob(None, "Steps of these attacks, with fresh draws at each.", least=1)
-    sigma_images: int | None = knob(None, "Photographs of the table of noise levels.", least=2)
+    sigma_images: int | None = knob(None, "Photographs of the second attack and of the table of noise levels.", least=2)
     certified_images: int | None = knob(None, "Photographs that are certified.", least=1)
     spoken_images: int | None = knob(None, "Photographs that the small language model is asked about.", least=2)
     draws: int = knob(1000, "Draws that each is certified with.", least=20)
@@ -58,13 +58,13 @@ class Settings:
 
 
 _USUAL = {
-    "adaptive_images": 10,
-    "adaptive_steps": 15,
+    "adaptive_images": 8,
+    "adaptive_steps": 12,
     "sigma_images": 30,
-    "sigma_adaptive_images": 5,
+    "sigma_adaptive_images": 4,
     "certified_images": 4,
-    "sigma_certified_images": 2,
-    "spoken_images": 30,
+    "sigma_certified_images": 1,
+    "spoken_images": 20,
 }
 _USUAL_FULL = {
     "adaptive_images": 50,

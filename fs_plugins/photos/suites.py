@@ -10,6 +10,8 @@ from fs_plugins.photos.settings import Settings
 SIGMAS = (0.0625, 0.125, 0.25, 0.5)
 CLOSER = (FS, FS_PSM)
 """Those that are attacked adaptively and certified."""
+OTHER = "other-attack"
+"""The suite of the attacks but the first one, which a part of the photographs is enough for."""
 
 
 def general(purifier: str) -> Defence:
@@ -61,8 +63,12 @@ def suites(settings: Settings, own: bool, usual: float) -> tuple[Suite, ...]:
     levels = tuple(at(sigma, usual) for sigma in SIGMAS)
     return (
         Suite(
-            "classes", "What is in the photograph? Of a thousand classes", classification, everybody, oblivious,
+            "classes", "What is in the photograph? Of a thousand classes", classification, everybody, oblivious[:1],
             compared=False, twice=True,
+        ),
+        Suite(
+            OTHER, "The same, by another attack", classification, everybody, oblivious[1:], plain=False, aside=True,
+            compared=False,
         ),
         Suite(
             "adaptive", "The attack on the defence itself, through noise, purifier, mapper and average", classification,

@@ -84,6 +84,17 @@ def measure(headed, tmp_path):
     return measured
 
 
+def suite_of(found, name):
+    return next(suite for suite in found.results.plan.suites if suite.name == name)
+
+
+def test_the_second_attack_has_a_part_of_the_photographs_and_its_rows_say_so(measure):
+    found = measure()
+    (table,) = (table for table in found.tables() if table.name == "classes")
+    counts = {(str(row[0]), row[2]) for row in table.rows}
+    assert counts == {("clean", 4), ("AttackVLM 16/255", 4), ("M-Attack 16/255", 3)}
+
+
 def test_what_is_written_is_what_was_answered(measure, headed, tmp_path):
     found = measure()
     told = json.loads((tmp_path / "out/summary.json").read_text("utf-8"))
@@ -108,7 +119,7 @@ def test_what_is_written_is_what_was_answered(measure, headed, tmp_path):
 
 def test_nothing_is_adaptive_about_attacking_no_defence(measure):
     found = measure()
-    few = found.results.plan.pictures(found.results.plan.suites[1], FS)
+    few = found.results.plan.pictures(suite_of(found, "adaptive"), FS)
     plain = accuracy(found.results.answers(NONE, found.attacked[0], "classification", few))
     assert found.rows(found.adaptive)["none"]["acc"] == plain
     assert len(few) == 2
@@ -121,7 +132,7 @@ def test_nothing_is_adaptive_about_attacking_no_defence(measure):
 def test_noise_levels_are_those_of_the_table(measure):
     found = measure()
     for sigma, suite in ((0.125, "fs_psm_sigma0.125"), (0.25, "fs_psm")):
-        defence = next(one for one in found.results.plan.suites[2].defences if one.name == suite)
+        defence = next(one for one in suite_of(found, "sigmas").defences if one.name == suite)
         assert set(found.results.certificates(defence)) == {sigma}
         assert json.loads((found.results.folder / f"defences/{suite}.json").read_bytes())["sigma"] == sigma
 
