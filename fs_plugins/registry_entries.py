@@ -129,7 +129,7 @@ class PSMEntry(Trained):
     """
 
     readout: str
-    mapped: bool = True
+    mapped: Annotated[bool, Field(strict=True)] = True
 
 
 class PurifierEntry(Trained):

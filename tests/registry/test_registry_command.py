@@ -27,7 +27,7 @@ def test_add_puts_a_psm_into_the_users_file_where_enable_finds_it(trained, llava
         assert handle.status().vision[0].psm == "new"
     entry = registry.load(path).encoders["new"]
     assert entry.fingerprint == fingerprint(llava.model.vision_tower)
-    assert entry.psms[0].model_dump(exclude_none=True) == {
+    assert entry.psms[0].model_dump(exclude_none=True, exclude_defaults=True) == {
         "state": "folder",
         "path": str(psm),
         "sha256": registry.checksum(psm),
