@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fs_plugins import registry
+
 ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
@@ -52,6 +54,21 @@ def test_every_stub_of_public_names_is_in_the_package_data():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fs_plugins").rglob("__init__.pyi")}
     assert there == {package for package, names in listed.items() if "__init__.pyi" in names}
+
+
+def test_every_psm_that_ships_is_in_the_package_data():
+    import tomllib
+    from fnmatch import fnmatch
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    known = registry.shipped()
+    shipped = [psm for entry in known.entries.values() for psm in entry.psms] + list(known.purifiers.values())
+    places = {trained.path.removeprefix("package:") for trained in shipped if trained.state == "shipped"}
+    assert len(places) > 3
+    for place in places:
+        package, _, inside = place.partition("/")
+        patterns = listed[f"fs_plugins.{package}"]
+        assert any(fnmatch(f"{inside}/psm.safetensors", pattern) for pattern in patterns), place
 
 
 @pytest.mark.slow
