@@ -148,8 +148,11 @@ class VQA:
         return (_by_letter if dataset.prompts.vqa_answers == "letter" else _by_words)(reply, offered)
 
     def verdict(self, reply: str, sample: Sample, dataset: Dataset) -> Verdict:
-        none = next(o for o in self.offered(sample, dataset) if _same(o, dataset.none_option))
-        return _verdict(self.parse(reply, sample, dataset), sample.answer, none)
+        """An attack wants its target's class to be answered where that is an option, else that none is right."""
+        offered = self.offered(sample, dataset)
+        none = next(option for option in offered if _same(option, dataset.none_option))
+        wanted = sample.target_label if sample.target_label in offered else none
+        return _verdict(self.parse(reply, sample, dataset), sample.answer, wanted)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Captioning(), Classification(), VQA())}

@@ -203,6 +203,17 @@ def test_options_that_differ_in_their_case_alone_are_told_apart_by_it():
     assert [VQA().parse(reply, sample, data) for reply in ("Mg", "mg", "MG")] == ["Mg", "mg", None]
 
 
+def test_an_attack_wants_its_targets_class_where_that_is_an_option():
+    """And not that none of them is right."""
+    named = Prompts(vqa_answers="option", vqa="{question} {options}")
+    asked = {"question": "Which?", "options": ("hen", "kite", "shark"), "answer": "hen"}
+    aimed, other = (Sample(image=f"{label}.png", target_label=label, **asked) for label in ("kite", "owl"))
+    data = Dataset("", Path(), (aimed, other), ("kite", "owl"), prompts=named)
+    replies = ("hen", "kite", "shark", data.none_option)
+    assert [VQA().verdict(reply, aimed, data).attacked for reply in replies] == [False, True, False, False]
+    assert [VQA().verdict(reply, other, data).attacked for reply in replies] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("clean", "target", "expected"),
     [
