@@ -16,8 +16,8 @@ from fs_plugins.attacks.victim import Stream, Victim
 class Answer:
     """An ``Attack`` on a classifier's answer, by the cross-entropy of its classes (PGD; Madry et al., ICLR 2018).
 
-    With targets it wants the class that the head finds in each, without any other class than the head finds in the
-    image itself. Features may stay alike while an answer changes, so a defence of answers has to stand this too.
+    With targets it wants the class that the head finds in each; without, any class but the one that the head finds in
+    the image itself. Features may stay alike while an answer changes, so a defence of answers has to stand this too.
 
     Args:
         head: (B, E) embedded features -> (B, K) class scores: a linear head, or the cosines to texts of a zero-shot

@@ -39,9 +39,8 @@ def folded(call: VisionCall, images: Tensor) -> VisionCall:
         fused = fuse_conv_bn_eval(convolution, norm)
         convolution.weight, convolution.bias = fused.weight, fused.bias
         parent, _, name = places[norm].rpartition(".")
-        found.module.get_submodule(parent).register_module(
-            name, nn.Sequential(*norm.children()).eval()
-        )  # timm's has an activation
+        after = nn.Sequential(*norm.children()).eval()  # timm's has an activation
+        found.module.get_submodule(parent).register_module(name, after)
     found.module.requires_grad_(False)
     wanted, given = (one.embed(one.encode(images)) for one in (call, found))
     return found if pairs and bool((given - wanted).norm() <= _NEAR * wanted.norm()) else call
