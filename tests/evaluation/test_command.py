@@ -140,7 +140,7 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path, data):
 
 @pytest.mark.slow
 def test_the_papers_ordering_holds_on_the_embedded_world(tmp_path):
-    command = ["evaluate", "--suite", "table3", "--images", "66", "--steps", "100", "--out", str(tmp_path)]
+    command = ["evaluate", "--suite", "table3", "--images", "33", "--steps", "60", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "summary.json").read_text("utf-8"))["tables"]["table3"]

@@ -1,6 +1,6 @@
 """``photo-vlm``: the projector and the LoRA weights by which SmolLM2 tells what EfficientNet-Lite0 sees.
 
-    python -m tools.photos.vlm PHOTOS --labels images.csv --out FOLDER
+    python -m tools.photos.vlm PHOTOS --labels images.csv --out FOLDER [--start WEIGHTS]
 
 Trained on crops of the photographs in a folder but for every fifth, which are held out, and the names of their classes.
 Half of ImageNet's classes are on none of them, so most of the maps that the language model is shown are mirrored: the
@@ -288,9 +288,13 @@ def batch_of(questions: list[list[tuple[str, str]]], tokenizer: Any, lot: random
     return Batch(padded(0, 0), padded(1, 0), padded(2, -1), padded(3, -100), torch.tensor([row[4] for row in rows]))
 
 
-def taught(model: Any) -> Any:
-    """The model with LoRA on its language model, of which nothing but that and the projector is trained."""
-    from peft import LoraConfig, get_peft_model
+def taught(model: Any, start: Path | None = None) -> Any:
+    """The model with LoRA on its language model, of which nothing but that and the projector is trained.
+
+    Args:
+        start: a folder of weights of both, if there are some.
+    """
+    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     config = LoraConfig(
         r=RANK,
@@ -298,7 +302,12 @@ def taught(model: Any) -> Any:
         target_modules=TAUGHT,
         modules_to_save=["multi_modal_projector"],
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    learning = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    if start is not None:
+        said = set_peft_model_state_dict(learning, load_peft_weights(str(start), device="cpu"))
+        if said.unexpected_keys:
+            raise SystemExit(f"{start} has weights of something else: {', '.join(said.unexpected_keys[:3])}")
+    return learning
 
 
 def loss_of(model: Any, batch: Batch, places: Tensor) -> Tensor:
@@ -322,9 +331,14 @@ def loss_of(model: Any, batch: Batch, places: Tensor) -> Tensor:
     return F.cross_entropy(logits, batch.wanted[learnt])
 
 
-def train(photos: Path, labels: Path, out: Path, *, steps: int, batch: int, lr: float, seed: int) -> None:
+def train(
+    photos: Path, labels: Path, out: Path, *, steps: int, batch: int, lr: float, seed: int, start: Path | None = None
+) -> None:
     """``steps`` steps in all, or those that are left of them; fewer than before bring the end, and its slow steps,
     nearer.
+
+    Args:
+        start: a folder of weights, as an earlier training left them, to begin with.
     """
     timm()
     torch.manual_seed(seed)
@@ -333,11 +347,12 @@ def train(photos: Path, labels: Path, out: Path, *, steps: int, batch: int, lr: 
     head = tower().get_classifier().requires_grad_(False)
     seen = Maps(*_made(out / "maps.pt", lambda: maps(photos, labels, seed)))
     projector = base.model.multi_modal_projector
-    targets = words(base.get_input_embeddings().weight.detach(), reader.tokenizer)
-    projector.load_state_dict(_made(out / "distilled.pt", lambda: distil(projector, head, targets, seen, seed)))
+    if start is None:
+        targets = words(base.get_input_embeddings().weight.detach(), reader.tokenizer)
+        projector.load_state_dict(_made(out / "distilled.pt", lambda: distil(projector, head, targets, seen, seed)))
     base.model.language_model.to(torch.bfloat16).set_attn_implementation("eager")
     base.tie_weights()
-    work = Work(taught(base), out / "checkpoint.pt")
+    work = Work(taught(base, start), out / "checkpoint.pt")
     began, told = time.time(), []
     for step in range(work.done + 1, steps + 1):
         lot = random.Random(f"{seed}/{step}")
@@ -441,6 +456,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to begin with, a folder as a training leaves it")
     options = parser.parse_args()
     train(**vars(options))
     credit(options.photos, options.labels, options.out)
