@@ -23,6 +23,7 @@ from .errors import PSMError as PSMError
 from .errors import RegistryError as RegistryError
 from .errors import SettingError as SettingError
 from .head import Head as Head
+from .hf.classifier import zero_shot as zero_shot
 from .hf.towers import swap_encoder as swap_encoder
 from .hooks import hookimpl as hookimpl
 from .layouts import Group as Group

@@ -6,6 +6,7 @@ Shapes: N rows, E the width of the embedded feature, K classes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,10 @@ class Head:
     def of(cls, linear: nn.Linear) -> Head:
         """The head that is one linear layer on the whole embedded feature."""
         return cls((linear,), linear.in_features)
+
+    def __call__(self, embedded: Tensor) -> Tensor:
+        """(N, E), of the layers' type -> (N, K) class scores, by the layers themselves. Gradients follow."""
+        return self._scores(self.layers, embedded)
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -71,6 +76,6 @@ class Head:
         layer.bias.copy_(bias)
         return layer
 
-    def _scores(self, layers: list[nn.Module], embedded: Tensor) -> Tensor:
+    def _scores(self, layers: Sequence[nn.Module], embedded: Tensor) -> Tensor:
         parts = self.parts or (slice(None),) * len(layers)
         return torch.stack([layer(embedded[:, part]) for layer, part in zip(layers, parts, strict=True)]).mean(0)

@@ -346,6 +346,15 @@ class VisionCall:
         features = self.features(self.look(images))
         return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
 
+    def served(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) images in [0, 1] -> (B, E) embedded features, through any smoothing that is enabled.
+
+        Gradients follow the images.
+        """
+        argument, others = self.pixels.layout.still(self.pixels.from_unit(self.beside(images), self.dtype))
+        output = self.module(argument, **others, **self.kwargs)  # not forward, which goes around smoothing
+        return self.embed(self.features(self.pixels.layout.opened(output, len(images))))
+
     def with_processor(self, processor: Any) -> VisionCall:
         """The same call under the mean, std and size of the model's processor, or of a PixelSpace.
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hub_server import serving
 from hypothesis import HealthCheck, settings
-from support import TinyEncoder, knowing, make_llava, randomise, tiny_call, vision_config
+from support import TinyEncoder, make_clip, make_llava, tiny_call
 from torch import Tensor
 
 import fs_plugins.cli.base  # noqa: F401  (makes that console before a test sets a width of its own)
@@ -37,14 +37,7 @@ settings.load_profile("fs")
 
 @pytest.fixture
 def clip():
-    from transformers import CLIPConfig, CLIPModel
-
-    text = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39, "bos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=vision_config().to_dict(), projection_dim=24)
-    return knowing(randomise(CLIPModel(config)))
+    return make_clip()
 
 
 @pytest.fixture

@@ -94,6 +94,17 @@ def make_llava(**changes):
     return knowing(randomise(LlavaForConditionalGeneration(config)))
 
 
+def make_clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39, "bos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision_config().to_dict(), projection_dim=24)
+    return knowing(randomise(CLIPModel(config)))
+
+
 def llava_inputs(images: Tensor, tokens: int = 16) -> dict[str, Tensor]:
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * tokens, 5, 6, 7]]).repeat(len(images), 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels_of(images)}

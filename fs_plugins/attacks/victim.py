@@ -83,19 +83,7 @@ class Victim:
 
     @cached_property
     def _opaque(self) -> str | None:
-        """Why no gradient can go through the encoder's weights; None if it can."""
-        if found := packed(self.call.module):
-            return (
-                f"The encoder is quantised ({found[0]}), and no gradient flows through packed weights: around them "
-                "little is left, and such an attack would flatter the model. Attack the encoder that it was quantised "
-                'from and show it those pictures, or use the gradient-free attack (method="square").'
-            )
-        if any(parameter.is_inference() for module in self.call.modules for parameter in module.parameters()):
-            return (
-                "The encoder's weights were made inside torch.inference_mode, so no gradient can be recorded through "
-                'them. Load the model outside it, or use the gradient-free attack (method="square").'
-            )
-        return None
+        return opaque(self.call)
 
     @torch.no_grad()
     def see_plain(self, images: Tensor) -> Seen:
@@ -118,6 +106,22 @@ class Victim:
         # Not the class token, which CLIP pools: who consumes the others never reads it, and no mapper refines it.
         pooled = torch.cat([wide[readout.name].mean(1) for readout in of_tokens], dim=1)
         return Seen(embedding, pooled, wide[of_tokens[0].name])
+
+
+def opaque(call: VisionCall) -> str | None:
+    """Why no gradient can go through the encoder's weights; None if it can."""
+    if found := packed(call.module):
+        return (
+            f"The encoder is quantised ({found[0]}), and no gradient flows through packed weights: around them "
+            "little is left, and such an attack would flatter the model. Attack the encoder that it was quantised "
+            'from and show it those pictures, or use the gradient-free attack (method="square").'
+        )
+    if any(parameter.is_inference() for module in call.modules for parameter in module.parameters()):
+        return (
+            "The encoder's weights were made inside torch.inference_mode, so no gradient can be recorded through "
+            'them. Load the model outside it, or use the gradient-free attack (method="square").'
+        )
+    return None
 
 
 def _hidden(output: Any) -> Tensor | None:

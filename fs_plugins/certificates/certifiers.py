@@ -20,6 +20,7 @@ from fs_plugins.certificates.values import Stored
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.head import Head
 from fs_plugins.smoothing import FeatureSmoother
+from fs_plugins.vision import VisionCall
 
 Directions = Tensor | Mapping[str, Tensor] | nn.Linear | Head | None
 """What a classifier decides by: directions, a row a class; a linear layer; None for a model's own head."""
@@ -117,34 +118,8 @@ class Labels:
             SettingError: fewer than two, of different widths, not finite, or equal.
             ModelError: none are given, and the model has no head of its own; or see ``Head.affine``.
         """
-        if directions is None:
-            directions = smoother.call.head
-            if directions is None:
-                raise ModelError(
-                    "This model has no head of its own that names classes. Pass directions: text embeddings for "
-                    "zero-shot classification, or an nn.Linear on its embedded feature."
-                )
-        if isinstance(directions, nn.Linear | Head):
-            return cls._by(smoother, plan, Head.of(directions) if isinstance(directions, nn.Linear) else directions)
-        labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
-        try:
-            # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
-            given = [
-                row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
-                for row in (directions.values() if isinstance(directions, Mapping) else directions)
-            ]
-        except (TypeError, ValueError) as error:
-            raise SettingError(f"directions must be numbers, (K, E), a row a class: {error}") from None
-        shapes = {tuple(row.shape) for row in given}
-        if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
-            raise SettingError(
-                f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
-            )
-        matrix = torch.stack(given)
-        if matrix.is_complex():
-            raise SettingError(f"directions must be real numbers, got {matrix.dtype}.")
-        _check_rows(matrix)
-        return cls(smoother, plan, matrix, labels)
+        found = classes_of(smoother.call, directions)
+        return cls._by(smoother, plan, found) if isinstance(found, Head) else cls(smoother, plan, *found)
 
     @classmethod
     def _by(cls, smoother: FeatureSmoother, plan: Plan, head: Head) -> Labels:
@@ -165,6 +140,43 @@ class Labels:
 
     def trial(self, draws: int) -> Labels:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None))
+
+
+def classes_of(call: VisionCall, directions: Directions) -> Head | tuple[Tensor, list[str] | None]:
+    """What a classifier decides by, as users give it: a head, or (K, E), a row a class, and the classes' names.
+
+    Raises:
+        SettingError: fewer than two directions, of different widths, not finite, or equal.
+        ModelError: none are given, and the model has no head of its own.
+    """
+    if directions is None:
+        directions = call.head
+        if directions is None:
+            raise ModelError(
+                "This model has no head of its own that names classes. Pass directions: text embeddings for "
+                "zero-shot classification, or an nn.Linear on its embedded feature."
+            )
+    if isinstance(directions, nn.Linear | Head):
+        return Head.of(directions) if isinstance(directions, nn.Linear) else directions
+    labels = [str(name) for name in directions] if isinstance(directions, Mapping) else None
+    try:
+        # Not by torch from lists: their numbers would be rounded to its default type, which is the user's.
+        given = [
+            row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
+            for row in (directions.values() if isinstance(directions, Mapping) else directions)
+        ]
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"directions must be numbers, (K, E), a row a class: {error}") from None
+    shapes = {tuple(row.shape) for row in given}
+    if len(given) < 2 or len(shapes) > 1 or len(*shapes) != 1:
+        raise SettingError(
+            f"directions must be (K, E), a row for each of K >= 2 classes; got {len(given)} of {shapes or 'none'}."
+        )
+    matrix = torch.stack(given)
+    if matrix.is_complex():
+        raise SettingError(f"directions must be real numbers, got {matrix.dtype}.")
+    _check_rows(matrix)
+    return matrix, labels
 
 
 def _check_rows(matrix: Tensor) -> None:

@@ -76,11 +76,8 @@ class Headed:
         return [likeliest(row, self.numbers, one, dataset) for row, one in zip(logits, samples, strict=True)]
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
-        call = self.call
-        argument, others = call.pixels.layout.still(call.pixels.from_unit(images.to(call.device), call.dtype))
         with torch.no_grad():
-            output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
-            embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images))))
+            embedded = self.call.served(images)
         return self.read(embedded, samples, dataset)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,45 +17,64 @@ from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import likeliest, size_of
 from fs_plugins.evaluation.tasks import Task
 from fs_plugins.hf.load import load_tokenizer
+from fs_plugins.vision import is_a
 
 
 @torch.no_grad()
-def directions_of(model: Any, origin: str, classes: Sequence[str], prompt: str) -> dict[str, Tensor]:
-    """Class names -> unit text embeddings (E,), of a transformers model that embeds texts (CLIP, SigLIP).
+def directions_of(model: Any, origin: Any, classes: Sequence[str], prompt: str) -> dict[str, Tensor]:
+    """Class names -> unit text embeddings (E,), of a model that embeds texts (CLIP, SigLIP; open_clip's).
 
     Args:
-        origin: the folder or hub id of its tokenizer.
+        origin: its tokenizer, or a processor with it; or the folder or hub id of a tokenizer of transformers.
         classes: two different names or more.
         prompt: what a class is called in a sentence, with ``{}`` for its name.
 
     Raises:
-        SettingError: fewer than two classes, or a prompt that has not ``{}`` once; or what is no text.
-        ModelError: the model embeds no texts.
+        SettingError: fewer than two classes, or a prompt that has not ``{}`` once; or what is no text; no tokenizer.
+        ModelError: the model embeds no texts, or there is no tokenizer of that name.
     """
-    if len(set(classes)) < 2 or len(set(classes)) < len(classes):
+    names = [] if isinstance(classes, str) else [words("A class", name) for name in classes]
+    if len(set(names)) < max(2, len(names)):
         raise SettingError(
-            f'Zero-shot classes are two different names or more, such as "cat, dog"; got {list(classes)}.'
+            f'Zero-shot classes are two different names or more, such as "cat, dog"; got {names or classes}.'
         )
     if not _takes_one(words("The prompt", prompt)):
         raise SettingError(
             f"The prompt must say where the class goes with {{}}, once and with no other braces, got {prompt!r}."
         )
-    if not hasattr(model, "get_text_features"):
+    embed = _by_transformers if hasattr(model, "get_text_features") else _by_open_clip
+    if embed is _by_open_clip and not is_a(model, "open_clip", "CLIP", "CustomTextCLIP"):
         raise ModelError(
             f"Zero-shot classification needs a model that embeds texts, such as CLIP or SigLIP; {type(model).__name__} "
-            "does not. For a linear head of your own, pass its weight to fs_plugins.certify_predictions."
+            "does not. For a linear head of your own, pass its weight to fs_plugins.certify_predictions, or the layer "
+            "to fs_plugins.zero_shot."
         )
-    tokenizer = load_tokenizer(origin)
+    features = embed(model, origin, [prompt.format(name) for name in names])
+    return dict(zip(names, torch.nn.functional.normalize(features.float(), dim=-1), strict=True))
+
+
+def _by_transformers(model: Any, origin: Any, texts: Sequence[str]) -> Tensor:
+    if not origin:
+        raise SettingError("This model does not say where it was loaded from. Pass its tokenizer.")
+    named = isinstance(origin, str | os.PathLike)
+    tokenizer = load_tokenizer(os.fspath(origin)) if named else getattr(origin, "tokenizer", origin)
     tokens = tokenizer(
-        [prompt.format(words("A class", name)) for name in classes],
+        texts,
         padding="max_length",  # as SigLIP was trained
         max_length=getattr(model.config, "text_config", model.config).max_position_embeddings,
         truncation=True,
         return_tensors="pt",
     )
     found = model.get_text_features(**tokens.to(model.device))
-    features = getattr(found, "pooler_output", found)
-    return dict(zip(classes, torch.nn.functional.normalize(features.float(), dim=-1), strict=True))
+    features: Tensor = getattr(found, "pooler_output", found)
+    return features
+
+
+def _by_open_clip(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    if not callable(tokenizer):
+        raise SettingError(f"open_clip's models need their tokenizer, open_clip.get_tokenizer(...); got {tokenizer!r}.")
+    features: Tensor = model.encode_text(tokenizer(texts).to(model.logit_scale.device))
+    return features
 
 
 def _takes_one(prompt: str) -> bool:
@@ -78,10 +98,7 @@ class ZeroShot:
         self.directions = torch.stack([directions[name] for name in self.names])
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
-        call = self.call
-        argument, others = call.pixels.layout.still(call.pixels.from_unit(images.to(call.device), call.dtype))
         with torch.no_grad():
-            output = call.module(argument, **others, **call.kwargs)  # not call.forward, which goes around smoothing
-            embedded = call.embed(call.features(call.pixels.layout.opened(output, len(images)))).float()
+            embedded = self.call.served(images).float()
         scores, numbers = embedded @ self.directions.to(embedded).T, {name: i for i, name in enumerate(self.names)}
         return [likeliest(row, numbers, sample, dataset) for row, sample in zip(scores, samples, strict=True)]
