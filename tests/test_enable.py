@@ -364,7 +364,7 @@ def test_an_encoder_without_a_psm_gets_the_photo_purifier_and_one_warning(llava,
     ):
         assert part in str(told[0].message)
     (vision,) = handle.status().vision
-    assert (vision.psm, vision.purifier, vision.sigma) == ("photo-light", "unet", 0.25)
+    assert (vision.psm, vision.purifier, vision.sigma) == ("photo-light", "unet", 0.125)
     assert not any(readout.mapped for readout in vision.readouts)
     handle.disable()
     with warnings.catch_warnings():

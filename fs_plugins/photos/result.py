@@ -30,7 +30,6 @@ class Photos:
     Args:
         settings: of the run.
         own: whether the encoder has a PSM of its own; otherwise the general purifier stands in.
-        sigma: of everything but the table of noise levels.
         results: all answers and features.
         said: those of the language model, if there is one.
         pictures: the ones that are drawn, certified.
@@ -40,7 +39,6 @@ class Photos:
 
     settings: Settings
     own: bool
-    sigma: float
     results: Results
     said: Results | None
     pictures: list[Panel]
@@ -88,7 +86,7 @@ class Photos:
     def certificates(self, defence: Defence) -> list[Certificate]:
         """At the noise level of everything."""
         found = self.results.certificates(defence, self._suite("certificates"))
-        return list(found.get(self.sigma, {}).values())
+        return list(found.get(self.settings.sigma, {}).values())
 
     @property
     def ratio(self) -> float | None:
@@ -166,7 +164,7 @@ class Photos:
         some, few = self._some("sigmas"), self._some("sigmas-adaptive")
         lines: list[tuple[Cell, ...]] = []
         for sigma in SIGMAS:
-            one = at(sigma, self.sigma)
+            one = at(sigma, self.settings.sigma)
             certified = list(self.results.certificates(one, self._suite("sigmas")).get(sigma, {}).values())
             oblivious, adaptive = self._row(one, self.attacked[0], some), self._row(one, self.adaptive, few)
             lines.append(
@@ -193,7 +191,7 @@ class Photos:
         for one in CLOSER:
             some = self.certificates(one)
             bounds = [Figure(mean([c.fcsb(eps) or 0.0 for c in some]), "number") for eps in DISTANCES]
-            lines.append((one.title, f"{self.sigma:g}", len(some), *bounds, _radius(some)))
+            lines.append((one.title, f"{self.settings.sigma:g}", len(some), *bounds, _radius(some)))
         first = self.certificates(FS_PSM)[0]
         told = "" if self.ratio is None else f" R of FS-PSM is {self.ratio:.2f} times that of plain smoothing."
         note = (
@@ -253,7 +251,6 @@ class Photos:
                 **{name: value for name, value in asdict(setup).items() if value is not None},
                 "eps": self.attacked[0].eps,
                 "norm": "linf",
-                "sigma": self.sigma,
             },
         }
         if self.said is not None:

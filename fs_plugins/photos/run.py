@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fs_plugins
+from fs_plugins import checks
 from fs_plugins.errors import PSMError
 from fs_plugins.evaluation import picture, report
 from fs_plugins.evaluation.clock import Clock
@@ -65,6 +66,7 @@ def run(
         SettingError: a setting out of range, or the folder holds something else, is in use, or was begun with others.
     """
     settings = build(Settings, vars(settings))
+    checks.sigma(settings.sigma)
     out = settings.out
     unused(out, f"{ROWS}/{SETTINGS}", f"photographs-*/{DATASET}", what="evaluation on photographs")
     with locked(out, "this evaluation on photographs"):
@@ -73,8 +75,7 @@ def run(
         data = open_dataset(photographs(), seed=settings.seed)
         subject = load("", data)
         own, setup = _defence(settings, subject)
-        usual = fs_plugins.smoothers(subject.model, psm=setup.psm, sigma=setup.sigma)[0].sigma
-        plan = Plan(suites(settings, own, usual), _of_all_classes(data), setup)
+        plan = Plan(suites(settings, own), _of_all_classes(data), setup)
         store = Store.begin(out / ROWS, {**fixed(model, {"none": ""}, plan.dataset, setup), "made_by": "photos"})
         Evaluation(lambda tower: subject, plan, store, ExactMatch(), track, batch_size=settings.batch_size).run()
         results = Results(out)
@@ -82,15 +83,15 @@ def run(
         shown = plan.samples(setup.certified_images)[:SHOWN]  # not chosen by outcome
         attacked = attacks(settings.eps)[0]
         drawn = panels(results, plan.dataset, subject, shown, attacked, "classification")
-        certified = results.certificates(FS_PSM)[usual]
+        certified = results.certificates(FS_PSM)[settings.sigma]
         drawn = [
             replace(panel, certificate=certified[sample.image]) for panel, sample in zip(drawn, shown, strict=True)
         ]
         smoother = fs_plugins.smoothers(subject.model, **options(subject, setup, Smoothing()))[0]
         image = plan.dataset.image(shown[0], size_of(subject.call)).to(subject.call.device)
-        photos = Photos(settings, own, usual, results, said, drawn, cost(smoother, image), clock.seconds)
+        photos = Photos(settings, own, results, said, drawn, cost(smoother, image), clock.seconds)
         photos.write(out)
-        title = picture.titled(attacked, steps=settings.steps, n0=settings.n0, sigma=usual)
+        title = picture.titled(attacked, steps=settings.steps, n0=settings.n0, sigma=settings.sigma)
         picture.draw(drawn, title, out / "photos.png")
         report.write(results, out / "report.html", further=photos.further())
         clock.write()

@@ -33,7 +33,7 @@ class Settings:
     spoken_images: int | None = knob(None, "Photographs that the small language model is asked about.", least=2)
     draws: int = knob(1000, "Draws that each is certified with.", least=20)
     n0: int = knob(4, "Noisy draws per photograph.", least=1)
-    sigma: float | None = knob(None, "Noise level in [0, 1] pixels; left out, the PSM's own.")
+    sigma: float = knob(0.25, "Noise level in [0, 1] pixels of all but the table of them; the paper's.")
     psm: str = knob("auto", "The encoder's own PSM: \"auto\" is the registry's, or a folder or hub id.")
     general: str = knob("photo-light", "The purifier that knows no encoder.")
     purifying: str = knob(

@@ -50,17 +50,16 @@ def at(sigma: float, usual: float) -> Defence:
     return Defence(f"fs_psm_sigma{sigma:g}", f"FS-PSM, sigma {sigma:g}", smoothing=Smoothing(sigma=sigma))
 
 
-def suites(settings: Settings, own: bool, usual: float) -> tuple[Suite, ...]:
+def suites(settings: Settings, own: bool) -> tuple[Suite, ...]:
     """All that the encoder is asked.
 
     Args:
         own: see ``defences``.
-        usual: the noise level of everything but the table of them.
     """
     oblivious = attacks(settings.eps)
     adaptive = replace(oblivious[0], adaptive=True)
     everybody, classification = defences(settings, own), "classification"
-    levels = tuple(at(sigma, usual) for sigma in SIGMAS)
+    levels = tuple(at(sigma, settings.sigma) for sigma in SIGMAS)
     return (
         Suite(
             "classes", "What is in the photograph? Of a thousand classes", classification, everybody, oblivious[:1],

@@ -151,7 +151,7 @@ def documented() -> dict[str, list[float]]:
 
 @pytest.mark.slow
 def test_the_demo_holds_what_the_project_promises_and_documents(tmp_path):
-    """The thresholds the project set itself, and the documented table, half of its scenes for it; robust towers on fewer."""
+    """The project's own thresholds, and the documented table on half of its scenes; robust towers on fewer."""
     summary = run(Settings(out=tmp_path), loader("demo")).summary()
     table = documented()
     assert set(table) == set(DEFENCES)

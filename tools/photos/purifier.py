@@ -193,7 +193,7 @@ def finish(part: Part, out: Path) -> None:
     """The moving average as a PSM without a mapper, for any encoder."""
     config = PSMConfig(
         name="photo-light",
-        sigma=0.25,
+        sigma=0.125,
         sigma_range=SIGMAS,
         image_size=None,
         purifier=part,
