@@ -41,8 +41,7 @@ def folded(call: VisionCall, images: Tensor) -> VisionCall:
         parent, _, name = places[norm].rpartition(".")
         after = nn.Sequential(*norm.children()).eval()  # timm's has an activation
         found.module.get_submodule(parent).register_module(name, after)
-    # Gradients of depthwise convolutions are faster in this layout, which a weight brings to all that comes after it.
-    found.module.requires_grad_(False).to(memory_format=torch.channels_last)
+    found.module.requires_grad_(False)
     wanted, given = (one.embed(one.encode(images)) for one in (call, found))
     return found if pairs and bool((given - wanted).norm() <= _NEAR * wanted.norm()) else call
 
