@@ -57,7 +57,7 @@ def _show(result: Photos, settings: Settings) -> None:
     held = "held-out " if settings.photos is None else ""
     console.print(
         f"{settings.count} {held}photographs, targeted attacks at l-inf {result.attacked[0].eps255:g}/255, "
-        f"{settings.steps} steps; sigma {result.sigma:g}, n0 {settings.n0}"
+        f"{settings.steps} steps; sigma {settings.sigma:g}, n0 {settings.n0}"
     )
     tables.show(result.tables())
     if result.said is None:
