@@ -117,7 +117,7 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
         adaptive_draws=1,
         adaptive_images=settings.effort("adaptive_images"),
         aside_images=settings.effort("sigma_images"),
-        aside_adaptive=settings.effort("sigma_adaptive_images"),
+        aside_adaptive=settings.effort("adaptive_images") // 2,
         psm=psm,
         purifying=None if settings.purifying == "float32" else settings.purifying,
         sigma=settings.sigma,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fs_plugins.settings import knob
 
-QUICK, FULL = 100, 200
+QUICK, FULL = 50, 200
 _FOLDER = Path("runs/photos")
 
 
@@ -21,12 +21,14 @@ class Settings:
     )
     full: bool = knob(
         False,
-        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for some tens of minutes on two cores.",
+        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for a quarter of an hour on two cores.",
     )
     images: int | None = knob(None, "How many photographs, the first ones by their names.", least=4)
     steps: int = knob(100, "Steps of the attacks on the encoder alone.", least=1)
     eps: str = knob("16/255", "l-inf radius of the attacks in [0, 1] pixels, as people write it.")
-    adaptive_images: int | None = knob(None, "Photographs that are attacked through the defences.", least=2)
+    adaptive_images: int | None = knob(
+        None, "Photographs that are attacked through the defences, half of them at other noise levels.", least=2
+    )
     adaptive_steps: int | None = knob(None, "Steps of these attacks, with fresh draws at each.", least=1)
     sigma_images: int | None = knob(None, "Photographs of the second attack and of the table of noise levels.", least=2)
     certified_images: int | None = knob(None, "Photographs that are certified.", least=1)
@@ -58,19 +60,17 @@ class Settings:
 
 
 _USUAL = {
-    "adaptive_images": 8,
+    "adaptive_images": 4,
     "adaptive_steps": 12,
-    "sigma_images": 30,
-    "sigma_adaptive_images": 4,
-    "certified_images": 4,
+    "sigma_images": 12,
+    "certified_images": 2,
     "sigma_certified_images": 1,
-    "spoken_images": 20,
+    "spoken_images": 10,
 }
 _USUAL_FULL = {
     "adaptive_images": 50,
     "adaptive_steps": 50,
     "sigma_images": 200,
-    "sigma_adaptive_images": 20,
     "certified_images": 20,
     "sigma_certified_images": 20,
     "spoken_images": 200,
