@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import fs_plugins
 from fs_plugins import checks
 from fs_plugins.errors import PSMError
@@ -21,7 +23,7 @@ from fs_plugins.evaluation.defended import options
 from fs_plugins.evaluation.judges import ExactMatch, Judge
 from fs_plugins.evaluation.means import Track
 from fs_plugins.evaluation.picture import panels
-from fs_plugins.evaluation.plan import Plan, Setup, fixed
+from fs_plugins.evaluation.plan import PURIFYING, Plan, Setup, fixed
 from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.store import SETTINGS, Store
@@ -119,7 +121,7 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
         aside_images=settings.effort("sigma_images"),
         aside_adaptive=settings.effort("adaptive_images") // 2,
         psm=psm,
-        purifying=None if settings.purifying == "float32" else settings.purifying,
+        purifying=_precision(settings.purifying, subject.call.device),
         sigma=settings.sigma,
         n0=settings.n0,
         certified_images=settings.effort("certified_images"),
@@ -127,6 +129,14 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
         certified_draws=settings.draws,
         seed=settings.seed,
     )
+
+
+def _precision(asked: str, device: torch.device) -> str | None:
+    """What purifiers work in, None for float32, their own."""
+    if asked == "auto":
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and newer
+        return PURIFYING if device.type != "cpu" or found.get("amx_bf16") else None
+    return None if asked == "float32" else asked
 
 
 def _fitting(settings: Settings, subject: Subject) -> Setup:

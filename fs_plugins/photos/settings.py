@@ -39,8 +39,9 @@ class Settings:
     psm: str = knob("auto", "The encoder's own PSM: \"auto\" is the registry's, or a folder or hub id.")
     general: str = knob("photo-light", "The purifier that knows no encoder.")
     purifying: str = knob(
-        "bfloat16",
-        "Precision of purifiers: bfloat16, or float32, which takes three times as long on CPUs with AMX.",
+        "auto",
+        "Precision of purifiers: float32; bfloat16, a third of the time where the processor multiplies in it (GPUs, "
+        "CPUs with AMX) and several times as long elsewhere; or auto, the faster of them.",
     )
     seed: int = knob(0, "Of attacks, serving noise and certificates.")
     batch_size: int = knob(8, "Photographs at once; bounds memory, changes no result.", least=1)

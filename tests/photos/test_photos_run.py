@@ -147,6 +147,17 @@ def test_a_run_goes_on_where_it_was_and_is_held_to_its_settings(measure, monkeyp
         measure(purifying="float16")
 
 
+@pytest.mark.parametrize(
+    ("capable", "lower"), [({"amx_bf16": True}, "bfloat16"), ({"amx_bf16": False}, None), ({}, None)]
+)
+def test_purifiers_work_in_a_lower_precision_where_the_processor_does(capable, lower, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable, raising=False)
+    cpu = torch.device("cpu")
+    assert photos._precision("auto", cpu) == lower
+    assert photos._precision("auto", torch.device("cuda")) == "bfloat16"
+    assert (photos._precision("float32", cpu), photos._precision("bfloat16", cpu)) == (None, "bfloat16")
+
+
 def test_its_seconds_are_those_of_all_its_parts(measure, monkeypatch, tmp_path):
     ticks = iter(range(0, 10**6, 10))  # ten seconds between any two looks at the clock
     monkeypatch.setattr("fs_plugins.evaluation.clock.monotonic", lambda: next(ticks))
