@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fs_plugins.settings import knob
 
-QUICK, FULL = 50, 200
+QUICK, FULL = 40, 200
 _FOLDER = Path("runs/photos")
 
 
@@ -62,8 +62,8 @@ class Settings:
 
 _USUAL = {
     "adaptive_images": 4,
-    "adaptive_steps": 12,
-    "sigma_images": 12,
+    "adaptive_steps": 10,
+    "sigma_images": 8,
     "certified_images": 2,
     "sigma_certified_images": 1,
     "spoken_images": 10,
