@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fs_plugins.settings import knob
 
-QUICK, FULL = 40, 200
+QUICK, FULL = 30, 200
 _FOLDER = Path("runs/photos")
 
 
@@ -21,7 +21,7 @@ class Settings:
     )
     full: bool = knob(
         False,
-        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for a quarter of an hour on two cores.",
+        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for about a quarter of an hour on two cores.",
     )
     images: int | None = knob(None, "How many photographs, the first ones by their names.", least=4)
     steps: int = knob(100, "Steps of the attacks on the encoder alone.", least=1)
@@ -62,11 +62,11 @@ class Settings:
 
 _USUAL = {
     "adaptive_images": 4,
-    "adaptive_steps": 10,
+    "adaptive_steps": 8,
     "sigma_images": 8,
     "certified_images": 2,
     "sigma_certified_images": 1,
-    "spoken_images": 10,
+    "spoken_images": 6,
 }
 _USUAL_FULL = {
     "adaptive_images": 50,
