@@ -21,7 +21,7 @@ class Settings:
     )
     full: bool = knob(
         False,
-        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for about a quarter of an hour on two cores.",
+        f"All {FULL} photographs and more of everything; otherwise {QUICK}, for a quarter of an hour on two cores.",
     )
     images: int | None = knob(None, "How many photographs, the first ones by their names.", least=4)
     steps: int = knob(100, "Steps of the attacks on the encoder alone.", least=1)
