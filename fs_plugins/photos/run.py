@@ -135,7 +135,7 @@ def _defence(settings: Settings, subject: Subject) -> tuple[bool, Setup]:
 def _precision(asked: str, device: torch.device) -> str | None:
     """What purifiers work in, None for float32, their own."""
     if asked == "auto":
-        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and newer
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch says nothing of it
         return PURIFYING if device.type != "cpu" or found.get("amx_bf16") else None
     return None if asked == "float32" else asked
 
