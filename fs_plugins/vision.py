@@ -355,6 +355,24 @@ class VisionCall:
         output = self.module(argument, **others, **self.kwargs)  # not forward, which goes around smoothing
         return self.embed(self.features(self.pixels.layout.opened(output, len(images))))
 
+    @contextmanager
+    def showing(self, output: Any) -> Iterator[None]:
+        """Inside, the model goes on from this output of its encoder, whatever pixels it is given, smoothed or not.
+
+        Args:
+            output: the module's own, for as many images as the model is given. Gradients follow it.
+        """
+        own = vars(self.module).get("forward")
+        self.module.forward = lambda *args, **kwargs: output
+        try:
+            with direct():
+                yield
+        finally:
+            if own is None:
+                del self.module.forward
+            else:
+                self.module.forward = own
+
     def with_processor(self, processor: Any) -> VisionCall:
         """The same call under the mean, std and size of the model's processor, or of a PixelSpace.
 

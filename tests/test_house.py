@@ -14,7 +14,7 @@ FLOORS = (
     ("checks", "contents", "fields", "files", "kept", "noise", "outputs", "plain_yaml", "settings", "identity"),
     ("head", "layouts", "pictures"),
     ("vision",),
-    ("sources", "psm"),
+    ("answers", "sources", "psm"),
     ("smoothing",),
     ("patch",),
     ("hooks", "registry", "registry_entries", "registry_files", "state"),

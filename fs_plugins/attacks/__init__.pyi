@@ -1,4 +1,6 @@
 from .answer import Answer as Answer
+from .apgd import APGD as APGD
+from .apgd import apgd as apgd
 from .ball import Ball as Ball
 from .ball import Norm as Norm
 from .crop import Crop as Crop

@@ -1,4 +1,4 @@
-"""The attack on the answer: it climbs what a head makes of the feature, not a similarity of features."""
+"""The attack on the answer: it climbs what a model makes of the feature, not a similarity of features."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fs_plugins.answers import Answers, Classes
 from fs_plugins.attacks.loop import Ascent
 from fs_plugins.attacks.protocols import Objective, Optimiser
 from fs_plugins.attacks.victim import Stream, Victim
@@ -14,32 +15,40 @@ from fs_plugins.attacks.victim import Stream, Victim
 
 @dataclass(frozen=True)
 class Answer:
-    """An ``Attack`` on a classifier's answer, by the cross-entropy of its classes (PGD; Madry et al., ICLR 2018).
+    """An ``Attack`` on what a model says, by the cross-entropy of its answer (PGD; Madry et al., ICLR 2018).
 
-    With targets it wants the class that the head finds in each; without, any class but the one that the head finds in
-    the image itself. Features may stay alike while an answer changes, so a defence of answers has to stand this too.
+    With targets it wants the answer that the plain model gives to each; without, any but the one that it gives to the
+    image itself. Features may stay alike while an answer changes, so a defence of answers has to stand this too.
 
     Args:
         head: (B, E) embedded features -> (B, K) class scores: a linear head, or the cosines to texts of a zero-shot
-            classifier, on the victims' device. One for all victims.
+            classifier, on the victims' device; or an ``Answers``, such as a language model's
+            (``fs_plugins.hf.speech.Speech``). One for all victims.
         name: for tables.
         optimiser: along gradients, or ``Squares()`` without.
     """
 
-    head: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor] | Answers
     name: str = "answer"
-    optimiser: Optimiser = field(default_factory=Ascent)
+    optimiser: Optimiser = field(default_factory=lambda: Ascent(momentum=0.75))
 
     def objective(self, victims: Sequence[Victim], aims: Tensor, stream: Stream, sign: int) -> Objective:
-        """The log-probability of the classes that the head finds in ``aims`` (sign 1), or its opposite (sign -1)."""
-        wanted = [self.head(victim.see_plain(aims).embedding).argmax(-1, keepdim=True) for victim in victims]
+        """The log-probability of the answers that the plain model gives to ``aims`` (sign 1), or its opposite."""
+        said = [self._answers(victim) for victim in victims]
+        wanted = [
+            answers.given(victim.see_plain(aims).output, stream.keys)
+            for victim, answers in zip(victims, said, strict=True)
+        ]
 
         def climbed(images: Tensor, step: int, draw: int) -> Tensor:
             now = stream.at(step, draw)
             scores = [
-                self.head(victim.see(images, now.at("noise", i)).embedding).log_softmax(-1).gather(-1, classes)[:, 0]
-                for i, (victim, classes) in enumerate(zip(victims, wanted, strict=True))
+                answers.spoken(victim.see(images, now.at("noise", i)).output, given).likelihood()
+                for i, (victim, answers, given) in enumerate(zip(victims, said, wanted, strict=True))
             ]
             return sign * sum(scores[1:], scores[0]) / len(scores)
 
         return climbed
+
+    def _answers(self, victim: Victim) -> Answers:
+        return self.head if isinstance(self.head, Answers) else Classes(victim.call, self.head)

@@ -54,14 +54,7 @@ class Ball:
 
     def project(self, images: Tensor, centres: Tensor) -> Tensor:
         """(B, C, H, W) images -> those of the balls around ``centres``, in [0, 1], that are nearest by clipping."""
-        if self.norm == "linf":
-            return images.clamp((centres - self.eps).clamp(0, 1), (centres + self.eps).clamp(0, 1))
-        change = images - centres
-        length = change.flatten(1).double().norm(dim=1).view(-1, *[1] * (images.ndim - 1))
-        inside = self.eps * (1 - 1e-6)  # single precision rounds each of many pixels
-        shorter = change * (inside / length.clamp(min=inside)).to(change.dtype)
-        # Clipping to [0, 1] only shortens a change, for the centres are in [0, 1].
-        return (centres + shorter).clamp(0, 1)
+        return project(self.norm, self.eps, images, centres)
 
     def steepest(self, slope: Tensor) -> Tensor:
         """The gradient (B, C, H, W) of an objective -> the direction of length 1 in this norm that climbs fastest."""
@@ -69,3 +62,29 @@ class Ball:
             return slope.sign()
         length = slope.flatten(1).norm(dim=1).view(-1, *[1] * (slope.ndim - 1))
         return torch.where(length > 0, slope / length.where(length > 0, 1.0), 0.0)
+
+
+def project(norm: Norm, eps: float | Tensor, images: Tensor, centres: Tensor) -> Tensor:
+    """``Ball.project``, also with a radius for each image: eps is then (B, 1, 1, 1)."""
+    if norm == "linf":
+        return images.clamp((centres - eps).clamp(0, 1), (centres + eps).clamp(0, 1))
+    change = images - centres
+    length = change.flatten(1).double().norm(dim=1).view(-1, *[1] * (images.ndim - 1))
+    inside = torch.as_tensor(eps, dtype=length.dtype, device=length.device) * (1 - 1e-6)  # singles round many pixels
+    shorter = change * (inside / length.maximum(inside).clamp_min(1e-30)).to(change.dtype)
+    # Clipping to [0, 1] only shortens a change, for the centres are in [0, 1].
+    return (centres + shorter).clamp(0, 1)
+
+
+def radius(text: str, norm: Norm = "linf") -> float:
+    """A radius in [0, 1] pixel units, as people write it: ``"16/255"`` or ``"0.05"``.
+
+    Raises:
+        SettingError: it is none in this norm.
+    """
+    try:
+        over, _, under = text.partition("/")
+        value = float(over) / float(under or 1)  # a Fraction would write out the zeros of 1e999999999
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise SettingError(f"--eps is a number such as 16/255 or 0.05, got {text!r}.") from None
+    return Ball(norm, value).eps

@@ -29,6 +29,7 @@ class Search:
         step_size: length of a step in the ball's norm, [0, 1] pixel units; None is the optimiser's own choice.
         targeted: whether images shall become like their aims, or else unlike themselves.
         report: called after each step of a batch with the number of its images.
+        start: which start this is, from 0; others than the first are at random.
 
     Raises:
         SettingError: steps, draws or step_size out of range.
@@ -40,6 +41,7 @@ class Search:
     step_size: float | None = None
     targeted: bool = True
     report: Callable[[int], object] | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
         step_size = None if self.step_size is None else self.ball.length("step_size", self.step_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +11,14 @@ from torch import Tensor
 from fs_plugins import checks
 from fs_plugins.attacks.ball import Ball, Norm
 from fs_plugins.attacks.methods import attack_of
-from fs_plugins.attacks.protocols import Attack, Search
+from fs_plugins.attacks.protocols import Attack, Objective, Search
 from fs_plugins.attacks.victim import Attackable, Stream, victims
 from fs_plugins.errors import SettingError
 from fs_plugins.pictures import Picture
 from fs_plugins.vision import VisionCall
+
+JUDGED = 3
+"""Draws that several starts are compared by, beside those of a step."""
 
 
 def attack(
@@ -28,6 +32,7 @@ def attack(
     step_size: float | None = None,
     steps: int = 300,
     draws: int = 1,
+    restarts: int = 1,
     seed: int = 0,
     names: Sequence[object] | None = None,
     batch_size: int = 32,
@@ -59,10 +64,11 @@ def attack(
             of which it needs thousands, and it has no step_size.
         draws: every step averages over so many draws of noise and crops (EOT). For an adaptive attack, more is
             stronger.
+        restarts: how often each image is attacked, from a start of its own; the best of these is kept.
         seed: of crops, noise and random starts.
         names: a key for each image; its randomness follows from seed and key alone. Positions by default.
         batch_size: images at once; the result does not depend on it, up to rounding.
-        report: called with the number of images after each of their steps.
+        report: called with the number of images after each of their steps, of every start.
 
     Returns:
         (B, C, H, W) attacked images, in the ball and in [0, 1].
@@ -79,6 +85,7 @@ def attack(
     shown = several[0].call.batch("images", images)
     aims, sign = (shown, -1) if targets is None else (aims_of(several[0].call, targets, shown), 1)
     seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
+    restarts = checks.whole("restarts", restarts)
     keys = tuple(range(len(shown))) if names is None else tuple(names)
     if len(keys) != len(shown):
         raise SettingError(f"names must have a key for each of {len(shown)} images, got {len(keys)}.")
@@ -86,9 +93,25 @@ def attack(
     for first in range(0, len(shown), batch_size):
         part = slice(first, first + batch_size)
         stream = Stream((seed, *chosen.optimiser.marks), keys[part])
-        objective = chosen.objective(several, aims[part], stream, sign)
-        done.append(chosen.optimiser(objective, shown[part], search, stream))
+        found = []
+        for start in range(restarts):
+            own = stream.at("restart", start) if start else stream
+            objective = chosen.objective(several, aims[part], own, sign)
+            found.append(chosen.optimiser(objective, shown[part], replace(search, start=start), own))
+        if restarts > 1:
+            judged = chosen.objective(several, aims[part], stream.at("best"), sign)
+            done.append(_best(judged, found, search.draws))
+        else:
+            done += found
     return torch.cat(done) if done else shown
+
+
+@torch.no_grad()
+def _best(objective: Objective, found: Sequence[Tensor], draws: int) -> Tensor:
+    """Of several attacks on the same images (B, C, H, W) each image's best, by draws that none of them has seen."""
+    scores = [sum(objective(images, 0, draw) for draw in range(draws + JUDGED)) for images in found]
+    place = torch.stack(scores).argmax(0)  # type: ignore[arg-type]
+    return torch.stack(list(found))[place, torch.arange(len(place), device=place.device)]
 
 
 def aims_of(call: VisionCall, targets: Picture | Iterable[Picture], images: Tensor) -> Tensor:

@@ -49,11 +49,13 @@ class Seen:
         pooled: (B, P) one vector for the picture as a whole: the mean of the tokens that the model consumes, or the
             embedding where it consumes a pooled vector.
         tokens: (B, L, D) what stands for parts of the picture; None where the encoder shows none.
+        output: the encoder's whole output, as the model would be given it.
     """
 
     embedding: Tensor
     pooled: Tensor
     tokens: Tensor | None
+    output: Any = None
 
 
 class Victim:
@@ -102,10 +104,10 @@ class Victim:
         embedding = self.call.embed(wide)
         of_tokens = [readout for readout in self.call.readouts if readout.tokens != 0]
         if not of_tokens:
-            return Seen(embedding, embedding, _hidden(output))
+            return Seen(embedding, embedding, _hidden(output), output)
         # Not the class token, which CLIP pools: who consumes the others never reads it, and no mapper refines it.
         pooled = torch.cat([wide[readout.name].mean(1) for readout in of_tokens], dim=1)
-        return Seen(embedding, pooled, wide[of_tokens[0].name])
+        return Seen(embedding, pooled, wide[of_tokens[0].name], output)
 
 
 def opaque(call: VisionCall) -> str | None:

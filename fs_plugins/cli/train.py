@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.progress import TaskID
@@ -31,10 +32,12 @@ def _train(settings: Settings) -> None:
     needs("transformers")
     from fs_plugins.demo.scenes import Scenes
     from fs_plugins.hf.load import load_model, quieten
+    from fs_plugins.hf.speech import asked
     from fs_plugins.training.work import Work
 
     quieten()
-    work = Work.of(settings, lambda: load_model(settings.model, processor=settings.processor), scenes=Scenes)
+    load = partial(load_model, settings.model, processor=settings.processor)
+    work = Work.of(settings, load, scenes=Scenes, asking=asked)
     _say(work.crew, f"{len(work.pictures)} pictures to train on, {len(work.held)} held out.")
     if settings.dry_run:
         _dry_run(work)

@@ -226,11 +226,6 @@ def radius(text: str) -> float:
     Raises:
         SettingError: it is none.
     """
-    try:
-        over, _, under = text.partition("/")
-        value = float(over) / float(under or 1)  # a Fraction would write out the zeros of 1e999999999
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise SettingError(f"--eps is a number such as 16/255 or 0.05, got {text!r}.") from None
-    from fs_plugins.attacks import Ball  # not for the command's list of options
+    from fs_plugins.attacks.ball import radius as parsed  # not for the command's list of options
 
-    return Ball("linf", value).eps
+    return parsed(text)

@@ -157,11 +157,11 @@ def compare(
 
     ask(model, processor, [image], [question], max_new_tokens=1)  # the first call pays for warming up
     without = answer()
-    with enable(model, psm=psm, sigma=sigma, n0=n0, seed=seed, processor=_pixels(processor)) as handle:
+    with enable(model, psm=psm, sigma=sigma, n0=n0, seed=seed, processor=pixels_of(processor)) as handle:
         return Comparison(without, answer(), handle.status())
 
 
-def _pixels(processor: Any) -> PixelSpace | None:
+def pixels_of(processor: Any) -> PixelSpace | None:
     """Mean and std, if it says them; the resolution is for the encoder to say, whose weights may have been swapped."""
     if not hasattr(getattr(processor, "image_processor", processor), "image_mean"):
         return None
@@ -176,7 +176,7 @@ class Chat:
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.call = vision_call(model, processor=_pixels(processor))
+        self.call = vision_call(model, processor=pixels_of(processor))
         self.size = size_of(self.call)
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:

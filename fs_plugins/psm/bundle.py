@@ -10,7 +10,7 @@ import reprlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fs_plugins.errors import FSPluginsError, PSMError
+from fs_plugins.errors import FSPluginsError, PSMError, SettingError
 from fs_plugins.fields import Count, Number, Sigma, Whole
 from fs_plugins.files import atomically, real, replace, value, writing
 from fs_plugins.psm import card, hub
@@ -29,7 +29,7 @@ from fs_plugins.psm.diffusion import DiffusionPurifier
 from fs_plugins.psm.lora import LoRAPurifier
 from fs_plugins.psm.mapper import ResidualMapper
 from fs_plugins.psm.protocols import Mapper, Purifier
-from fs_plugins.psm.purifier import UNetPurifier
+from fs_plugins.psm.purifier import BottleneckPurifier, CascadePurifier, UNetPurifier
 from fs_plugins.sources import CONFIG_NAME, PSM_FILES, WEIGHTS_NAME, psm_folder, spare_weights, weights
 
 if TYPE_CHECKING:
@@ -45,6 +45,19 @@ class Part(_Strict):
 
     kind: str
     args: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def cascade(cls, parts: Sequence[Part]) -> Part:
+        """Several purifiers one after the other as one; a single one stays itself.
+
+        Raises:
+            SettingError: there is none.
+        """
+        if not parts:
+            raise SettingError("A cascade of purifiers has at least one; None leaves the purifier out.")
+        if len(parts) == 1:
+            return parts[0]
+        return cls(kind=CASCADE, args={"parts": [part.model_dump() for part in parts]})
 
 
 class ReadoutSpec(_Strict):
@@ -87,7 +100,8 @@ class PSMConfig(_Strict):
         """What the parts compute beside their weights, as JSON; where a file lies plays no part."""
         parts = self.model_dump(mode="json", include={"purifier", "readouts"})
         if self.purifier is not None:
-            parts["purifier"]["args"].pop("base", None)  # LoRA's; its digest is another argument
+            for one in (parts["purifier"], *parts["purifier"]["args"].get("parts", ())):
+                one["args"].pop("base", None)  # LoRA's; its digest is another argument
         return json.dumps(parts, sort_keys=True)
 
 
@@ -110,13 +124,23 @@ def plainly(device: str = "cpu") -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-_PURIFIERS: dict[str, type[nn.Module]] = {"unet": UNetPurifier, "diffusion": DiffusionPurifier, "lora": LoRAPurifier}
+CASCADE = "cascade"
+_PURIFIERS: dict[str, type[nn.Module]] = {
+    "unet": UNetPurifier,
+    "bottleneck": BottleneckPurifier,
+    "diffusion": DiffusionPurifier,
+    "lora": LoRAPurifier,
+}
+_COUNTED = (UNetPurifier, BottleneckPurifier, DiffusionPurifier, ResidualMapper)
+_LONGEST = 8
 _MAPPERS: dict[str, type[nn.Module]] = {"residual": ResidualMapper}
 _MOST_PARAMETERS = 1 << 30
 _MOST_CONFIG = 1 << 20
 
 
 def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Module:
+    if part.kind == CASCADE and known.keys() >= _PURIFIERS.keys():
+        return _cascade(part, known)
     if part.kind not in known:
         raise PSMError(
             f"No {what} of kind {part.kind!r} is known; known are {sorted(known)}. Is the plugin that provides it "
@@ -124,7 +148,7 @@ def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Modul
         )
     kind = known[part.kind]
     try:
-        if kind in (UNetPurifier, DiffusionPurifier, ResidualMapper):
+        if kind in _COUNTED:
             with torch.device("meta"):  # before memory is taken for it
                 count = sum(p.numel() for p in kind(**part.args).parameters())
             if count > _MOST_PARAMETERS:
@@ -139,6 +163,23 @@ def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Modul
         raise PSMError(
             f"The {what} {part.kind!r} does not take the arguments {reprlib.repr(part.args)}: {error}."
         ) from error
+
+
+def _cascade(part: Part, known: dict[str, type[nn.Module]]) -> nn.Module:
+    """Several purifiers one after the other, of any kinds but this one."""
+    given = part.args.get("parts")
+    try:
+        if part.args.keys() != {"parts"} or not isinstance(given, list) or not 1 <= len(given) <= _LONGEST:
+            raise ValueError
+        parts = [Part.model_validate(one) for one in given]
+    except ValueError:
+        raise PSMError(
+            f"A cascade of purifiers has one argument, parts: a list of one to {_LONGEST} purifiers, each with kind "
+            f"and args; got {reprlib.repr(part.args)}."
+        ) from None
+    if any(one.kind == CASCADE for one in parts):
+        raise PSMError("A cascade of purifiers holds no other cascade; list all its purifiers in one.")
+    return CascadePurifier(_build(one, known, "purifier") for one in parts)
 
 
 class PSM(nn.Module):

@@ -1,6 +1,7 @@
 """Purifiers: (N, 3, H, W) noisy images and sigma -> images, all in [0, 1] pixel units.
 
-``UNetPurifier`` is the light U-Net denoiser of the paper (appendix S.9.2), of any width.
+``UNetPurifier`` is the light U-Net denoiser of the paper (appendix S.9.2), of any width. ``BottleneckPurifier`` paints
+pictures anew from a short code, ``CascadePurifier`` lets several purifiers see one after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ MOST_MULTIPLE = 256
 """Images are padded to multiples of a side: a small file must not make large pictures of small ones."""
 
 
-def unet_class() -> Any:
-    """diffusers' ``UNet2DModel``, also beside a torch for which torchvision was not built.
+def diffusers_class(name: str) -> Any:
+    """A class of diffusers, also beside a torch for which torchvision was not built.
 
     Raises:
         PSMError: diffusers cannot be imported.
@@ -32,10 +33,16 @@ def unet_class() -> Any:
     from fs_plugins import torchvision_schemas  # noqa: F401  (diffusers imports torchvision)
 
     try:
-        from diffusers import UNet2DModel
+        import diffusers
+
+        return getattr(diffusers, name)
     except (ImportError, RuntimeError) as error:  # the second is what diffusers makes of a fault in what it imports
         raise PSMError(f"diffusers, of which it is made, cannot be imported: {error}") from error
-    return UNet2DModel
+
+
+def unet_class() -> Any:
+    """diffusers' ``UNet2DModel``; see ``diffusers_class``."""
+    return diffusers_class("UNet2DModel")
 
 
 def widths(name: str, given: Iterable[int], group: int) -> tuple[int, ...]:
@@ -166,9 +173,7 @@ class UNetPurifier(nn.Module):
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) noisy images (unclamped) -> (N, 3, H, W) purified images, clamped to [0, 1] in eval mode."""
         height, width = images.shape[-2:]
-        pad = (0, -width % self.multiple, 0, -height % self.multiple)
-        padded = F.pad(images, pad, mode="replicate") if any(pad) else images
-        level = torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images))
+        padded, level = _padded(images, self.multiple), _level(images, sigma)
         clean = (self._changed if self.basis is None else self._painted)(padded, level)[..., :height, :width]
         return clean if self.training else clean.clamp(0, 1)
 
@@ -187,6 +192,92 @@ class UNetPurifier(nn.Module):
         said = self._said(seen * there.rsqrt(), level).to(seen.dtype)
         clean = seen * known.square() / there + noise * known * there.rsqrt() * said
         return 0.5 + F.pixel_shuffle(_turned(clean, self.basis.t()), self.unshuffle)
+
+
+class BottleneckPurifier(nn.Module):
+    """Paints the picture anew from a short code (diffusers' ``AutoencoderKL``, its mean): what the code does not hold
+    does not pass, whatever an attacker adds. For images of any size.
+
+    Args:
+        channels: widths from the finest to the coarsest level.
+        latent: numbers of the code at each place of the coarsest level.
+        layers: residual blocks a level; of the painting half one more.
+        unshuffle: side of the pixel blocks folded into channels first.
+        attention: self-attention in the middle block.
+
+    Raises:
+        SettingError: sizes that no such net has, or a net that pads images to multiples beyond ``MOST_MULTIPLE``.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, ...] = (64, 128, 128),
+        latent: int = 8,
+        layers: int = 1,
+        unshuffle: int = 4,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        channels = widths("BottleneckPurifier.channels", channels, 8)
+        layers, unshuffle = depth("BottleneckPurifier.layers", layers), whole("BottleneckPurifier.unshuffle", unshuffle)
+        latent = whole("BottleneckPurifier.latent", latent)
+        if not isinstance(attention, bool):
+            raise SettingError(f"BottleneckPurifier.attention must be true or false, got {attention!r}.")
+        check_multiple(len(channels), unshuffle)
+        self.unshuffle = unshuffle
+        self.multiple = unshuffle * 2 ** (len(channels) - 1)
+        folded = 3 * unshuffle**2
+        net: Any = diffusers_class("AutoencoderKL")(
+            in_channels=folded + 1,  # the noise level
+            out_channels=folded,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            latent_channels=latent,
+            norm_num_groups=8,
+            mid_block_add_attention=attention,
+        )
+        self.net: Any = net
+
+    def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
+        """(N, 3, H, W) noisy images (unclamped) -> (N, 3, H, W) purified images, clamped to [0, 1] in eval mode."""
+        height, width = images.shape[-2:]
+        folded = F.pixel_unshuffle(_padded(images, self.multiple) - 0.5, self.unshuffle)
+        level = _level(images, sigma).view(-1, 1, 1, 1).expand(-1, 1, *folded.shape[-2:])
+        code = self.net.encode(torch.cat([folded, level], 1)).latent_dist.mean
+        clean = 0.5 + F.pixel_shuffle(self.net.decode(code).sample, self.unshuffle)[..., :height, :width]
+        return clean if self.training else clean.clamp(0, 1)
+
+
+class CascadePurifier(nn.Module):
+    """Several purifiers, each of which sees what the one before made, and is told the same noise level.
+
+    Args:
+        parts: the purifiers, the first one first.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
+        """(N, 3, H, W) noisy images -> (N, 3, H, W) purified images."""
+        for part in self.parts:
+            images = part(images, sigma)
+        return images
+
+
+def _padded(images: Tensor, multiple: int) -> Tensor:
+    height, width = images.shape[-2:]
+    pad = (0, -width % multiple, 0, -height % multiple)
+    return F.pad(images, pad, mode="replicate") if any(pad) else images
+
+
+def _level(images: Tensor, sigma: float | Tensor) -> Tensor:
+    """(N,) the noise level of each image."""
+    return torch.as_tensor(sigma, dtype=images.dtype, device=images.device).expand(len(images))
 
 
 def _positive(spectrum: Iterable[float], count: int) -> Tensor:

@@ -1,3 +1,4 @@
+from .config import Adversary as Adversary
 from .config import Stage as Stage
 from .config import TrainingConfig as TrainingConfig
 from .data import ImageFolder as ImageFolder

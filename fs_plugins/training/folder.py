@@ -33,7 +33,8 @@ HELD_OUT = "held-out.txt"
 DONE = "done"
 """In a checkpoint, the stage after the last."""
 COLUMNS = ("stage", "step", "lr", "sigma", "l_diff", "l_rb", "l_mse", "l_stats", "l_id", "score")
-_HEADING = ",".join(COLUMNS).encode()
+ATTACKED = ("l_adv", "l_pull", "l_say")
+"""Columns more, of trainings that have an adversarial stage."""
 
 
 class TrainingFolder:
@@ -65,6 +66,7 @@ class TrainingFolder:
         self.save_every, self.log_every, self.held = save_every, log_every, held
         self._writer: Any = _tensorboard() if tensorboard else None
         self._board: Any = None
+        self._columns: tuple[str, ...] = COLUMNS
         self._lock, self._users, self._owned = ExitStack(), 0, False
 
     @property
@@ -148,10 +150,11 @@ class TrainingFolder:
         """
         kept.hold(self.path / SETTINGS, settings, "a training")
         self._before = dict(zip([*stages, DONE], accumulate(stages.values(), initial=0), strict=True))
+        self._columns = (*COLUMNS, *ATTACKED) if "adversarial" in stages else COLUMNS
         now = self._before[stage] + step
         if not self.finished:  # then it is as it shall be
             lines = self._log_until(now)
-            if log is not None and len(lines) > 1 and _digest(lines) != log:
+            if log is not None and len(lines) > 1 and self._digest(lines) != log:
                 raise self._damaged("it is not what it was when the checkpoint was written")
             files.replace(self.path / LOG, b"".join(line + b"\n" for line in lines))
         if self._writer is not None:
@@ -161,7 +164,9 @@ class TrainingFolder:
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append a row."""
         with files.writing(self.path / LOG), (self.path / LOG).open("ab") as file:
-            file.write(_lines([{"stage": stage, "step": step, **{name: f"{v:.6g}" for name, v in values.items()}}]))
+            file.write(
+                self._lines([{"stage": stage, "step": step, **{name: f"{v:.6g}" for name, v in values.items()}}])
+            )
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{stage}/{name}", value, self._before[stage] + step)
@@ -169,18 +174,33 @@ class TrainingFolder:
 
     def _log_until(self, now: int) -> list[bytes]:
         """The log's lines, heading and all, up to so many steps of all stages."""
-        heading, *rows = kept.whole_lines(self.path / LOG) or [_HEADING]
-        if heading != _HEADING:
+        heading, *rows = kept.whole_lines(self.path / LOG) or [self._heading]
+        if heading != self._heading:
             raise self._damaged("line 1 has no or other columns")
         lines = [heading]
         for number, row in enumerate(rows, start=2):
             stage, _, rest = row.decode("ascii", "replace").partition(",")
             step, *values = rest.split(",")
-            if stage not in self._before or not re.fullmatch("[0-9]{1,18}", step) or len(values) != len(COLUMNS) - 2:
+            if (
+                stage not in self._before
+                or not re.fullmatch("[0-9]{1,18}", step)
+                or len(values) != len(self._columns) - 2
+            ):
                 raise self._damaged(f"line {number} is no row of this training")
             if self._before[stage] + int(step) <= now:
                 lines.append(row)
         return lines
+
+    @property
+    def _heading(self) -> bytes:
+        return ",".join(self._columns).encode()
+
+    def _digest(self, log: list[bytes]) -> str:
+        """Of a log's lines; rows after a checkpoint are no part of what it knows."""
+        return hashlib.sha256(b"\n".join(log or [self._heading])).hexdigest()
+
+    def _lines(self, rows: list[dict[str, Any]]) -> bytes:
+        return "".join(",".join(str(row.get(name) or "") for name in self._columns) + "\n" for row in rows).encode()
 
     def _damaged(self, why: str) -> SettingError:
         return SettingError(
@@ -190,7 +210,7 @@ class TrainingFolder:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        whole = {**state, "log": _digest(kept.whole_lines(self.path / LOG))}
+        whole = {**state, "log": self._digest(kept.whole_lines(self.path / LOG))}
 
         def write(file: IO[bytes]) -> None:
             torch.save(whole, file)
@@ -215,12 +235,3 @@ def _tensorboard() -> Any:
     except ImportError:
         raise SettingError("There is no TensorBoard here: pip install tensorboard, or leave it out.") from None
     return SummaryWriter
-
-
-def _digest(log: list[bytes]) -> str:
-    """Of a log's lines; rows after a checkpoint are no part of what it knows."""
-    return hashlib.sha256(b"\n".join(log or [_HEADING])).hexdigest()
-
-
-def _lines(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(",".join(str(row.get(name) or "") for name in COLUMNS) + "\n" for row in rows).encode()

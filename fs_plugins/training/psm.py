@@ -1,18 +1,21 @@
-"""Train a PSM for any vision call: the purifier first, then the mapper with the purifier frozen (Algorithm 1)."""
+"""Train a PSM for any vision call: the purifier first, then the mapper with the purifier frozen (Algorithm 1), then, if
+wanted, both against an attacker who knows of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fs_plugins.answers import Answers
 from fs_plugins.checks import recording, whole
 from fs_plugins.choice import Smoothable, check_pixels
 from fs_plugins.errors import ModelError, SettingError
@@ -21,6 +24,7 @@ from fs_plugins.pictures import Picture, channels_first, check_unit
 from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
 from fs_plugins.psm.bundle import plainly
+from fs_plugins.psm.purifier import CascadePurifier
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.crew import Alone, Crew
@@ -41,6 +45,7 @@ def train_psm(
     name: str,
     encoder: str,
     start: PSM | None = None,
+    answers: Sequence[Answers] = (),
     report: Report | None = None,
     out: str | os.PathLike[str] | TrainingFolder | None = None,
     accelerator: Crew | None = None,
@@ -56,7 +61,11 @@ def train_psm(
             size, all at the one size that the PSM is to serve.
         config: see TrainingConfig.
         name, encoder: written into the PSM's configuration.
-        start: a PSM whose purifier the training goes on from; with ``purifier_stage.steps = 0`` it is taken as it is.
+        start: a PSM whose purifier the training goes on from, also as each part of a cascade that is such a one; with
+            ``purifier_stage.steps = 0`` it is taken as it is. With ``mapper_stage.steps = 0`` so are its mappers, where
+            they are for the same readouts.
+        answers: ways to ask the model, such as ``fs_plugins.hf.speech.Speech``; the adversarial stage holds what it
+            says, one of them a step. Without any it holds features alone.
         report: called after each step.
         out: a folder for checkpoints and a log. A training that was stopped, at whatever moment, goes on from it to the
             same result; the finished PSM is for the caller to save.
@@ -78,11 +87,11 @@ def train_psm(
     with (
         torch.enable_grad(),
         own_random(device, config.seed),
-        _frozen(call),
+        _frozen(call, answers),
         folder.using() if folder else nullcontext(),
     ):
         psm = _initial(call, images, config, size, name, encoder, start).to(device)
-        settings = {
+        settings: dict[str, Any] = {
             "name": name,
             "encoder": encoder,
             "weights": list(fingerprint(call.module)),
@@ -93,12 +102,14 @@ def train_psm(
             "precision": {"no": "fp32"}.get(crew.mixed_precision, crew.mixed_precision),
             "config": config.as_json(),
         }
+        if config.adversarial is not None:
+            settings["asked"] = [str(one) for one in answers]
         kept = _resumed(folder, settings, crew) if folder else None
         if kept:
             psm.load_state_dict(kept["psm"])
         crew.wait_for_everyone()  # before one of them writes, all have read
         writes = folder if crew.is_main_process else None
-        _Stages(psm, call, images, config, crew, workers, writes, report).run(kept, settings)
+        _Stages(psm, call, images, config, crew, workers, writes, report, tuple(answers)).run(kept, settings)
     return psm.eval().requires_grad_(False)
 
 
@@ -122,6 +133,7 @@ class _Stages:
     workers: int
     folder: TrainingFolder | None
     report: Report | None
+    answers: tuple[Answers, ...]
 
     def run(self, kept: dict[str, Any] | None, settings: Mapping[str, Any]) -> None:
         names = [*self.config.stages, DONE]
@@ -142,7 +154,15 @@ class _Stages:
 
     def _stage(self, name: str, kept: dict[str, Any] | None) -> None:
         work = Optimisation(
-            name, self.psm, self.call, self.images, self.config, self.crew, kept=kept, workers=self.workers
+            name,
+            self.psm,
+            self.call,
+            self.images,
+            self.config,
+            self.crew,
+            kept=kept,
+            workers=self.workers,
+            answers=self.answers,
         )
         while work.done < work.stage.steps:
             row = {"lr": work.stage.rate(work.done), "sigma": work.sigma()}
@@ -255,7 +275,7 @@ def _initial(
         sigma=config.sigma,
         sigma_range=config.sigmas,
         image_size=size,
-        purifier=config.purifier,
+        purifier=config.purifying,
         readouts=tuple(
             ReadoutSpec(name=readout, width=width, tokens=tokens, mapper=_sized(config.mapper, width))
             for readout, (tokens, width) in readouts.items()
@@ -267,10 +287,28 @@ def _initial(
     with plainly():
         psm = PSM(made_for, **plugin_parts())
     if start is not None:
-        if config.purifier != start.config.purifier or psm.purifier is None or start.purifier is None:
+        places = _places(psm, start)
+        if not places or start.purifier is None:
             raise SettingError(f"start has purifier {start.config.purifier}, the configuration {config.purifier}.")
-        psm.purifier.load_state_dict(start.purifier.state_dict())
+        for place in places:
+            place.load_state_dict(start.purifier.state_dict())
+        if not config.mapper_stage.steps and start.config.readouts == psm.config.readouts:
+            psm.mappers.load_state_dict(start.mappers.state_dict())
     return psm
+
+
+def _places(psm: PSM, start: PSM) -> list[nn.Module]:
+    """Where the weights of another PSM's purifier fit: the purifier, or parts of a cascade that are such a one."""
+    part = psm.config.purifier
+    if part is None or psm.purifier is None:
+        return []
+    if part == start.config.purifier:
+        return [psm.purifier]
+    own = start.config.purifier and start.config.purifier.model_dump()
+    if not isinstance(psm.purifier, CascadePurifier):
+        return []
+    pairs = zip(psm.purifier.parts, part.args["parts"], strict=True)
+    return [place for place, one in pairs if one == own]
 
 
 def _sized(mapper: Part, width: int) -> Part:
@@ -290,7 +328,7 @@ def _keep(
     last = work.done == work.stage.steps
     if last or work.done % folder.log_every == 0:
         if folder.held is not None:
-            served = psm if work.name == "mapper" else _without_mappers(psm)
+            served = _without_mappers(psm) if work.name == "purifier" else psm
             with work.as_served():
                 score["score"] = robustness_score(call, served, folder.held.to(work.device), config.sigma)
         folder.log(work.name, work.done, row | score)
@@ -315,11 +353,14 @@ def _digest(images: Pictures) -> str:
 
 
 @contextmanager
-def _frozen(call: VisionCall) -> Iterator[None]:
-    """The encoder and what its features are embedded by, in eval mode, without parameter gradients; all is put back."""
-    modes = {m: m.training for module in call.modules for m in module.modules()}
-    wanted = {p: p.requires_grad for module in call.modules for p in module.parameters()}
-    for module in call.modules:
+def _frozen(call: VisionCall, answers: Sequence[Answers]) -> Iterator[None]:
+    """The encoder, and what its features are embedded and answers are made by, in eval mode, without parameter
+    gradients; all is put back.
+    """
+    held = (*call.modules, *(module for one in answers for module in one.modules))
+    modes = {m: m.training for module in held for m in module.modules()}
+    wanted = {p: p.requires_grad for module in held for p in module.parameters()}
+    for module in held:
         module.eval().requires_grad_(False)
     try:
         yield

@@ -10,6 +10,7 @@ from fs_plugins.files import real, spelled
 from fs_plugins.settings import knob
 
 _DATA, _PARTS, _STAGES, _RUN, _REPORT, _HUB = "Data", "Parts", "Stages", "Run", "Report", "Hub"
+_ADVERSARIAL = "Adversarial stage"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,14 @@ class Settings:
     sigma_range: tuple[float, float] | None = knob(
         None, "Lowest and highest level to train for; left out, --sigma alone.", panel=_PARTS
     )
-    purifier: str = knob("unet", "unet, unet-paper, diffusion, none, or a plugin's kind.", panel=_PARTS)
-    purifier_args: str = knob("{}", "Its arguments, such as '{\"channels\": [32, 64]}'.", panel=_PARTS)
+    purifier: str = knob(
+        "unet",
+        "unet, unet-paper, bottleneck, diffusion, none, or a plugin's kind; several, with commas, are a cascade.",
+        panel=_PARTS,
+    )
+    purifier_args: str = knob(
+        "{}", "Its arguments, such as '{\"channels\": [32, 64]}'; of a cascade, a list of them.", panel=_PARTS
+    )
     purifier_weights: Path | None = knob(
         None, "diffusion: the public checkpoint, 256x256_diffusion_uncond.pt.", panel=_PARTS
     )
@@ -58,6 +65,27 @@ class Settings:
     lambda2: float = knob(0.25, "Purifier: weight of l_mse.", panel=_STAGES)
     lambda3: float = knob(100.0, "Mapper: weight of l_stats.", panel=_STAGES)
     lambda4: float = knob(0.25, "Mapper: weight of l_id.", panel=_STAGES)
+    adversarial: bool = knob(
+        False, "A last stage: all parts against an attacker who knows of them.", panel=_ADVERSARIAL
+    )
+    adversarial_steps: int = knob(6_000, "Its steps, a batch each.", panel=_ADVERSARIAL)
+    adversarial_lr: float = knob(5e-4, "Its learning rate.", panel=_ADVERSARIAL)
+    passes: int = knob(4, "Of the attack, a batch.", panel=_ADVERSARIAL)
+    update_every: int = knob(1, "Passes an update of the weights.", panel=_ADVERSARIAL)
+    norm: str = knob("linf", "Of the attack: linf or l2.", panel=_ADVERSARIAL)
+    eps: str = knob("16/255", "Its largest radius, in [0, 1] pixels.", panel=_ADVERSARIAL)
+    ramp: float = knob(0.15, "Share of its steps in which the radius grows.", panel=_ADVERSARIAL)
+    targeted: float = knob(0.0, "Share of pictures that are pulled towards others.", panel=_ADVERSARIAL)
+    ask: str | None = knob(
+        None, "Questions to the model, with | between them, whose answers shall stay.", panel=_ADVERSARIAL
+    )
+    classes: str | None = knob(
+        None, "Class names, with commas between them, whose zero-shot scores shall stay.", panel=_ADVERSARIAL
+    )
+    prompt: str = knob("a photo of a {}", "What a class is called in a sentence.", panel=_ADVERSARIAL)
+    lambda_adv: float = knob(0.5, "Weight of l_adv, of features.", panel=_ADVERSARIAL)
+    lambda_say: float = knob(1.0, "Weight of l_say, of answers.", panel=_ADVERSARIAL)
+    lambda_pixels: float = knob(0.02, "Weight of l_mse there.", panel=_ADVERSARIAL)
     precision: str = knob("fp32", "fp32, bf16 or fp16.", panel=_RUN)
     seed: int = knob(0, "Of weights, order, crops and noise.", panel=_RUN)
     save_every: int = knob(500, "Steps between checkpoints.", panel=_RUN)

@@ -1,15 +1,18 @@
-"""The two stages as modules that compute their losses, and the optimisation that both share."""
+"""The stages as modules that compute their losses, and the optimisation that they share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fs_plugins.answers import Answers, Spoken
+from fs_plugins.attacks.ball import Ball, project
 from fs_plugins.errors import SettingError
 from fs_plugins.noise import keyed, normal, uniform
 from fs_plugins.psm import PSM
@@ -74,15 +77,88 @@ class MapperTerms(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What attacked pictures are held to: all of the plain model, on the clean ones.
+
+    Args:
+        embedded: (B, E).
+        answers, given, spoken: how the model is asked, what it answers, and what it would say in the answers' places;
+            None where it cannot be asked.
+    """
+
+    embedded: Tensor
+    answers: Answers | None = None
+    given: Any = None
+    spoken: Spoken | None = None
+
+
+class AdversarialTerms(nn.Module):
+    """Of attacked pictures, against the clean ones: l_adv (of features), l_mse (of purified pixels), l_say (of answers,
+    where the model can be asked) and, where some are pulled towards other pictures, l_pull.
+    """
+
+    def __init__(self, psm: PSM, call: VisionCall, processes: int) -> None:
+        super().__init__()
+        self.psm = psm
+        self.road = FeatureSmoother(call, psm=psm, sigma=psm.config.sigma)
+
+    @torch.no_grad()
+    def reference(self, clean: Tensor, answers: Answers | None) -> Reference:
+        """What the plain model makes of (B, C, H, W) images in [0, 1]."""
+        call = self.road.call
+        output = call.look(clean)
+        embedded = call.embed({name: value.float() for name, value in call.features(output).items()})
+        if answers is None:
+            return Reference(embedded)
+        given = answers.given(output, range(len(clean)))
+        return Reference(embedded, answers, given, answers.spoken(output, given))
+
+    def forward(
+        self, shown: Tensor, clean: Tensor, noise: Tensor, sigma: float, held: Reference, pulled: Tensor
+    ) -> Terms:
+        """(B, C, H, W) attacked and clean images in [0, 1], standard normal noise, (B,) 1 where pulled -> the terms."""
+        call = self.road.call
+        purified = self.road.views(shown, noise, sigma)
+        output = call.look(purified)
+        mapped = self.road.mapped(call.features(output), sigma)
+        embedded = call.embed(mapped)
+        terms = {
+            "l_adv": losses.consistency(embedded, held.embedded),
+            "l_mse": losses.reconstruction(purified, clean),
+        }
+        if bool(pulled.any()):
+            other = torch.cosine_similarity(embedded, held.embedded.roll(1, 0), dim=-1)
+            terms["l_pull"] = (pulled * other).mean()
+        if held.answers is not None and held.spoken is not None:
+            for readout in call.readouts:
+                output = readout.put(output, mapped[readout.name].to(readout.get(output).dtype))
+            terms["l_say"] = held.answers.spoken(output, held.given).divergence(held.spoken).mean()
+        return terms
+
+
+def trained(psm: PSM, stage: str) -> nn.Module:
+    """What a stage trains."""
+    if stage == "adversarial":
+        return psm
+    found = psm.purifier if stage == "purifier" else psm.mappers
+    assert found is not None
+    return found
+
+
+_TERMS = {"purifier": PurifierTerms, "mapper": MapperTerms, "adversarial": AdversarialTerms}
+
+
 class Optimisation:
     """One stage, step by step, from its start or from a checkpoint.
 
     Args:
-        name: "purifier" or "mapper".
+        name: "purifier", "mapper" or "adversarial".
         psm: holds what is trained; of its part, the weights in its state (an adapter's, say, not its base's).
         crew: the processes that train together.
         kept: what ``state`` returned in an earlier life.
         workers: threads that load images and draw noise.
+        answers: of the model, for the adversarial stage, which asks one a step.
     """
 
     def __init__(
@@ -96,11 +172,13 @@ class Optimisation:
         *,
         kept: dict[str, Any] | None = None,
         workers: int = 1,
+        answers: Sequence[Answers] = (),
     ) -> None:
+        self.answers = answers
         self.name, self.config, self.crew = name, config, crew
         self.stage = config.stages[name]
         self.done: int = kept["step"] if kept else 0
-        self.module: Any = getattr(psm, "purifier" if name == "purifier" else "mappers")
+        self.module: Any = trained(psm, name)
         own = self.module.state_dict()
         self.trained = {key: value for key, value in self.module.named_parameters() if key in own}
         for parameter in self.trained.values():
@@ -116,7 +194,8 @@ class Optimisation:
                 value.copy_(kept["average"][key])
             if crew.scaler is not None:
                 crew.scaler.load_state_dict(kept["scaler"])
-        terms = (PurifierTerms if name == "purifier" else MapperTerms)(psm, call, crew.num_processes)
+        terms = _TERMS[name](psm, call, crew.num_processes)
+        self.own: Any = terms
         self.terms, self.optimizer = crew.prepare(terms, optimizer)
         self.device = next(iter(self.trained.values())).device
         self.batches = batches(
@@ -142,15 +221,20 @@ class Optimisation:
         """One step of the optimiser.
 
         Returns:
-            the loss terms, averaged over the step's images in all processes.
+            the loss terms, averaged over the step's images in all processes; of attacked ones, those of the last pass.
 
         Raises:
             SettingError: a loss is not finite.
         """
-        stage, crew, sigma = self.stage, self.crew, self.sigma()
-        _seed(self.device, self.config.seed, self.name, self.done, crew.process_index)  # for plugins that have dropout
+        _seed(self.device, self.config.seed, self.name, self.done, self.crew.process_index)  # for plugins' dropout
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate(self.done)
+            group["lr"] = self.stage.rate(self.done)
+        told = self._attacked() if self.name == "adversarial" else self._accumulated()
+        self.done += 1
+        return told
+
+    def _accumulated(self) -> dict[str, float]:
+        stage, crew, sigma = self.stage, self.crew, self.sigma()
         weights = self.config.weights(self.name)
         told: dict[str, Tensor] = {}
         for forward in range(stage.accumulate):
@@ -161,20 +245,67 @@ class Optimisation:
                 crew.backward(sum(weights[name] * value for name, value in terms.items()) / stage.accumulate)
             for name, value in terms.items():
                 told[name] = told.get(name, 0) + value.detach().float() / stage.accumulate
-        values = dict(zip(told, crew.reduce(torch.stack(list(told.values())), "mean").tolist(), strict=True))
+        values = self._told(told)
+        self._update()
+        return values
+
+    def _attacked(self) -> dict[str, float]:
+        """One batch: the attack moves at every pass, the weights at every ``update_every``-th."""
+        adversary, sigma, weights = self.config.adversarial, self.sigma(), self.config.weights(self.name)
+        assert adversary is not None
+        clean, noise, level = (value.to(self.device) for value in next(self.batches))
+        marks = (self.config.seed, self.name, self.done)
+        asked = None
+        if self.answers:
+            asked = self.answers[int(len(self.answers) * uniform(keyed(*marks, "question")).item())]
+        held = self.own.reference(clean, asked)
+        pulled = (uniform(keyed(*marks, self.crew.process_index, "aims"), (len(clean),)) < adversary.targeted).to(clean)
+        radii = adversary.radii(self.done / self.stage.steps, level).to(clean).view(-1, 1, 1, 1)
+        towards = Ball(adversary.norm).steepest
+        off = normal(keyed(*marks, self.crew.process_index, "start"), clean.shape).to(clean)
+        shown = project(adversary.norm, radii, clean + radii * towards(off), clean)
+        told: dict[str, Tensor] = {}
+        for turn in range(self.stage.draws):
+            learns = turn % adversary.update_every == adversary.update_every - 1
+            shown = shown.detach().requires_grad_(True)
+            with nullcontext() if learns else self.crew.no_sync(self.terms):
+                terms = self.terms(shown, clean, noise[:, turn], sigma, held, pulled)
+                loss = sum((weights[name] * value for name, value in terms.items()), clean.new_zeros(()))
+                if learns:
+                    self.crew.backward(loss)
+                    slope = shown.grad
+                else:
+                    scaled = loss if self.crew.scaler is None else self.crew.scaler.scale(loss)
+                    (slope,) = torch.autograd.grad(scaled, shown)
+            assert slope is not None
+            with torch.no_grad():
+                shown = project(adversary.norm, radii, shown + adversary.step_size * radii * towards(slope), clean)
+            told = {name: value.detach().float() for name, value in terms.items()}
+            if learns:
+                self._update()
+        return self._told(told)
+
+    def _told(self, told: dict[str, Tensor]) -> dict[str, float]:
+        """The terms' means over all processes.
+
+        Raises:
+            SettingError: one is not finite.
+        """
+        values = dict(zip(told, self.crew.reduce(torch.stack(list(told.values())), "mean").tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             raise SettingError(
                 f"Step {self.done + 1} of the {self.name}'s training gave a loss that is not finite ({values}). Lower "
                 "its learning rate, or train in fp32."
             )
-        crew.clip_grad_norm_(self.trained.values(), 1.0)
+        return values
+
+    def _update(self) -> None:
+        self.crew.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.done += 1
         with torch.no_grad():
             for key, value in self.average.items():
                 value.lerp_(self.trained[key], 1 - (self.decay or 0.0))
-        return values
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, beside the PSM's weights."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from fs_plugins import files
+from fs_plugins.attacks.ball import Norm, radius
 from fs_plugins.choice import named_psm
 from fs_plugins.errors import SettingError
 from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
-from fs_plugins.training.config import Stage, TrainingConfig
+from fs_plugins.training.config import Adversary, Stage, TrainingConfig
 from fs_plugins.training.settings import Settings
 
 SCRATCH, FINE = 1e-3, 5e-5
@@ -32,15 +36,33 @@ def configured(settings: Settings) -> tuple[TrainingConfig, PSM | None]:
         sigma_range=settings.sigma_range,
         purifier=purifier,
         mapper=None if settings.mapper == "none" else _part(settings.mapper, settings.mapper_args, "--mapper-args"),
+        adversarial=_adversary(settings) if settings.adversarial else None,
         purifier_stage=_stage(settings, settings.steps, lr, settings.ema or None),
         mapper_stage=_stage(settings, settings.mapper_steps, settings.mapper_lr, None),
         lambda1=settings.lambda1,
         lambda2=settings.lambda2,
         lambda3=settings.lambda3,
         lambda4=settings.lambda4,
+        adversarial_stage=replace(
+            _stage(settings, settings.adversarial_steps, settings.adversarial_lr, settings.ema or None),
+            draws=settings.passes,
+        ),
+        lambda_adv=settings.lambda_adv,
+        lambda_say=settings.lambda_say,
+        lambda_pixels=settings.lambda_pixels,
         seed=settings.seed,
         augment=settings.augment,
     ), start
+
+
+def _adversary(settings: Settings) -> Adversary:
+    return Adversary(
+        norm=cast(Norm, settings.norm),
+        eps=radius(settings.eps, cast(Norm, settings.norm)),
+        ramp=settings.ramp,
+        targeted=settings.targeted,
+        update_every=settings.update_every,
+    )
 
 
 def _stage(settings: Settings, steps: int, lr: float, ema: float | None) -> Stage:
@@ -64,13 +86,32 @@ def _purifier(settings: Settings) -> tuple[Part | None, PSM | None]:
         started = named_psm(settings.start)
         if started.config.purifier is None:
             raise SettingError(f"--start {settings.start} has no purifier to go on from.")
-        return started.config.purifier, started
+        part = started.config.purifier
+        if "," not in kind:
+            return part, started
+        if {one.strip() for one in kind.split(",")} != {part.kind}:
+            raise SettingError(f"--start {settings.start} has a purifier {part.kind}, --purifier says {kind}.")
+        return Part.cascade([part] * len(kind.split(","))), started
     if kind == "none":
         return None, None
+    if "," in kind:
+        return _cascade(kind.split(","), settings.purifier_args), None
     part = _part(kind, settings.purifier_args, "--purifier-args")
     if kind == "unet-paper":
         return Part(kind="unet", args={**PAPER_UNET, "channels": list(PAPER_UNET["channels"]), **part.args}), None
     return _diffusion(part, weights, lora) if kind == "diffusion" else (part, None)
+
+
+def _cascade(kinds: Sequence[str], text: str) -> Part:
+    """Several purifiers, each with its own arguments or all with none."""
+    every = _parsed(text, "--purifier-args")
+    if every == {}:
+        every = [{}] * len(kinds)
+    if not isinstance(every, list) or len(every) != len(kinds) or not all(isinstance(one, dict) for one in every):
+        raise SettingError(
+            f"--purifier-args of {len(kinds)} purifiers is a JSON list of {len(kinds)} objects, got {text}."
+        )
+    return Part.cascade([Part(kind=kind.strip(), args=args) for kind, args in zip(kinds, every, strict=True)])
 
 
 def _diffusion(part: Part, weights: Path | None, lora: int | None) -> tuple[Part, PSM | None]:
@@ -94,11 +135,15 @@ def _diffusion(part: Part, weights: Path | None, lora: int | None) -> tuple[Part
     return part, started
 
 
-def _part(kind: str, text: str, flag: str) -> Part:
+def _parsed(text: str, flag: str) -> object:
     try:
-        given = files.parsed(text)
+        return files.parsed(text)
     except ValueError as error:
         raise SettingError(f"{flag} is JSON, such as '{{\"channels\": [32, 64]}}'; {error}.") from None
+
+
+def _part(kind: str, text: str, flag: str) -> Part:
+    given = _parsed(text, flag)
     if not isinstance(given, dict):
         raise SettingError(f"{flag} is a JSON object, got {text}.")
     return Part(kind=kind, args=given)

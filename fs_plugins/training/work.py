@@ -10,14 +10,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fs_plugins import files
+from fs_plugins.answers import Answers
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import check as check_certifiable
 from fs_plugins.choice import Smoothable, choose
@@ -36,6 +38,7 @@ from fs_plugins.training.data import ImageFolder
 from fs_plugins.training.folder import HELD_OUT, SETTINGS, TrainingFolder
 from fs_plugins.training.psm import Report, check_trainable, train_psm
 from fs_plugins.training.settings import Settings
+from fs_plugins.training.stages import trained
 from fs_plugins.training.start import configured
 from fs_plugins.vision import VisionCall
 
@@ -44,6 +47,8 @@ MEASURED, WATCHED = 64, 16
 CERTIFICATES = "certificates"
 """What ``report`` calls the draws of certificates, after the stages' steps."""
 
+Asking = Callable[[Any, VisionCall, Settings], Sequence[Answers]]
+"""Ways to ask a model, with one vision call, that settings speak of."""
 Drawn = Callable[[int, tuple[int, int]], ImageFolder]
 """So many scenes at a size, (H, W), as pictures."""
 
@@ -57,6 +62,7 @@ class Work:
         call: the encoder, on the crew's device, in fp32.
         pictures, held: what is trained on, and what never is.
         config, start: as for ``train_psm``.
+        answers: of the model, for the adversarial stage.
         crew: the processes that train; see ``accelerate launch``.
         folder: where it is kept; None for what writes nothing.
     """
@@ -69,15 +75,25 @@ class Work:
     start: PSM | None
     crew: Crew
     folder: TrainingFolder | None
+    answers: tuple[Answers, ...] = ()
 
     @classmethod
-    def of(cls, settings: Settings, load: Callable[[], Smoothable], *, scenes: Drawn | None = None) -> Work:
+    def of(
+        cls,
+        settings: Settings,
+        load: Callable[[], Smoothable],
+        *,
+        scenes: Drawn | None = None,
+        asking: Asking | None = None,
+    ) -> Work:
         """Check everything that can be checked before anything is trained or written.
 
         Args:
             load: gives the model, in eval mode; called once the settings by themselves are known to be good. It is put
                 on a GPU where there is one, and its encoder in fp32.
             scenes: draws ``settings.scenes`` of the embedded world (``fs_plugins.demo.scenes.Scenes``).
+            asking: makes the model's answers that ``settings.ask`` and ``settings.classes`` speak of
+                (``fs_plugins.hf.speech.asked``).
 
         Raises:
             SettingError: a value out of range, settings or pictures that do not go together, or a missing package.
@@ -90,13 +106,16 @@ class Work:
             Repository(settings.push).check()
         trial = settings.dry_run or settings.ablate
         folder = None if trial else _folder(settings)
-        call = _certifiable(load(), settings)
+        model = load()
+        call = _certifiable(model, settings)
+        answers = _answers(model, call, settings, asking)
         pictures, held = _split(settings, _image_size(call, settings.size), scenes)
         if trial or not (settings.out / SETTINGS).exists():
             data.check(pictures, config, processes=crew.num_processes, workers=_threads(settings))
-        for module in call.modules:  # half precision would swallow gradients; a language model need not come along
+        # Half precision would swallow gradients; a language model comes along if it is asked.
+        for module in (*call.modules, *(module for one in answers for module in one.modules)):
             module.to(crew.device, torch.float32)
-        return cls(settings, call, pictures, held, config, start, crew, folder)
+        return cls(settings, call, pictures, held, config, start, crew, folder, answers)
 
     @cached_property
     def shown(self) -> Tensor:
@@ -141,6 +160,7 @@ def train_and_publish(
             name=settings.title,
             encoder=settings.encoder,
             start=work.start,
+            answers=work.answers,
             report=report if work.crew.is_main_process else None,
             out=folder,
             accelerator=work.crew,
@@ -232,6 +252,7 @@ def dry_run(work: Work, steps: int = 3) -> list[Cost]:
         work.config,
         purifier_stage=_short(work.config.purifier_stage, steps),
         mapper_stage=_short(work.config.mapper_stage, steps),
+        adversarial_stage=_short(work.config.adversarial_stage, steps),
     )
     marks: dict[str, list[float]] = {}
 
@@ -245,15 +266,14 @@ def dry_run(work: Work, steps: int = 3) -> list[Cost]:
         name="dry",
         encoder="dry",
         start=work.start,
+        answers=work.answers,
         report=mark,
         accelerator=work.crew,
         workers=work.workers,
     )
     costs = []
     for name, stage in work.config.stages.items():
-        trained = psm.purifier if name == "purifier" else psm.mappers
-        assert trained is not None
-        count = sum(value.numel() for value in trained.state_dict().values())
+        count = sum(value.numel() for value in trained(psm, name).state_dict().values())
         copies = 4 + (stage.ema is not None)
         seconds = (marks[name][-1] - marks[name][0]) / max(1, len(marks[name]) - 1)
         costs.append(Cost(name, count, 4 * copies * count, seconds, _loading(work, few, name), stage.steps))
@@ -280,6 +300,7 @@ def trials(work: Work, *, report: Report | None = None) -> Iterator[Trial]:
         work.config,
         report=report if work.crew.is_main_process else None,
         start=work.start,
+        answers=work.answers,
         accelerator=work.crew,
         workers=work.workers,
     )
@@ -307,6 +328,17 @@ def _certifiable(model: Smoothable, settings: Settings) -> VisionCall:
     check_certifiable(smoothers[0], {})
     check_trainable(smoothers[0].call)
     return smoothers[0].call
+
+
+def _answers(model: Smoothable, call: VisionCall, settings: Settings, asking: Asking | None) -> tuple[Answers, ...]:
+    """The ways to ask the model that settings speak of."""
+    if settings.ask is None and settings.classes is None:
+        return ()
+    if not settings.adversarial:
+        raise SettingError("--ask and --classes are for the adversarial stage: add --adversarial, or leave them out.")
+    if asking is None:
+        raise SettingError("Nobody said how the model is asked: pass asking=fs_plugins.hf.speech.asked.")
+    return tuple(asking(model, call, settings))
 
 
 def _image_size(call: VisionCall, side: int | None) -> tuple[int, int]:

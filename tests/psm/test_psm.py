@@ -14,7 +14,7 @@ from support import make_psm
 from fs_plugins import PSM, PSMError, SettingError
 from fs_plugins.psm import PAPER_UNET, Part, PSMConfig, ResidualMapper, UNetPurifier
 from fs_plugins.psm.bundle import CONFIG_NAME, WEIGHTS_NAME
-from fs_plugins.psm.purifier import basis, spectrum
+from fs_plugins.psm.purifier import BottleneckPurifier, basis, spectrum
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -159,7 +159,59 @@ def test_purifier_widths_are_checked():
         UNetPurifier(channels=(10,))
 
 
-@pytest.mark.parametrize("kind", ["unet", "diffusion"])
+SMALL = {"channels": [8, 16], "unshuffle": 2}
+CASCADE = [{"kind": "unet", "args": SMALL}, {"kind": "bottleneck", "args": {**SMALL, "latent": 2}}]
+FACTS = {"sigma": 0.25, "sigma_range": (0.25, 0.25), "image_size": None, "encoder": "any", "fingerprint": ()}
+
+
+def test_a_bottleneck_hands_on_no_more_than_its_code():
+    """Pictures that have the same code come out the same; the mean of many pictures is of any size."""
+    net = BottleneckPurifier(**SMALL, latent=1, attention=False).eval()
+    images = torch.rand(2, 3, 9, 14)
+    assert net(images, 0.25).shape == images.shape
+    assert not torch.equal(net(images, 0.25), net(images, 0.5))
+    codes = []
+    net.net.decoder.register_forward_pre_hook(lambda module, given: codes.append(given[0]))
+    net(torch.rand(1, 3, 8, 8), 0.25)
+    assert codes[0].numel() == 4  # one number for each 4 x 4 pixels
+    with pytest.raises(SettingError, match="latent"):
+        BottleneckPurifier(latent=0)
+
+
+def test_a_cascade_lets_each_purifier_see_what_the_one_before_made(tmp_path):
+    parts = [Part(**one) for one in CASCADE]
+    psm = PSM(PSMConfig(name="p", purifier=Part.cascade(parts), **FACTS))
+    images = torch.rand(2, 3, 8, 8)
+    first, second = psm.purifier.parts
+    assert torch.equal(psm.purify(images, 0.25), second(first(images, 0.25), 0.25))
+    psm.save_pretrained(tmp_path / "psm")
+    again = PSM.from_pretrained(tmp_path / "psm")
+    assert again.config.purifier == psm.config.purifier
+    assert torch.equal(again.purify(images, 0.25), psm.purify(images, 0.25))
+    assert Part.cascade(parts[:1]) == parts[0]
+    with pytest.raises(SettingError, match="at least one"):
+        Part.cascade([])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"parts": []},
+        {"parts": CASCADE * 5},
+        {"parts": [3]},
+        {"parts": [{"kind": "unet", "arg": {}}]},
+        {"parts": CASCADE, "sigma": 0.1},
+        {"parts": [{"kind": "cascade", "args": {"parts": CASCADE}}]},
+        {"parts": [{"kind": "no such", "args": {}}]},
+    ],
+)
+def test_a_cascade_of_something_else_is_refused(args):
+    with pytest.raises(PSMError):
+        PSM(PSMConfig(name="p", purifier=Part(kind="cascade", args=args), **FACTS))
+
+
+@pytest.mark.parametrize("kind", ["unet", "bottleneck", "diffusion"])
 def test_a_purifier_says_that_what_it_is_made_of_cannot_be_imported(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     facts = {"sigma": 0.25, "sigma_range": (0.25, 0.25), "image_size": None, "encoder": "any", "fingerprint": ()}
