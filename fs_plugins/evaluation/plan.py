@@ -130,12 +130,24 @@ class Plan:
             if suite.twice:
                 yield (defence, CLEAN), AGAIN, samples
             for condition in suite.asked:
+                if condition.through is not None and defence.smoothing is None:
+                    continue
                 if condition != CLEAN:
                     yield (defence, condition), FEATURES, samples
                 yield (defence, condition), suite.task, samples
         if suite.task == "captioning":  # what captions are compared with
             for condition in (CLEAN, TARGET):
                 yield (NONE, condition), suite.task, self.pictures(suite, NONE)
+
+    def before(self, defence: Defence, condition: Condition) -> tuple[Condition, ...] | None:
+        """What comes before a condition where only the worst case counts; None where a suite wants all pictures."""
+        found: set[Condition] = set()
+        for suite in self.suites:
+            if defence in suite.defences and condition in suite.asked:
+                if not suite.worst or condition not in suite.conditions:
+                    return None
+                found.update(suite.asked[: suite.asked.index(condition)])
+        return tuple(sorted(found, key=lambda one: one.name))
 
     def can(self, task: str) -> bool:
         """Whether data and model are for a task."""

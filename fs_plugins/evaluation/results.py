@@ -197,7 +197,30 @@ class Results:
                 answers = list(self.answers(defence, condition, suite.task, self.plan.pictures(suite, defence)))
                 if answers:
                     lines.append(self._line(suite, defence, condition, answers))
+        if suite.worst:
+            lines += self._worst(suite, len(columns))
         return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
+
+    def worst(self, suite: Suite, defence: Defence, eps255: float) -> list[Answer]:
+        """For each picture an answer that an attack within this radius got: a wrong one if there is any.
+
+        It counts for the attacker if any of the answers does.
+        """
+        assert suite.task is not None
+        found: dict[str, list[Answer]] = {}
+        for condition in suite.asked:
+            if condition.eps255 <= eps255:
+                for one in self.answers(defence, condition, suite.task, self.plan.pictures(suite, defence)):
+                    found.setdefault(one.sample.image, []).append(one)
+        return [_worst(answers) for answers in found.values()]
+
+    def _worst(self, suite: Suite, width: int) -> Iterator[tuple[Cell, ...]]:
+        for eps255 in sorted({condition.eps255 for condition in suite.conditions}):
+            for defence in suite.defences:
+                if answers := self.worst(suite, defence, eps255):
+                    line = (f"worst up to {eps255:g}/255", defence.title, len(answers))
+                    figures = (accuracy(answers), success(answers))
+                    yield (*line, *figures, *("",) * (width - len(line) - len(figures)))
 
     def _line(self, suite: Suite, defence: Defence, condition: Condition, answers: list[Answer]) -> tuple[Cell, ...]:
         samples = [answer.sample for answer in answers]
@@ -228,6 +251,12 @@ class Results:
             "picture and its attack's target, by the same defence. A cosine that is no higher than that says "
             "nothing."
         )
+        if suite.worst:
+            said += (
+                " Each attack had only the pictures that were right under all rows before it. Worst: right under every "
+                "attack up to this radius, of all pictures; each serving draws its own noise, so a picture that is "
+                "wrong by chance in one of them counts as well."
+            )
         if suite.timed:
             said += " Seconds are of pictures in batches."
         if suite.task == Captioning.name:
@@ -287,6 +316,13 @@ class Results:
             return TypeAdapter(MaskingReport).validate_python(told)
         except ValueError as error:
             raise SettingError(f"{path} is not what an evaluation wrote: {error}. {_ANEW}") from None
+
+
+def _worst(answers: list[Answer]) -> Answer:
+    """The first that is wrong, or the first; its verdict counts for the attacker if any does."""
+    one = next((answer for answer in answers if not answer.verdict.correct), answers[0])
+    attacked = [answer.verdict.attacked for answer in answers if answer.verdict.attacked is not None]
+    return Answer(one.sample, one.reply, Verdict(one.verdict.correct, any(attacked) if attacked else None), one.scores)
 
 
 def accuracy(answers: Iterable[Answer]) -> Figure:

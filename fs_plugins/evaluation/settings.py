@@ -17,7 +17,9 @@ class Settings:
     """What is evaluated, on what, how thoroughly; None means what each knob says."""
 
     suite: tuple[str, ...] = knob(
-        ("table3",), "table1 to table5, s6, s7, s8, adaptive, masking, or all; may be given several times.", panel=_RUN
+        ("table3",),
+        "table1 to table5, s6, s7, s8, adaptive, worst, masking, or all; may be given several times.",
+        panel=_RUN,
     )
     model: str = knob(
         "demo", 'Folder or hub id of a transformers model; "demo", "demo-clip" and "photo-vlm" ship.', panel=_RUN

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fs_plugins
+from fs_plugins.answers import Answers, Classes
 from fs_plugins.errors import ModelError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.tasks import Task
@@ -27,6 +28,14 @@ class Subject(Protocol):
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         """(B, C, H, W) images in [0, 1] at the encoder's size, and what is asked of each -> the replies."""
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A subject whose answers can be attacked: what it says has gradients to what its encoder shows."""
+
+    def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
+        """What is said about samples, by their images' names."""
 
 
 @runtime_checkable
@@ -64,6 +73,9 @@ class Headed:
         like = next(self.head.parameters(), embedded)  # of a head that does nothing there are none
         scores: Tensor = self.head(embedded.to(like)).float()
         return scores
+
+    def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
+        return Classes(self.call, self.scores)
 
     @torch.no_grad()
     def read(self, embedded: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:

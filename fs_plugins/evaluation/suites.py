@@ -88,17 +88,28 @@ class Condition:
         method: ``"clean"``, ``"target"`` for the pictures that attacks aim at, or an attack's name.
         eps255: l-inf radius in 255ths.
         adaptive: made through the defence itself rather than on its bare encoder.
+        draws: that each step averages over; as the run is set up if None.
+        restarts: how often each picture is attacked, from a start of its own; the best is shown.
+        through: a PSM that the attack is made through in place of the defence's own: what passes from one to another.
     """
 
     method: str = "clean"
     eps255: float = 0
     adaptive: bool = False
+    draws: int | None = None
+    restarts: int = 1
+    through: str | None = None
 
     @property
     def name(self) -> str:
         if self.method in ("clean", "target"):
             return self.method
-        return f"{self.method}-{self.eps255:g}{'-adaptive' if self.adaptive else ''}"
+        parts = [self.method, f"{self.eps255:g}"]
+        parts += ["adaptive"] if self.adaptive else []
+        parts += [f"eot{self.draws}"] if self.draws else []
+        parts += [f"x{self.restarts}"] if self.restarts > 1 else []
+        parts += [f"through-{self.through}"] if self.through else []
+        return "-".join(parts)
 
     @property
     def eps(self) -> float:
@@ -107,7 +118,9 @@ class Condition:
 
 CLEAN, TARGET = Condition(), Condition("target")
 ANSWER = "answer"
-"""The attack on what a subject's head makes of the feature: away from its answer, whatever comes of it."""
+"""The attack on what a subject says of what it is served: away from its answer, whatever comes of it."""
+ANSWERS = (ANSWER, "answer-apgd", "answer-target", "answer-square")
+"""The same; with step sizes of its own; to the answer of the target; and without gradients."""
 THREE = tuple(Condition(method, 16) for method in ("m-attack", "foa", "attackvlm"))
 FOA = Condition("foa", 16)
 
@@ -129,6 +142,8 @@ class Suite:
         aside: whether a part of the pictures is enough, and of those that are certified.
         compared: whether FCS stands beside the cosine of unrelated pictures, which says how little a cosine means.
         twice: whether clean pictures are served twice, with other draws, to see how steady that is.
+        worst: whether the attacks of each radius come one after the other, each on the pictures that were right under
+            all before it, so that what is left in the end is right under all of them (as AutoAttack does).
     """
 
     name: str
@@ -144,6 +159,7 @@ class Suite:
     aside: bool = False
     compared: bool = True
     twice: bool = False
+    worst: bool = False
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -151,6 +167,27 @@ class Suite:
         if self.task is None:
             return ()
         return (*((CLEAN,) if self.plain else ()), *self.conditions)
+
+
+RADII = (4, 8, 16)
+"""In 255ths: those of the attacks that count."""
+
+
+def strongest(eps255: float) -> tuple[Condition, ...]:
+    """The attacks through a defence that it is judged by, the cheapest first.
+
+    On the answer: with momentum, with step sizes of its own over four draws a step and from two starts, to the target's
+    answer, and without gradients; on features; and one made through another PSM.
+    """
+    adaptive = Condition(ANSWER, eps255, adaptive=True)
+    return (
+        adaptive,
+        replace(adaptive, method="answer-target"),
+        Condition("attackvlm", eps255, adaptive=True),
+        replace(adaptive, through=LIGHT),
+        replace(adaptive, method="answer-apgd", draws=4, restarts=2),
+        replace(adaptive, method="answer-square"),
+    )
 
 
 SUITES = {
@@ -187,6 +224,15 @@ SUITES = {
             (FS_PSM,),
             tuple(replace(one, adaptive=adaptive) for one in THREE for adaptive in (False, True)),
             plain=False,
+        ),
+        Suite(
+            "worst",
+            "The worst of the attacks through the defence, picture by picture",
+            "classification",
+            (NONE, FS, FS_PSM, *(d for d in DEFENCES if d.tower != "none" and d.smoothing is None)),
+            tuple(condition for eps255 in RADII for condition in strongest(eps255)),
+            worst=True,
+            compared=False,
         ),
         Suite(
             "masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,),

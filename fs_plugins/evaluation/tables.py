@@ -93,12 +93,23 @@ def _plain(cell: Cell) -> object:
     return {name: None if math.isnan(value) else value for name, value in asdict(cell.estimate).items()}
 
 
+_ON_THE_ANSWER = {
+    ANSWER: "attack on the answer",
+    "answer-apgd": "APGD on the answer",
+    "answer-target": "attack to the target's answer",
+    "answer-square": "Square Attack on the answer",
+}
+
+
 def title_of(condition: Condition) -> str:
     """A condition for people."""
     if condition in (CLEAN, TARGET):
         return condition.method
     attack = known_attacks().get(condition.method)  # a plugin's may be gone when its results are read
     name = condition.method if attack is None else attack.name
-    if condition.method == ANSWER:
-        name = "attack on the answer"
-    return f"{name} {condition.eps255:g}/255{', adaptive' if condition.adaptive else ''}"
+    name = _ON_THE_ANSWER.get(condition.method, name)
+    parts = [f"{name} {condition.eps255:g}/255", "adaptive" if condition.adaptive else ""]
+    parts += [f"{condition.draws} draws a step" if condition.draws else ""]
+    parts += [f"{condition.restarts} starts" if condition.restarts > 1 else ""]
+    parts += [f"through {condition.through}" if condition.through else ""]
+    return ", ".join(filter(None, parts))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.attacks import Answer, attack
+from fs_plugins.attacks import APGD, Answer, Squares, attack
 from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.attacks.folded import folded
 from fs_plugins.attacks.masking import check_gradients, effort
@@ -18,14 +20,17 @@ from fs_plugins.evaluation.asking import Asking
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.defended import Encoder, Options, asked_for, defended, options
 from fs_plugins.evaluation.means import Means
-from fs_plugins.evaluation.plan import Asked, Plan, attacked_key
-from fs_plugins.evaluation.subjects import Reader, Subject, size_of
-from fs_plugins.evaluation.suites import ANSWER, CLEAN, FS_PSM, TARGET, Condition, Defence
+from fs_plugins.evaluation.plan import Asked, Plan, answers_key, attacked_key
+from fs_plugins.evaluation.subjects import Answering, Subject, size_of
+from fs_plugins.evaluation.suites import ANSWERS, CLEAN, FS_PSM, TARGET, Condition, Defence, Smoothing
 from fs_plugins.evaluation.tables import title_of
+from fs_plugins.evaluation.tasks import TASKS, Choice, Classification
 from fs_plugins.identity import digest
 from fs_plugins.kept import write
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import VisionCall
+
+CLASSES = Classification.name
 
 
 @dataclass
@@ -75,16 +80,45 @@ class Tower:
         for defence, chosen in ready.items():
             asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
             with defended(self.subject, chosen) as encoder:
+                asking = Asking(self.subject, encoder, defence, self.plan, self.means)
                 for condition, tasks in asked.items():
+                    left = self._left(defence, condition, tasks)
                     if condition.adaptive:
                         what = f"{condition.name}, {defence.title}"
-                        samples = max(tasks.values(), key=len)
-                        self._attack(encoder, attacked_key(defence, condition), condition, samples, what)
-                Asking(self.subject, encoder, defence, self.plan, self.means).run(asked)
+                        samples = max(left.values(), key=len)
+                        through = self._through(defence, condition, encoder)
+                        self._attack(through, attacked_key(defence, condition), condition, samples, what)
+                    asking.run({condition: left})
                 if defence == FS_PSM and isinstance(encoder, FeatureSmoother):
                     self.found.shown = encoder
                     self._search(encoder)
             self._certify(defence)
+
+    def _left(self, defence: Defence, condition: Condition, tasks: Asked) -> Asked:
+        """What a condition is still asked about: where only the worst case counts, the pictures that are right so far."""
+        before = self.plan.before(defence, condition)
+        if before is None:
+            return tasks
+        data, told = self.plan.dataset, [self.store.rows(answers_key(defence, earlier)) for earlier in before]
+        wrong = {
+            image
+            for rows in told
+            for (image, task), row in rows.items()
+            if task in TASKS and not cast(Choice, TASKS[task]).verdict(row["reply"], self._sample[image], data).correct
+        }
+        return {task: tuple(one for one in samples if one.image not in wrong) for task, samples in tasks.items()}
+
+    @cached_property
+    def _sample(self) -> dict[str, Sample]:
+        return {sample.image: sample for sample in self.plan.dataset.samples}
+
+    def _through(self, defence: Defence, condition: Condition, encoder: Encoder) -> Encoder:
+        """What an attack is made through: the defence, or another PSM in its place."""
+        if condition.through is None or not isinstance(encoder, FeatureSmoother):
+            return encoder
+        smoothing = Smoothing(psm=condition.through, n0=encoder.n0, sigma=encoder.sigma)
+        chosen = options(self.subject, self.plan.setup, smoothing, chunk_size=self.means.chunk_size)
+        return fs_plugins.smoothers(self.subject.model, **chosen)[0]
 
     def _ready(self, cells: Sequence[tuple[Defence, Condition]]) -> dict[Defence, Options | None]:
         """Those defences that can be had, and how; asked before anything that takes long.
@@ -129,11 +163,13 @@ class Tower:
         setup = self.plan.setup
         steps, draws = setup.steps, 1
         if condition.adaptive:
-            steps, draws = setup.adaptive_steps, setup.adaptive_draws
+            steps, draws = setup.adaptive_steps, condition.draws or setup.adaptive_draws
+        if condition.method == "answer-square":
+            steps, draws = setup.masking_queries, 1
         missing = [s for s in self.means.mine(samples) if not self.store.has(key, s.image)]
         if not missing:
             return
-        advance = self.means.track(what, steps * len(missing))
+        advance = self.means.track(what, steps * condition.restarts * len(missing))
         if isinstance(encoder, VisionCall):
             encoder = folded(encoder, self._pairs(missing[:1])[0])
         for some in self.means.batches(missing):
@@ -141,11 +177,12 @@ class Tower:
             attacked = attack(
                 encoder,
                 images,
-                None if condition.method == ANSWER else targets,
-                method=self._method(condition),
+                None if condition.method in ANSWERS and condition.method != "answer-target" else targets,
+                method=self._method(condition, some),
                 eps=condition.eps,
                 steps=steps,
                 draws=draws,
+                restarts=condition.restarts,
                 seed=setup.seed,
                 names=[sample.image for sample in some],
                 batch_size=self.means.batch_size,
@@ -154,12 +191,16 @@ class Tower:
             for sample, image in zip(some, attacked, strict=True):
                 self.store.keep(key, sample.image, image)
 
-    def _method(self, condition: Condition) -> str | Answer:
-        if condition.method != ANSWER:
+    def _method(self, condition: Condition, samples: Sequence[Sample]) -> str | Answer:
+        if condition.method not in ANSWERS:
             return condition.method
-        if not isinstance(self.subject, Reader):
-            raise ModelError("An answer is attacked through a head over classes, and this model has none.")
-        return Answer(self.subject.scores)
+        if not isinstance(self.subject, Answering):
+            raise ModelError("This model's answers cannot be attacked: nothing says how they follow from its features.")
+        task = next(task for task in self.plan.tasks or self.subject.tasks if self.plan.can(task))
+        answers = self.subject.answers(TASKS[CLASSES if self.plan.can(CLASSES) else task], samples, self.plan.dataset)
+        if condition.method == "answer-apgd":
+            return Answer(answers, optimiser=APGD())
+        return Answer(answers, optimiser=Squares()) if condition.method == "answer-square" else Answer(answers)
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """The pictures and what attacks on them aim at, (B, C, H, W) in [0, 1] on the encoder's device."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fs_plugins.answers import Answers
 from fs_plugins.api import enable, vision_call
 from fs_plugins.checks import words
 from fs_plugins.choice import PSMChoice
@@ -182,6 +183,14 @@ class Chat:
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         prompts = [task.prompt(sample, dataset) for sample in samples]
         return self.say(images, prompts, self.max_new_tokens[task.name])
+
+    def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
+        """What the model says to each sample's question, by its image's name."""
+        from fs_plugins.hf.speech import Speech  # which asks in this module's words
+
+        questions = {sample.image: task.prompt(sample, dataset) for sample in samples}
+        most = self.max_new_tokens[task.name]
+        return Speech(self.model, self.processor, questions.__getitem__, max_new_tokens=most, call=self.call)
 
     def say(self, images: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers about exactly these pixels: they do not pass through the processor's resizing and rounding.

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from fs_plugins.answers import Answers, Classes
 from fs_plugins.api import vision_call
 from fs_plugins.checks import words
 from fs_plugins.errors import ModelError, SettingError
@@ -100,5 +102,13 @@ class ZeroShot:
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         with torch.no_grad():
             embedded = self.call.served(images).float()
-        scores, numbers = embedded @ self.directions.to(embedded).T, {name: i for i, name in enumerate(self.names)}
+        scores, numbers = self._cosines(embedded), {name: i for i, name in enumerate(self.names)}
         return [likeliest(row, numbers, sample, dataset) for row, sample in zip(scores, samples, strict=True)]
+
+    def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
+        scale = getattr(self.model, "logit_scale", None)
+        factor = 100.0 if scale is None else float(scale.exp())
+        return Classes(self.call, lambda embedded: factor * self._cosines(normalize(embedded, dim=-1)))
+
+    def _cosines(self, embedded: Tensor) -> Tensor:
+        return embedded @ self.directions.to(embedded).T

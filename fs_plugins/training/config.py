@@ -166,7 +166,9 @@ class TrainingConfig:
     @property
     def purifying(self) -> Part | None:
         """The purifier; several as the cascade that they are."""
-        return self.purifier if self.purifier is None or isinstance(self.purifier, Part) else Part.cascade(self.purifier)
+        return (
+            self.purifier if self.purifier is None or isinstance(self.purifier, Part) else Part.cascade(self.purifier)
+        )
 
     @property
     def sigmas(self) -> tuple[float, float]:
