@@ -95,7 +95,7 @@ class Tower:
             self._certify(defence)
 
     def _left(self, defence: Defence, condition: Condition, tasks: Asked) -> Asked:
-        """What a condition is still asked about: where only the worst case counts, the pictures that are right so far."""
+        """What a condition is asked about: where only the worst case counts, the pictures that are right so far."""
         before = self.plan.before(defence, condition)
         if before is None:
             return tasks
