@@ -15,14 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fs_plugins.certificates import Certificate
-from fs_plugins.certificates.bounds import Array
 from fs_plugins.errors import SettingError
+from fs_plugins.evaluation import curves
 from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.plan import SHOWN, attacked_key
@@ -75,7 +73,8 @@ def write(results: Results, path: Path, *, shown: int = SHOWN, further: Sequence
         settings=_settings(settings, results),
         notes=[*results.notes(), *(f"Skipped: {sentence}" for sentence in plan.dataset.skipped)],
         tables=[_grouped(table) for table in (*results.tables(), *further)],
-        curves=_curves(results),
+        curves=curves.certified(results),
+        worst=curves.worst(results),
         enlarged=ENLARGED,
         purified=any(attack["purified"] for picture in pictures for attack in picture["attacks"]),
         pictures=pictures,
@@ -332,52 +331,3 @@ def _png(image: Tensor) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _curves(results: Results) -> Any:
-    """The mean certified cosine against eps of every certified defence and noise level as an SVG; None without any."""
-    lines: dict[tuple[str, float], list[Certificate]] = {}
-    for suite in results.plan.suites:
-        for defence in suite.defences if suite.certified else ():
-            if defence.smoothing is not None:
-                for sigma, by_picture in sorted(results.certificates(defence).items()):
-                    lines[defence.title, sigma] = [by_picture[name] for name in sorted(by_picture)]
-    if not lines:
-        return None
-
-    import matplotlib
-    from markupsafe import Markup
-    from matplotlib.figure import Figure as Canvas
-
-    everything = [one for some in lines.values() for one in some]
-    furthest = max((one.radius(0.0) or 0.0 for one in everything), default=0.0)
-    # Scores that are all 1 have an infinite estimate; without any promise there is no scale either.
-    limit = furthest if 0 < furthest < np.inf else max(one.sigma for one in everything)
-    eps = np.linspace(0, limit, 200)
-    with matplotlib.rc_context({"svg.hashsalt": "fs-plugins", "svg.fonttype": "none", "text.parse_math": False}):
-        figure = Canvas(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for place, ((title, sigma), some) in enumerate(lines.items()):
-            average = _average(some, eps)
-            style = ("-", "--", "-.", ":")[place % 4]
-            axes.plot(
-                eps, np.where(average > 0, average, np.nan), style, label=f"{title}, sigma {sigma:g} (n = {len(some)})"
-            )
-        unrelated = [one.unrelated for one in everything if one.unrelated is not None]
-        if unrelated:
-            level = float(np.mean(unrelated))
-            axes.axhline(level, color="0.6", linewidth=0.8, zorder=0, label=f"unrelated pictures ({level:.2f})")
-        axes.set(xlabel="eps (l2, [0, 1] pixels)", ylabel="certified cosine", xlim=(0, limit), ylim=(0, 1))
-        axes.grid(color="0.9")
-        axes.legend(frameon=False, fontsize=8)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = drawn.getvalue()
-    titles = ", ".join(f"{title} at sigma {sigma:g}" for title, sigma in lines)
-    # What stands before <svg> is for files of their own. matplotlib has escaped the labels.
-    return {"svg": Markup(svg[svg.index("<svg") :]), "titles": titles}
-
-
-def _average(certificates: Sequence[Certificate], eps: Array) -> Array:
-    """Where a picture has no promise, 0 counts, as in the tables."""
-    return np.asarray(np.mean([np.nan_to_num(one.curve(eps)) for one in certificates], axis=0))

@@ -15,7 +15,7 @@ from fs_plugins.attacks.masking import MaskingReport
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.ledger import File
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation import report
+from fs_plugins.evaluation import curves, report
 from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.metrics import mean, proportion
@@ -96,7 +96,9 @@ class Results:
         return told if self.record.seconds is None else {**told, "seconds": self.record.seconds}
 
     def write(self, out: str | os.PathLike[str]) -> Path:
-        """Write a CSV of each table, summary.json and report.html; the same results give the same bytes.
+        """Write a CSV of each table, summary.json and report.html, and worst.svg where a suite asks for the worst case.
+
+        The same results give the same bytes.
 
         Args:
             out: the evaluation's folder; or another, which is new, empty, or was written to in this way before.
@@ -114,6 +116,8 @@ class Results:
         report.write(self, page)  # the first, for it marks the folder
         for table in self.tables():
             table.write_csv(folder / f"{table.name}.csv")
+        if (drawn := curves.worst(self)) is not None:
+            replace(folder / "worst.svg", drawn.svg)
         replace(folder / "summary.json", json.dumps(self.summary(), indent=2) + "\n")
         return page
 

@@ -231,6 +231,7 @@ SUITES = {
             "classification",
             (NONE, FS, FS_PSM, *(d for d in DEFENCES if d.tower != "none" and d.smoothing is None)),
             tuple(condition for eps255 in RADII for condition in strongest(eps255)),
+            certified=True,
             worst=True,
             compared=False,
         ),

@@ -11,7 +11,7 @@ from pages import CERTIFIED, CLEAN, EVIL, FOA, NAMES, SUITES, Element, grid, mak
 
 from fs_plugins.certificates import Certificate
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation import report
+from fs_plugins.evaluation import curves, report
 from fs_plugins.evaluation.report import write
 from fs_plugins.evaluation.tables import Table
 from fs_plugins.kept import Lines
@@ -180,7 +180,7 @@ def test_average_curve_counts_a_missing_promise_as_nothing():
     eps = np.array([0.0, 0.1])
     assert nothing.is_empty
     expected = [good.fcsb(0.0) / 2, good.fcsb(0.1) / 2]
-    assert report._average([good, nothing], eps) == pytest.approx(expected)
+    assert curves._average([good, nothing], eps) == pytest.approx(expected)
 
 
 def test_without_purifier_pictures_certificates_or_suites(tmp_path):

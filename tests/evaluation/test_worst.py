@@ -11,7 +11,7 @@ from support import make_llava
 
 from fs_plugins import ModelError
 from fs_plugins.answers import Classes
-from fs_plugins.evaluation import Results
+from fs_plugins.evaluation import Results, curves
 from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, SUITES, Condition, strongest
 from fs_plugins.evaluation.tables import title_of
 
@@ -76,7 +76,7 @@ def test_each_attack_has_the_pictures_that_are_right_so_far(found):
 
 def test_what_counts_is_the_worst_of_all_up_to_a_radius(found):
     results, _ = found
-    [table] = results.tables()
+    table, _certified = results.tables()
     by_row = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     for radius, right in ((4, 3 / 4), (8, 2 / 4)):
         row = by_row[f"worst up to {radius}/255"]
@@ -113,7 +113,7 @@ def test_without_smoothing_nothing_is_made_through_another_psm(start, monkeypatc
     asked = {condition for defence, condition in evaluation.plan.cells if defence == NONE}
     assert not any(condition.through for condition in asked)
     evaluation.run()
-    [table] = Results(evaluation.store.folder).tables()
+    table, _certified = Results(evaluation.store.folder).tables()
     assert {row[1] for row in table.rows if row[0] == "worst up to 8/255"} == {"none", "FS-PSM"}
 
 
@@ -146,3 +146,26 @@ def test_the_language_models_own_answers_are_what_is_attacked():
     answers = subject.answers(TASKS["classification"], [sample], data)
     assert "What is the main shape" in answers.question(sample.image)
     assert answers.max_new_tokens == subject.max_new_tokens["classification"]
+
+
+def test_curves_show_what_is_left_and_what_is_proven(found, tmp_path):
+    results, _ = found
+    drawn = curves.worst(results)
+    assert drawn.titles == "FS-PSM"
+    assert drawn.svg.startswith("<svg")
+    assert "right under every attack" in drawn.svg
+    assert curves._left(results, results.plan.suites[0], FS_PSM)[1][:2] == (4, 3 / 4)
+    results.write(tmp_path / "report")
+    assert (tmp_path / "report" / "worst.svg").read_text("utf-8") == drawn.svg
+    assert drawn.svg in (tmp_path / "report" / "report.html").read_text("utf-8")
+
+
+def test_a_proof_in_l2_counts_for_the_linf_ball_inside(found):
+    results, _ = found
+    proofs = results.certificates(FS_PSM)[0.25]
+    eps, share = curves._proven(results, FS_PSM, 16.0)
+    assert len(eps) == len(share) == 200
+    side = (3 * 16 * 16) ** 0.5
+    for one, wanted in zip(eps, share, strict=True):
+        held = [255 * (proof.radius(0.5) or 0.0) / side >= one for proof in proofs.values()]
+        assert wanted == pytest.approx(sum(held) / len(held))
