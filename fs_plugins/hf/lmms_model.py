@@ -18,7 +18,7 @@ from tqdm import tqdm
 import fs_plugins
 from fs_plugins.errors import SettingError
 from fs_plugins.hf import lmms as ours
-from fs_plugins.hf.chat import encode, generate, prompt
+from fs_plugins.hf.dialogue import encode, generate, prompt
 from fs_plugins.hf.load import load_chat
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.pictures import rgb

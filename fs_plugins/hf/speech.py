@@ -18,8 +18,8 @@ from fs_plugins.answers import Answers, Classes, Spoken
 from fs_plugins.api import vision_call
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.subjects import size_of
-from fs_plugins.hf.chat import dialogue, encode, pixels_of
 from fs_plugins.hf.classifier import zero_shot
+from fs_plugins.hf.dialogue import dialogue, encode, pixels_of
 from fs_plugins.hf.load import load_processor, source
 from fs_plugins.vision import VisionCall
 

@@ -17,7 +17,7 @@ import fs_plugins
 from fs_plugins import SettingError
 from fs_plugins.demo import assets, world
 from fs_plugins.hf import lmms
-from fs_plugins.hf.chat import dialogue, encode, prompt
+from fs_plugins.hf.dialogue import dialogue, encode, prompt
 
 
 @pytest.fixture(scope="module")
