@@ -176,8 +176,8 @@ RADII = (4, 8, 16)
 def strongest(eps255: float) -> tuple[Condition, ...]:
     """The attacks through a defence that it is judged by, the cheapest first.
 
-    On the answer: with momentum, with step sizes of its own over four draws a step and from two starts, to the target's
-    answer, and without gradients; on features; and one made through another PSM.
+    On the answer: with momentum, to the target's answer, with step sizes of its own over four draws a step, and without
+    gradients; on features; and one made through another PSM.
     """
     adaptive = Condition(ANSWER, eps255, adaptive=True)
     return (
@@ -185,7 +185,7 @@ def strongest(eps255: float) -> tuple[Condition, ...]:
         replace(adaptive, method="answer-target"),
         Condition("attackvlm", eps255, adaptive=True),
         replace(adaptive, through=LIGHT),
-        replace(adaptive, method="answer-apgd", draws=4, restarts=2),
+        replace(adaptive, method="answer-apgd", draws=4),
         replace(adaptive, method="answer-square"),
     )
 
