@@ -100,13 +100,17 @@ class Tower:
         if before is None:
             return tasks
         data, told = self.plan.dataset, [self.store.rows(answers_key(defence, earlier)) for earlier in before]
+        spared = {
+            one.image for one in data.samples if not any(TASKS[task].applies(one) for task in tasks if task in TASKS)
+        }
         wrong = {
             image
             for rows in told
             for (image, task), row in rows.items()
             if task in TASKS and not cast(Choice, TASKS[task]).verdict(row["reply"], self._sample[image], data).correct
         }
-        return {task: tuple(one for one in samples if one.image not in wrong) for task, samples in tasks.items()}
+        done = wrong | spared
+        return {task: tuple(one for one in samples if one.image not in done) for task, samples in tasks.items()}
 
     @cached_property
     def _sample(self) -> dict[str, Sample]:
