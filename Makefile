@@ -95,11 +95,12 @@ $(VENV)-lmms/.ready: $(VENV)/.dev
 	touch $@
 
 # The adapter guide's own commands: a stranger's plugin, installed beside the package (not from the checkout).
-example:
-	rm -rf .venv-example && $(PYTHON) -m venv .venv-example
-	.venv-example/bin/pip install -q -c constraints.txt ".[testing]" ./docs/example-plugin
-	.venv-example/bin/pytest docs/example-plugin/tests
-	.venv-example/bin/fs-plugins doctor
+example: $(VENV)/.dev
+	rm -rf $(VENV)-example
+	$(call on_top,$(VENV)-example)
+	$(VENV)-example/bin/pip install -q -c constraints.txt ".[testing]" ./docs/example-plugin
+	$(VENV)-example/bin/python -P -m pytest docs/example-plugin/tests
+	$(VENV)-example/bin/fs-plugins doctor
 
 $(VENV)4/.dev: $(VENV)/.dev
 	$(call on_top,$(VENV)4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,8 +152,14 @@ def documented() -> dict[str, list[float]]:
 
 @pytest.mark.slow
 def test_the_demo_holds_what_the_project_promises_and_documents(tmp_path):
-    """The project's own thresholds, and the documented table on half of its scenes; robust towers on fewer."""
-    summary = run(Settings(out=tmp_path), loader("demo")).summary()
+    """The project's own thresholds, and the documented table on half of its scenes; robust towers on fewer.
+
+    Where ``make demo`` has just been run, it is about what that wrote.
+    """
+    made = os.environ.get("FS_PLUGINS_DEMO")
+    if made is None:
+        run(Settings(out=tmp_path), loader("demo"))
+    summary = json.loads((Path(made or tmp_path) / "summary.json").read_text("utf-8"))
     table = documented()
     assert set(table) == set(DEFENCES)
     for defence, quoted in table.items():
