@@ -36,6 +36,10 @@ class Spoken:
         """(B,) log-probability of each image's whole answer."""
         return self._summed(self.log_probs.gather(1, self.said[:, None])[:, 0])
 
+    def kept(self) -> Tensor:
+        """(B,) whether each image's answer is the likeliest word by word."""
+        return self._summed((self.log_probs.argmax(1) != self.said).long()) == 0
+
     def divergence(self, reference: Spoken) -> Tensor:
         """(B,) Kullback-Leibler divergence of this from a reference for the same answers, summed over their places."""
         return self._summed((reference.log_probs.exp() * (reference.log_probs - self.log_probs)).sum(1))

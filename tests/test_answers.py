@@ -28,6 +28,11 @@ def test_likelihood_and_divergence_are_sums_over_each_images_own_places():
     assert one.divergence(one).abs().max() == 0
 
 
+def test_an_answer_is_kept_where_all_its_words_are_the_likeliest():
+    rows = [[0.6, 0.4], [0.3, 0.7], [0.6, 0.4], [0.6, 0.4]]
+    assert spoken(rows, [0, 1, 0, 1], [0, 0, 1, 1], images=3).kept().tolist() == [True, False, True]
+
+
 def test_an_image_without_an_answer_counts_nothing():
     one = spoken([[0.5, 0.5]], [0], [1], images=3)
     torch.testing.assert_close(one.likelihood(), torch.tensor([0.0, math.log(0.5), 0.0]))

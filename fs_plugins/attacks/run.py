@@ -86,9 +86,7 @@ def attack(
     aims, sign = (shown, -1) if targets is None else (aims_of(several[0].call, targets, shown), 1)
     seed, batch_size = checks.seed(seed), checks.whole("batch_size", batch_size)
     restarts = checks.whole("restarts", restarts)
-    keys = tuple(range(len(shown))) if names is None else tuple(names)
-    if len(keys) != len(shown):
-        raise SettingError(f"names must have a key for each of {len(shown)} images, got {len(keys)}.")
+    keys = keys_of(names, len(shown))
     done = []
     for first in range(0, len(shown), batch_size):
         part = slice(first, first + batch_size)
@@ -104,6 +102,18 @@ def attack(
         else:
             done += found
     return torch.cat(done) if done else shown
+
+
+def keys_of(names: Sequence[object] | None, count: int) -> tuple[object, ...]:
+    """A key for each of so many images: their names, or their positions.
+
+    Raises:
+        SettingError: there is another number of names.
+    """
+    keys = tuple(range(count)) if names is None else tuple(names)
+    if len(keys) != count:
+        raise SettingError(f"names must have a key for each of {count} images, got {len(keys)}.")
+    return keys
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter
 
-from fs_plugins.attacks.masking import MaskingReport
+from fs_plugins.attacks.masking import MaskingReport, on_the_answer
+from fs_plugins.attacks.strengths import Strength
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.ledger import File
 from fs_plugins.errors import SettingError
@@ -292,25 +293,23 @@ class Results:
 
     def _masking(self, suite: Suite) -> Table:
         found = self._searched(suite.conditions[0].eps)
-        lines: list[tuple[Cell, ...]] = [
-            (
-                one.name,
-                len(one.margins),
-                Figure(proportion([margin > 0 for margin in one.margins]), "share"),
-                Figure(mean(one.margins), "number"),
-            )
-            for one in found.attacks
-        ]
+        lines = [_compared(one.name, one) for one in found.attacks]
         count = len(found.attacks[0].margins)
         hits = round(found.unbounded * count)
         away = proportion([i < hits for i in range(count)])
         lines.append(("adaptive, eps 1, untargeted", count, Figure(away, "share"), ""))
+        lines += [_compared(on_the_answer(one), one) for one in found.answers]
         verdict = " ".join(found.problems) or "Nothing speaks for masked gradients."
         note = (
             f"{verdict} l-inf {suite.conditions[0].eps255:g}/255. Margin: cosine of the served feature to the "
             "target's less that to the picture's own; above 0 the attack has succeeded. The adaptive attack must "
             "not be weaker than the others, and without a bound it must reach every picture."
         )
+        if found.answers:
+            note += (
+                " Of attacks on the answer, minus the log-likelihood of the answer to the clean picture; they have "
+                "succeeded where mostly another one is served."
+            )
         return Table(suite.name, suite.title, ("attack", "n", "success", "margin"), tuple(lines), note)
 
     def _searched(self, eps: float) -> MaskingReport:
@@ -320,6 +319,11 @@ class Results:
             return TypeAdapter(MaskingReport).validate_python(told)
         except ValueError as error:
             raise SettingError(f"{path} is not what an evaluation wrote: {error}. {_ANEW}") from None
+
+
+def _compared(name: str, one: Strength) -> tuple[Cell, ...]:
+    """An attack's line in the search for masked gradients."""
+    return name, len(one.margins), Figure(proportion(one.succeeded), "share"), Figure(mean(one.margins), "number")
 
 
 def _worst(answers: list[Answer]) -> Answer:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fs_plugins
+from fs_plugins.answers import Answers
 from fs_plugins.attacks import APGD, Answer, Squares, attack
 from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.attacks.folded import folded
@@ -200,11 +201,16 @@ class Tower:
             return condition.method
         if not isinstance(self.subject, Answering):
             raise ModelError("This model's answers cannot be attacked: nothing says how they follow from its features.")
-        task = next(task for task in self.plan.tasks or self.subject.tasks if self.plan.can(task))
-        answers = self.subject.answers(TASKS[CLASSES if self.plan.can(CLASSES) else task], samples, self.plan.dataset)
+        answers = self.subject.answers(TASKS[self._askable(samples)[0]], samples, self.plan.dataset)
         if condition.method == "answer-apgd":
             return Answer(answers, optimiser=APGD())
         return Answer(answers, optimiser=Squares()) if condition.method == "answer-square" else Answer(answers)
+
+    def _askable(self, samples: Sequence[Sample]) -> list[str]:
+        """The tasks that data and model are for and all samples have; classification first."""
+        tasks = [task for task in self.plan.tasks or self.subject.tasks if self.plan.can(task)]
+        asked = [task for task in tasks if all(TASKS[task].applies(sample) for sample in samples)] or tasks
+        return sorted(asked, key=lambda task: task != CLASSES)
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """The pictures and what attacks on them aim at, (B, C, H, W) in [0, 1] on the encoder's device."""
@@ -256,21 +262,38 @@ class Tower:
         eps, setup = self.plan.masking_eps, self.plan.setup
         if self.means.share[0] or eps is None or self.store.masking_file(eps).exists():
             return
-        images, targets = self._pairs(self.plan.samples(setup.masking_images))
+        samples = self.plan.samples(setup.masking_images)
+        images, targets = self._pairs(samples)
+        answers = self._answers(samples, images)
         steps, queries = setup.adaptive_steps, setup.masking_queries
+        passes = effort(len(images), steps=steps, queries=queries, answers=answers is not None)
         report = check_gradients(
             smoother,
             images,
             targets,
+            answers=answers,
             eps=eps,
             draws=setup.adaptive_draws,
             seed=setup.seed,
+            names=[sample.image for sample in samples],
             batch_size=self.means.batch_size,
-            advance=self.means.track("masked gradients?", effort(len(images), steps=steps, queries=queries)),
+            advance=self.means.track("masked gradients?", passes),
             steps=steps,
             queries=queries,
         )
         write(self.store.masking_file(eps), asdict(report))
+
+    def _answers(self, samples: Sequence[Sample], images: Tensor) -> Answers | None:
+        """How to ask about pictures, if the subject can be; a note where it says that it cannot."""
+        if not isinstance(self.subject, Answering) or not self._askable(samples):
+            return None
+        try:
+            answers = self.subject.answers(TASKS[self._askable(samples)[0]], samples, self.plan.dataset)
+            answers.given(self.subject.call.look(images[:1]), [samples[0].image])
+        except ModelError as error:
+            self.found.notes.append(f"The search for masked gradients attacks no answers: {error}")
+            return None
+        return answers
 
 
 def _oblivious(

@@ -10,10 +10,11 @@ import torch
 from support import make_classifier
 
 import fs_plugins
-from fs_plugins import ModelError
+from fs_plugins import ModelError, kept
+from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.plan import answers_key
 from fs_plugins.evaluation.subjects import Headed, size_of
-from fs_plugins.evaluation.suites import CLEAN, FS, NONE, Condition, Suite
+from fs_plugins.evaluation.suites import CLEAN, FS, NONE, SUITES, Condition, Suite
 from fs_plugins.hf.chat import Chat
 from fs_plugins.hf.subjects import loader
 from fs_plugins.hf.zeroshot import ZeroShot
@@ -135,6 +136,44 @@ def test_what_a_head_is_told_of_is_what_is_served(headed, start):
     one, other = (headed.call.embed(headed.call.encode(some)) for some in (images, moved))
     found = [plain[sample.image, "features"]["cosine"] for sample in data.samples]
     assert found == pytest.approx(torch.cosine_similarity(one, other).tolist(), abs=1e-5)
+
+
+def test_the_search_for_masked_gradients_attacks_the_answers_of_who_can_be_asked(headed, start):
+    evaluation = replace(start(SUITES["masking"], psm="none", sigma=0.25), load=lambda tower: headed)
+    evaluation.run()
+    results = Results(evaluation.store.folder)
+    [table] = results.tables()
+    assert [row[0] for row in table.rows][6:] == [
+        "answer: no attack",
+        "answer: oblivious",
+        "answer: gradient-free",
+        "answer: adaptive, a quarter",
+        "answer: adaptive",
+        "answer: attack on features",
+    ]
+    assert "minus the log-likelihood" in table.note
+    path = evaluation.store.masking_file(SUITES["masking"].conditions[0].eps)
+    told = kept.read(path, "an evaluation")
+    del told["answers"]
+    for strength in told["attacks"]:
+        del strength["turned"]
+    kept.write(path, told)
+    [earlier] = results.tables()
+    assert earlier.rows == table.rows[:6], "a file from before answers were attacked is read"
+    assert "log-likelihood" not in earlier.note
+
+
+def test_who_cannot_be_asked_after_all_is_searched_by_features_alone(headed, start):
+    class Mute(Headed):
+        def answers(self, task, samples, dataset):
+            raise ModelError("It cuts pictures into tiles.")
+
+    mute = Mute(headed.model, headed.head, list(headed.numbers))
+    evaluation = replace(start(SUITES["masking"], psm="none", sigma=0.25), load=lambda tower: mute)
+    evaluation.run()
+    results = Results(evaluation.store.folder)
+    assert len(results.tables()[0].rows) == 6
+    assert results.notes() == ["The search for masked gradients attacks no answers: It cuts pictures into tiles."]
 
 
 def test_an_encoder_of_any_size_is_shown_what_its_preprocessing_makes(call):
