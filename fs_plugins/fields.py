@@ -19,3 +19,5 @@ Whole = Annotated[int, is_whole]
 Count = Annotated[Whole, Field(ge=1)]
 Sigma = Annotated[float, BeforeValidator(partial(checks.sigma, noisy=True))]
 """A level of noise: what something is trained for cannot be none."""
+Level = Annotated[float, BeforeValidator(checks.sigma)]
+"""A level of noise, or none."""

@@ -69,7 +69,7 @@ def test_verbs_refuse_what_is_no_noise_level(llava, call, sigma):
     assert not fs_plugins.status(llava).enabled
 
 
-@pytest.mark.parametrize("sigma", [*WRONG, 0, 0.0, None], ids=lambda sigma: repr(sigma)[:8])
+@pytest.mark.parametrize("sigma", [*WRONG, None], ids=lambda sigma: repr(sigma)[:8])
 def test_configurations_refuse_what_is_no_noise_level(call, tmp_path, sigma):
     make_psm(call).save_pretrained(tmp_path)
     told = json.loads((tmp_path / "config.json").read_text("utf-8"))
@@ -80,6 +80,16 @@ def test_configurations_refuse_what_is_no_noise_level(call, tmp_path, sigma):
             (tmp_path / "config.json").write_text(json.dumps({**told, name: value}), "utf-8")
             with pytest.raises(FSPluginsError, match=rf"config\.json is not a PSM configuration: {name}"):
                 PSM.from_pretrained(tmp_path)
+
+
+def test_only_a_psm_without_mappers_is_for_pictures_without_noise(call):
+    told = make_psm(call).config.model_dump()
+    for facts in ({"sigma_range": (0, 0.25)}, {"sigma": 0, "sigma_range": (0, 0)}):
+        with pytest.raises(ValueError, match="a mapper refines features of noisy pictures"):
+            PSMConfig.model_validate({**told, **facts})
+        assert PSMConfig.model_validate({**told, **facts, "readouts": ()}).sigma_range[0] == 0
+    with pytest.raises(ValueError, match="must hold sigma"):
+        PSMConfig.model_validate({**told, "sigma": 0})
 
 
 @pytest.mark.parametrize("sigma", [*WRONG, 0], ids=lambda sigma: repr(sigma)[:8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from fs_plugins.evaluation.store import Row
 from fs_plugins.evaluation.subjects import Reader, Subject, size_of
 from fs_plugins.evaluation.suites import CLEAN, TARGET, Condition, Defence
 from fs_plugins.evaluation.tasks import TASKS, Task
-from fs_plugins.noise import Source
+from fs_plugins.noise import NoiseSource, Source
 from fs_plugins.smoothing import FeatureSmoother
 
 MOST_KEPT = 1 << 16
@@ -103,14 +104,34 @@ class Asking:
 
     def _replies(self, task: Task, condition: Condition, samples: Sequence[Sample]) -> Iterator[Row]:
         began = time.perf_counter()
-        if isinstance(self.subject, Reader):
-            embedded = torch.stack([one.embedding for one in self._served(condition, samples)])
-            replies = self.subject.read(embedded, samples, self.plan.dataset)
-        else:
-            replies = self.subject.reply(task, self._images(condition, samples), samples, self.plan.dataset)
+        votes = self.defence.smoothing.votes if self.defence.smoothing else 1
+        told = [self._said(task, condition, samples, vote) for vote in range(votes)]
+        replies = [max(said, key=said.count) for said in zip(*told, strict=True)]  # the first of those as frequent
         seconds = round((time.perf_counter() - began) / len(samples), 5)
         for sample, reply in zip(samples, replies, strict=True):
             yield {"image": sample.image, "task": task.name, "reply": reply, "seconds": seconds}
+
+    def _said(self, task: Task, condition: Condition, samples: Sequence[Sample], vote: int) -> list[str]:
+        """The replies to one serving of the pictures."""
+        with self._noise_of(vote):
+            if isinstance(self.subject, Reader):
+                seen = self._see(self._images(condition, samples)) if vote else self._served(condition, samples)
+                embedded = torch.stack([one.embedding for one in seen])
+                return self.subject.read(embedded, samples, self.plan.dataset)
+            return self.subject.reply(task, self._images(condition, samples), samples, self.plan.dataset)
+
+    @contextmanager
+    def _noise_of(self, vote: int) -> Iterator[None]:
+        """Inside, the encoder draws by a vote's own seed; the first vote's is the encoder's."""
+        if vote == 0 or not isinstance(self.encoder, FeatureSmoother):
+            yield
+            return
+        own = self.encoder.source
+        self.encoder.source = NoiseSource(own.scope, self.plan.setup.seed + vote)
+        try:
+            yield
+        finally:
+            self.encoder.source = own
 
     def _cosines(self, name: str, condition: Condition, samples: Sequence[Sample]) -> Iterator[Row]:
         """Of an attacked picture to the clean one; of a clean one to the attack's target, or to itself served again."""

@@ -11,6 +11,7 @@ import torch
 
 import fs_plugins
 from fs_plugins.evaluation.plan import Setup
+from fs_plugins.evaluation.rivals import TRANSFORMATIONS, transformation
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.suites import LIGHT, Defence, Smoothing
 from fs_plugins.noise import NoiseScope
@@ -55,7 +56,7 @@ def options(
     """
     sigma = next((one for one in (sigma, smoothing.sigma, setup.sigma) if one is not None), None)
     pixels = replace(subject.call.pixels, size=None)  # its resolution is the encoder's own
-    psm: str | PSM | None = setup.light if smoothing.psm == LIGHT else smoothing.psm or setup.psm
+    psm: str | PSM | None = _named(smoothing.psm, setup)
     if smoothing.parts == "mapper" and setup.mapper_only is not None:
         psm = setup.mapper_only
     elif smoothing.parts == "none" and sigma is not None:
@@ -81,6 +82,13 @@ def options(
         "chunk_size": chunk_size,
         "processor": pixels,
     }
+
+
+def _named(psm: str | None, setup: Setup) -> str | PSM:
+    """What a smoothing's PSM stands for."""
+    if psm in TRANSFORMATIONS:
+        return transformation(psm)
+    return setup.light if psm == LIGHT else psm or setup.psm
 
 
 @contextmanager

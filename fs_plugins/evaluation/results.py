@@ -262,6 +262,8 @@ class Results:
                 "attack up to this radius, of all pictures; each serving draws its own noise, so a picture that is "
                 "wrong by chance in one of them counts as well."
             )
+        if any(defence.smoothing and defence.smoothing.votes > 1 for defence in suite.defences):
+            said += " A vote is adaptively attacked through single draws, fresh in each step; its FCS is of one draw."
         if suite.timed:
             said += " Seconds are of pictures in batches."
         if suite.task == Captioning.name:

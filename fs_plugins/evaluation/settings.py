@@ -18,7 +18,7 @@ class Settings:
 
     suite: tuple[str, ...] = knob(
         ("table3",),
-        "table1 to table5, s6, s7, s8, adaptive, worst, masking, or all; may be given several times.",
+        "table1 to table5, s6, s7, s8, adaptive, worst, rivals, masking, or all; may be given several times.",
         panel=_RUN,
     )
     model: str = knob(

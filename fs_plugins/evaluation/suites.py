@@ -1,4 +1,4 @@
-"""The paper's tables, and two it lacks: who is defended how, against what, on which task.
+"""The paper's tables, and some it lacks: who is defended how, against what, on which task.
 
 Another table is another entry of ``SUITES``.
 """
@@ -20,15 +20,18 @@ class Smoothing:
 
     Args:
         parts: of the PSM that take part.
-        psm: a PSM instead of the run's own.
+        psm: a PSM instead of the run's own, or the name of a transformation of ``rivals``.
         n0: draws per image.
         sigma: noise in [0, 1] pixels.
+        votes: how often the model is asked, each time with noise of its own; the most frequent reply counts, of those
+            as frequent the first.
     """
 
     parts: Part = "both"
     psm: str | None = None
     n0: int | None = None
     sigma: float | None = None
+    votes: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,24 @@ ABLATION = (
     Defence("fs_p", "FS + P", smoothing=Smoothing("purifier")),
     FS_PSM,
 )
+
+
+def _transformation(psm: str, title: str) -> Defence:
+    return Defence(psm.replace("-", "_"), title, smoothing=Smoothing(psm=psm, n0=1, sigma=0.0))
+
+
+RIVALS = (
+    _transformation("jpeg-75", "JPEG, quality 75"),
+    _transformation("jpeg-50", "JPEG, quality 50"),
+    _transformation("median-filter", "median, 3 x 3"),
+    _transformation("bit-depth", "3 bits a channel"),
+    _transformation("total-variation", "total variation"),
+    Defence("noise", "one noisy draw", smoothing=Smoothing("none", n0=1)),
+    Defence("noise_votes5", "vote of 5 noisy draws", smoothing=Smoothing("none", n0=1, votes=5)),
+)
+"""What one would pick instead of FS-PSM, at no training: transformations of the picture (Guo et al., ICLR 2018; Xu et
+al., NDSS 2018), noise that is not averaged over, and answers to noisy copies that vote (as in SmoothGuard; Su et al.,
+2025)."""
 LIGHT = "light"
 """Stands for the run's light PSM where a Smoothing names one."""
 
@@ -234,6 +255,17 @@ SUITES = {
             certified=True,
             worst=True,
             compared=False,
+        ),
+        Suite(
+            "rivals",
+            "What one would pick instead",
+            "classification",
+            (NONE, *RIVALS, FS, FS_PSM),
+            (
+                Condition("attackvlm", 16),
+                Condition("attackvlm", 16, adaptive=True),
+                *(Condition(ANSWER, eps255, adaptive=True) for eps255 in (8, 16)),
+            ),
         ),
         Suite(
             "masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,),

@@ -149,7 +149,8 @@ class Tower:
                 continue
             psm = smoother.psm
             made_of = [psm.config.name, digest(psm), psm.config.structure] if psm else None
-            self.store.hold(defence.name, {"psm": made_of, "sigma": smoother.sigma, "n0": chosen["n0"]})
+            votes = {"votes": defence.smoothing.votes} if defence.smoothing.votes > 1 else {}
+            self.store.hold(defence.name, {"psm": made_of, "sigma": smoother.sigma, "n0": chosen["n0"], **votes})
             ready[defence] = chosen
         return ready
 

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fs_plugins.errors import FSPluginsError, PSMError, SettingError
-from fs_plugins.fields import Count, Number, Sigma, Whole
+from fs_plugins.fields import Count, Level, Number, Whole
 from fs_plugins.files import atomically, real, replace, value, writing
 from fs_plugins.psm import card, hub
 from fs_plugins.psm.diffusion import DiffusionPurifier
@@ -72,13 +72,14 @@ class ReadoutSpec(_Strict):
 class PSMConfig(_Strict):
     """What ``config.json`` holds. ``sigma`` is in [0, 1] pixel units.
 
-    A PSM without mappers may serve images of any size (``image_size`` None) and any encoder (``fingerprint`` empty).
+    A PSM without mappers may serve images of any size (``image_size`` None), any encoder (``fingerprint`` empty), and
+    pictures without noise (0).
     """
 
     format: Literal["fs-plugins-psm-1"] = "fs-plugins-psm-1"
     name: str
-    sigma: Sigma
-    sigma_range: tuple[Sigma, Sigma]
+    sigma: Level
+    sigma_range: tuple[Level, Level]
     image_size: tuple[Count, Count] | None
     purifier: Part | None
     readouts: Annotated[tuple[ReadoutSpec, ...], Field(max_length=32)] = ()
@@ -91,6 +92,8 @@ class PSMConfig(_Strict):
         low, high = self.sigma_range
         if not low <= self.sigma <= high:
             raise ValueError(f"sigma_range {self.sigma_range} must hold sigma {self.sigma}")
+        if self.readouts and low == 0:
+            raise ValueError(f"a mapper refines features of noisy pictures: sigma_range {self.sigma_range} holds 0")
         if self.readouts and not (self.image_size and self.fingerprint):
             raise ValueError("a mapper belongs to one encoder: it needs image_size and fingerprint")
         return self
