@@ -80,12 +80,12 @@ RIVALS = (
     _transformation("median-filter", "median, 3 x 3"),
     _transformation("bit-depth", "3 bits a channel"),
     _transformation("total-variation", "total variation"),
-    Defence("noise", "one noisy draw", smoothing=Smoothing("none", n0=1)),
-    Defence("noise_votes5", "vote of 5 noisy draws", smoothing=Smoothing("none", n0=1, votes=5)),
+    Defence("noise", "one noisy draw, sigma .1", smoothing=Smoothing("none", n0=1, sigma=0.1)),
+    Defence("noise_votes5", "vote of 5 noisy draws, sigma .1", smoothing=Smoothing("none", n0=1, sigma=0.1, votes=5)),
 )
 """What one would pick instead of FS-PSM, at no training: transformations of the picture (Guo et al., ICLR 2018; Xu et
 al., NDSS 2018), noise that is not averaged over, and answers to noisy copies that vote (as in SmoothGuard; Su et al.,
-2025)."""
+2025). Noise at .1, for plain models hardly answer through more of it."""
 LIGHT = "light"
 """Stands for the run's light PSM where a Smoothing names one."""
 

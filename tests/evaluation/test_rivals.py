@@ -182,7 +182,7 @@ def test_the_suite_names_defences_that_can_be_had(subject):
         if isinstance(told["psm"], PSM):
             assert (told["psm"].config.name.replace("-", "_"), told["sigma"]) == (defence.name, 0)
         else:
-            assert (told["psm"], told["sigma"]) == (None, 0.5)
+            assert (told["psm"], told["sigma"]) == (None, 0.1)
     assert SUITES["rivals"] in chosen(["all"])
     assert SUITES["rivals"].defences == (NONE, *RIVALS, FS, FS_PSM)
 
