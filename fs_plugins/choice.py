@@ -21,7 +21,8 @@ from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE, FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
 
 PSMChoice = str | os.PathLike[str] | PSM | None
-"""``"auto"``, a purifier's name, a folder or hub id, a PSM, or None (``"none"`` in text) for plain smoothing."""
+"""``"auto"``, a variant (``"robust"``) or purifier of the registry, a folder or hub id, a PSM, or None (``"none"`` in
+text) for plain smoothing."""
 
 Smoothable = nn.Module | VisionCall
 """A model that an adapter claims, or an adapter's answer."""
@@ -191,12 +192,14 @@ def find_psm(
             notices.append(str(chosen))
         else:
             found = known.load(chosen, **plugin_parts())
+    elif isinstance(psm, str) and _is_word(psm) and psm in (known := known_encoders()).variants:
+        found = known.load(known.find(call, sigma, psm), **plugin_parts())
     elif isinstance(psm, str | os.PathLike):
         found = named_psm(psm, purifier)
     else:
         raise SettingError(
-            'psm must be "auto", None, a PSM, its folder or hub id, or the name of one of the registry\'s purifiers; '
-            f"got {type(psm).__name__}."
+            'psm must be "auto", None, a PSM, its folder or hub id, or the name of a variant or purifier of the '
+            f"registry; got {type(psm).__name__}."
         )
     if found is None or not found.config.fingerprint:  # the second serves any encoder
         return found, notices
@@ -227,7 +230,7 @@ def named_psm(psm: str | os.PathLike[str], purifier: Callable[[str], PSM] | None
         PSMError: there is none, or it is damaged.
         RegistryError: a purifier that is not trained yet, or not to be had.
     """
-    if isinstance(psm, str) and not {"/", os.sep} & set(psm):
+    if isinstance(psm, str) and _is_word(psm):
         known = known_encoders()
         if psm in known.purifiers:
             return purifier(psm) if purifier is not None else known.purifier(psm, **plugin_parts())
@@ -237,3 +240,8 @@ def named_psm(psm: str | os.PathLike[str], purifier: Callable[[str], PSM] | None
                 f"{', '.join(known.purifiers)}."
             )
     return PSM.from_pretrained(psm, **plugin_parts())
+
+
+def _is_word(psm: str) -> bool:
+    """Whether it can be a name of the registry, rather than a path or a hub id."""
+    return not {"/", os.sep} & set(psm)

@@ -169,8 +169,17 @@ class Registry:
                 return same
         return [name for name in alike if not self.entries[name].verified]
 
-    def find(self, call: VisionCall, sigma: float | None = None) -> Match:
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names by which PSMs are asked for that ``"auto"`` does not take."""
+        named = [psm.variant for entry in self.entries.values() for psm in entry.psms if psm.variant is not None]
+        return tuple(dict.fromkeys(named))
+
+    def find(self, call: VisionCall, sigma: float | None = None, variant: str | None = None) -> Match:
         """The PSM for this encoder, readout and resolution.
+
+        Args:
+            variant: one of ``variants``; None for the PSM that ``"auto"`` takes.
 
         Raises:
             RegistryError: there is none, with what there is and what can be done.
@@ -178,10 +187,13 @@ class Registry:
         readouts = [readout.name for readout in call.readouts]
         names = self.recognise(call)
         fits = [
-            (name, psm) for name in names for psm in self.psms(name) if psm.readout in readouts and psm.covers(sigma)
+            (name, psm)
+            for name in names
+            for psm in self.psms(name)
+            if psm.readout in readouts and psm.covers(sigma) and psm.variant == variant
         ]
         if not fits:
-            raise RegistryError(self._nothing(call, names, readouts, sigma))
+            raise RegistryError(self._nothing(call, names, readouts, sigma, variant))
         name, psm = fits[0]
         entry = self.entries[name]
         owner = entry.psm_of or name
@@ -291,18 +303,20 @@ class Registry:
                 wrong.append("was trained for other weights")
         return Check(what, not wrong, f"{folder} {' and '.join(wrong) or 'is what its entry says'}")
 
-    def _nothing(self, call: VisionCall, names: list[str], readouts: list[str], sigma: float | None) -> str:
+    def _nothing(
+        self, call: VisionCall, names: list[str], readouts: list[str], sigma: float | None, variant: str | None
+    ) -> str:
         trained = [
             f"{name} ({psm.readout}, {entry.architecture.model_dump().get('image_size')} pixels, sigma {psm.sigmas})"
             for name, entry in self.entries.items()
             for psm in entry.psms
-            if psm.trained
+            if psm.trained and psm.variant == variant
         ]
         architecture = ", ".join(f"{key} {value}" for key, value in call.architecture.items())
         known = f"It has the architecture of {', '.join(names)}. " if names else ""
         return (
-            f"No PSM in the registry fits this encoder ({architecture}) and readout {', '.join(readouts)}{_at(sigma)}. "
-            f"{known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
+            f"No {variant + ' ' if variant else ''}PSM in the registry fits this encoder ({architecture}) and readout "
+            f"{', '.join(readouts)}{_at(sigma)}. {known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
             "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is "
             "usual) for plain smoothing."
         )

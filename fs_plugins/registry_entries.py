@@ -126,9 +126,11 @@ class PSMEntry(Trained):
 
     Args:
         mapped: whether its mapper serves this readout; a purifier that learnt by one readout serves others alone.
+        variant: what asks for it by name, ``psm="robust"``, say; those without one are what ``"auto"`` takes.
     """
 
     readout: str
+    variant: Word | None = None
     mapped: Annotated[bool, Field(strict=True)] = True
 
 

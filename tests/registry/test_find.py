@@ -54,6 +54,26 @@ def test_a_purifier_that_learnt_by_one_readout_serves_another_alone(llava, own, 
     assert [check.right for check in wrong] == [True, False]
 
 
+def test_a_variant_is_asked_for_by_its_name(llava, own, tmp_path, monkeypatch):
+    call = fs_plugins.vision_call(llava)
+    (usual,) = own["encoders"]["mine"]["psms"]
+    other = make_psm(call, name="hard")
+    other.save_pretrained(tmp_path / "hard")
+    hard = {"path": "hard", "sha256": registry.checksum(tmp_path / "hard"), "variant": "robust"}
+    own["encoders"]["mine"]["psms"].insert(0, {**usual, **hard})
+    known = registry.Registry([write(tmp_path / "r.yaml", own)])
+    assert known.variants == ("robust",)
+    assert known.find(call).psm.variant is None
+    assert known.load(known.find(call, variant="robust")).config.name == "hard"
+    monkeypatch.setenv("FS_PLUGINS_REGISTRY", str(tmp_path / "r.yaml"))
+    with fs_plugins.enable(llava, psm="robust", seed=0) as handle:
+        assert handle.smoothers[0].psm.config.name == "hard"
+    with fs_plugins.enable(llava, seed=0) as handle:
+        assert handle.smoothers[0].psm.config.name != "hard"
+    with pytest.raises(RegistryError, match="No robust PSM in the registry fits this encoder"):
+        fs_plugins.enable(make_llava(vision_feature_layer=-1), psm="robust")
+
+
 def test_an_encoder_of_known_architecture_without_a_psm_is_told_so():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
