@@ -316,9 +316,9 @@ class Registry:
         known = f"It has the architecture of {', '.join(names)}. " if names else ""
         return (
             f"No {variant + ' ' if variant else ''}PSM in the registry fits this encoder ({architecture}) and readout "
-            f"{', '.join(readouts)}{_at(sigma)}. {known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train one with `fs-plugins train` "
-            "(docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None with a sigma (0.25 is "
-            "usual) for plain smoothing."
+            f"{', '.join(readouts)}{_at(sigma)}. {known}Trained PSMs exist for: {'; '.join(trained) or 'none'}. Train "
+            "one with `fs-plugins train` (docs/how-to/train-a-psm.md) and pass its folder as psm=..., or pass psm=None "
+            "with a sigma (0.25 is usual) for plain smoothing."
         )
 
 
