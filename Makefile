@@ -122,7 +122,7 @@ $(VENV)5/.ready: $(VENV)/.dev
 $(VENV)-all/.ready: $(VENV)/.dev
 	$(call on_top,$(VENV)-all)
 	$(VENV)-all/bin/pip install -q -c constraints.txt -e ".[dev]" \
-	    torchvision open_clip_torch einops einops-exts bitsandbytes foolbox
+	    torchvision open_clip_torch einops einops-exts bitsandbytes foolbox pyautoattack
 	$(VENV)-all/bin/pip install -q --no-deps -c constraints.txt open_flamingo==2.0.1 llava-torch==1.2.2.post1 torchattacks
 	touch $@
 

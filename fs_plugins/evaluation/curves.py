@@ -65,7 +65,8 @@ def certified(results: Results) -> Curves | None:
 
 
 def worst(results: Results) -> Curves | None:
-    """The accuracy under the worst attack against its radius, with its interval; None without a suite that asks for it.
+    """The accuracy under the worst attack against its radius, with its interval; None without a suite that asks for it
+    at several.
 
     Beneath, dotted, the share of pictures with a proven cosine of .5 within the l2 ball around the l-inf one, of
     defences that were certified as well.
@@ -74,7 +75,8 @@ def worst(results: Results) -> Curves | None:
     proven: dict[str, tuple[list[float], list[float]]] = {}
     furthest = 0.0
     for suite in results.plan.suites:
-        for defence in suite.defences if suite.worst else ():
+        several = len({condition.eps255 for condition in suite.conditions}) > 1
+        for defence in suite.defences if suite.worst and several else ():
             if points := _left(results, suite, defence):
                 lines[defence.title] = points
                 furthest = max(furthest, points[-1][0])

@@ -16,7 +16,7 @@ from fs_plugins.attacks.strengths import Strength
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.ledger import File
 from fs_plugins.errors import SettingError
-from fs_plugins.evaluation import curves, report
+from fs_plugins.evaluation import curves, report, robustbench
 from fs_plugins.evaluation.captions import captions
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.metrics import mean, proportion
@@ -97,9 +97,9 @@ class Results:
         return told if self.record.seconds is None else {**told, "seconds": self.record.seconds}
 
     def write(self, out: str | os.PathLike[str]) -> Path:
-        """Write a CSV of each table, summary.json and report.html, and worst.svg where a suite asks for the worst case.
+        """Write a CSV of each table, summary.json and report.html, and worst.svg where a suite asks for worst cases.
 
-        The same results give the same bytes.
+        What AutoAttack left right is in robustbench.json. The same results give the same bytes.
 
         Args:
             out: the evaluation's folder; or another, which is new, empty, or was written to in this way before.
@@ -120,6 +120,8 @@ class Results:
         if (drawn := curves.worst(self)) is not None:
             replace(folder / "worst.svg", drawn.svg)
         replace(folder / "summary.json", json.dumps(self.summary(), indent=2) + "\n")
+        if records := robustbench.records(self):
+            replace(folder / robustbench.FILE, json.dumps(records, indent=2) + "\n")
         return page
 
     def answers(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fs_plugins.errors import SettingError
 from fs_plugins.files import mark, replace, spelled, unused
-from fs_plugins.kept import UNSEALED, Lines, check, hold, stamped
+from fs_plugins.kept import UNSEALED, Lines, check, hold, read, stamped
 
 SETTINGS, JUDGED, DEFENCES = "settings.json", "judged.jsonl", "defences"
 ATTACKED, SHOWN = "attacked", "shown"
@@ -66,6 +66,15 @@ class Store:
             SettingError: it was made of something else in an earlier run.
         """
         hold(self.folder / DEFENCES / f"{defence}.json", made_of, "an evaluation")
+
+    def made_of(self, defence: str) -> dict[str, Any]:
+        """What ``hold`` tied the folder to; nothing of a defence that smooths nothing.
+
+        Raises:
+            SettingError: the file is damaged.
+        """
+        path = self.folder / DEFENCES / f"{defence}.json"
+        return read(path, "an evaluation") if path.is_file() else {}
 
     def attacked(self, key: str, name: str) -> Tensor | None:
         """The picture (C, H, W) in [0, 1], or None if it is not there.

@@ -39,6 +39,18 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Scoring(Protocol):
+    """A subject that scores every class by the encoder's embedded feature alone."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The K classes."""
+
+    def scores(self, embedded: Tensor) -> Tensor:
+        """(B, E) served embeddings -> (B, K) class scores, as logits are. Gradients flow through."""
+
+
+@runtime_checkable
 class Reader(Protocol):
     """A subject that classifies by the encoder's embedded feature alone, which is seen once for answer and cosine."""
 
@@ -66,6 +78,7 @@ class Headed:
     def __init__(self, model: nn.Module, head: nn.Module, names: Sequence[str]) -> None:
         self.model, self.head = model, head
         self.call = fs_plugins.vision_call(model)
+        self.names = list(names)
         self.numbers = {name: number for number, name in enumerate(names)}
         size_of(self.call)
 

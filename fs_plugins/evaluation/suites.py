@@ -142,6 +142,8 @@ ANSWER = "answer"
 """The attack on what a subject says of what it is served: away from its answer, whatever comes of it."""
 ANSWERS = (ANSWER, "answer-apgd", "answer-target", "answer-square")
 """The same; with step sizes of its own; to the answer of the target; and without gradients."""
+AUTOATTACK = "autoattack"
+"""AutoAttack's version for randomised defences, by its own package, on subjects that score classes."""
 THREE = tuple(Condition(method, 16) for method in ("m-attack", "foa", "attackvlm"))
 FOA = Condition("foa", 16)
 
@@ -271,12 +273,19 @@ SUITES = {
             "masking", "Does the defence hold, or only hide its gradients?", None, (FS_PSM,),
             (Condition("attackvlm", 16),), masking=True,
         ),
+        Suite(
+            AUTOATTACK, "AutoAttack through the defence", "classification", (FS_PSM,),
+            (Condition(AUTOATTACK, 16, adaptive=True),), compared=False, worst=True,
+        ),
     )
 }  # fmt: skip
 
+ASKED_FOR = (AUTOATTACK,)
+"""Suites that ``all`` does not stand for: they need a package, or are not for every model."""
+
 
 def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
-    """Suites by name; ``all`` stands for all of them.
+    """Suites by name; ``all`` stands for all of them but ``ASKED_FOR``.
 
     Args:
         eps: another radius in place of the suites' usual 16/255, as people write it; others grow and shrink with it.
@@ -284,7 +293,8 @@ def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
     Raises:
         SettingError: there is no such suite, or ``eps`` is no radius in [0, 1] pixels.
     """
-    wanted = list(SUITES) if "all" in names else list(dict.fromkeys(names))
+    every = [name for name in SUITES if name not in ASKED_FOR] if "all" in names else []
+    wanted = list(dict.fromkeys([*every, *(name for name in names if name != "all")]))
     for name in wanted:
         if name not in SUITES:
             raise SettingError(f"There is no suite {name!r}. The suites are: {', '.join(SUITES)}, all.")

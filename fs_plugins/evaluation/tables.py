@@ -9,7 +9,7 @@ from typing import Literal
 
 from fs_plugins.attacks.methods import known_attacks
 from fs_plugins.evaluation.metrics import Estimate
-from fs_plugins.evaluation.suites import ANSWER, CLEAN, TARGET, Condition
+from fs_plugins.evaluation.suites import ANSWER, AUTOATTACK, CLEAN, TARGET, Condition
 from fs_plugins.files import replace, table
 
 Unit = Literal["share", "number"]
@@ -93,11 +93,12 @@ def _plain(cell: Cell) -> object:
     return {name: None if math.isnan(value) else value for name, value in asdict(cell.estimate).items()}
 
 
-_ON_THE_ANSWER = {
+_NAMES = {
     ANSWER: "attack on the answer",
     "answer-apgd": "APGD on the answer",
     "answer-target": "attack to the target's answer",
     "answer-square": "Square Attack on the answer",
+    AUTOATTACK: "AutoAttack (rand)",
 }
 
 
@@ -107,7 +108,7 @@ def title_of(condition: Condition) -> str:
         return condition.method
     attack = known_attacks().get(condition.method)  # a plugin's may be gone when its results are read
     name = condition.method if attack is None else attack.name
-    name = _ON_THE_ANSWER.get(condition.method, name)
+    name = _NAMES.get(condition.method, name)
     parts = [f"{name} {condition.eps255:g}/255", "adaptive" if condition.adaptive else ""]
     parts += [f"{condition.draws} draws a step" if condition.draws else ""]
     parts += [f"{condition.restarts} starts" if condition.restarts > 1 else ""]

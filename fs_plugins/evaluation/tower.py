@@ -18,12 +18,13 @@ from fs_plugins.attacks.folded import folded
 from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.errors import ModelError, PSMError, RegistryError
 from fs_plugins.evaluation.asking import Asking
+from fs_plugins.evaluation.autoattack import Scorer
 from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.defended import Encoder, Options, asked_for, defended, options
 from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import Asked, Plan, answers_key, attacked_key
 from fs_plugins.evaluation.subjects import Answering, Subject, size_of
-from fs_plugins.evaluation.suites import ANSWERS, CLEAN, FS_PSM, TARGET, Condition, Defence, Smoothing
+from fs_plugins.evaluation.suites import ANSWERS, AUTOATTACK, CLEAN, FS_PSM, TARGET, Condition, Defence, Smoothing
 from fs_plugins.evaluation.tables import title_of
 from fs_plugins.evaluation.tasks import TASKS, Choice, Classification
 from fs_plugins.identity import digest
@@ -69,6 +70,8 @@ class Tower:
     def run(self) -> None:
         """Do what is still to be done."""
         cells = {cell: asked for cell, asked in self.plan.cells.items() if cell[0].tower == self.name}
+        if any(condition.method == AUTOATTACK for _, condition in cells):
+            Scorer(self.subject, self.plan.dataset)  # says what it cannot do before anything that takes long
         ready = self._ready(list(cells))
         for condition, wanted in _oblivious(cells, ready).items():
             samples = tuple(sample for sample in self.plan.dataset.samples if sample.image in wanted)
@@ -175,6 +178,9 @@ class Tower:
         missing = [s for s in self.means.mine(samples) if not self.store.has(key, s.image)]
         if not missing:
             return
+        if condition.method == AUTOATTACK:
+            self._auto_attack(encoder, key, condition, missing, what)
+            return
         advance = self.means.track(what, steps * condition.restarts * len(missing))
         if isinstance(encoder, VisionCall):
             encoder = folded(encoder, self._pairs(missing[:1])[0])
@@ -196,6 +202,20 @@ class Tower:
             )
             for sample, image in zip(some, attacked, strict=True):
                 self.store.keep(key, sample.image, image)
+
+    def _auto_attack(
+        self, encoder: Encoder, key: str, condition: Condition, samples: Sequence[Sample], what: str
+    ) -> None:
+        scorer, advance = Scorer(self.subject, self.plan.dataset), self.means.track(what, len(samples))
+        for some in self.means.batches(samples):
+            data, seed = self.plan.dataset, self.plan.setup.seed
+            images = torch.stack([data.image(sample, self.size) for sample in some]).to(self.device)
+            attacked = scorer.attack(
+                encoder, images, some, eps=condition.eps, seed=seed, batch_size=self.means.batch_size
+            )
+            for sample, image in zip(some, attacked, strict=True):
+                self.store.keep(key, sample.image, image)
+            advance(len(some))
 
     def _method(self, condition: Condition, samples: Sequence[Sample]) -> str | Answer:
         if condition.method not in ANSWERS:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from fs_plugins import checks
 from fs_plugins.errors import JudgeError, SettingError
+from fs_plugins.evaluation import autoattack
 from fs_plugins.evaluation.datasets import SETTINGS as DATASET
 from fs_plugins.evaluation.datasets import Corrupt, Dataset, open_dataset
 from fs_plugins.evaluation.judges import Judge, judge
@@ -21,7 +22,7 @@ from fs_plugins.evaluation.run import Evaluation
 from fs_plugins.evaluation.settings import Settings
 from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject
-from fs_plugins.evaluation.suites import NONE, Suite, chosen
+from fs_plugins.evaluation.suites import AUTOATTACK, NONE, Suite, chosen
 from fs_plugins.files import locked, unused
 from fs_plugins.settings import build
 
@@ -71,6 +72,8 @@ def evaluate(
     settings = build(Settings, vars(settings))
     first, folder = share[0] == 0, settings.folder
     suites = chosen(settings.suite, settings.eps)
+    if any(condition.method == AUTOATTACK for suite in suites for condition in suite.conditions):
+        autoattack.package()
     if settings.sigma is not None:
         checks.sigma(settings.sigma)
     compares = _judge(settings)

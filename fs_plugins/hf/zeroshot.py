@@ -106,9 +106,13 @@ class ZeroShot:
         return [likeliest(row, numbers, sample, dataset) for row, sample in zip(scores, samples, strict=True)]
 
     def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
+        return Classes(self.call, self.scores)
+
+    def scores(self, embedded: Tensor) -> Tensor:
+        """(B, E) served embeddings -> (B, K) cosines to the classes, scaled as the model does."""
         scale = getattr(self.model, "logit_scale", None)
         factor = 100.0 if scale is None else float(scale.exp())
-        return Classes(self.call, lambda embedded: factor * self._cosines(normalize(embedded, dim=-1)))
+        return factor * self._cosines(normalize(embedded, dim=-1))
 
     def _cosines(self, embedded: Tensor) -> Tensor:
         return embedded @ self.directions.to(embedded).T
