@@ -190,7 +190,9 @@ def make_psm(call: VisionCall, *, sigma: float = 0.25, purifier: bool = True, ma
         "encoder": "test",
         "fingerprint": fingerprint(call.module),
     }
-    psm = PSM(PSMConfig(**{**config, **changes}))
+    with torch.random.fork_rng(devices=[]):  # the same one whatever ran before
+        torch.manual_seed(3)
+        psm = PSM(PSMConfig(**{**config, **changes}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in psm.parameters():

@@ -41,6 +41,9 @@ class Settings:
     eps: str | None = knob(
         None, "Another l-inf radius for the suites' attacks, in [0, 1] pixels, such as 8/255.", panel=_WORK
     )
+    attacks: str | None = knob(
+        None, "Only these of the suites' attacks, by their names, with commas between them.", panel=_WORK
+    )
     aside_images: int | None = knob(None, "Pictures of the suites s6, s7 and s8.", panel=_WORK, least=1)
     adaptive_images: int | None = knob(None, "Pictures of the adaptive attacks.", panel=_WORK, least=1)
     adaptive_steps: int | None = knob(None, "Steps of the adaptive attacks.", panel=_WORK, least=1)

@@ -284,14 +284,15 @@ ASKED_FOR = (AUTOATTACK,)
 """Suites that ``all`` does not stand for: they need a package, or are not for every model."""
 
 
-def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
+def chosen(names: Sequence[str], eps: str | None = None, attacks: str | None = None) -> tuple[Suite, ...]:
     """Suites by name; ``all`` stands for all of them but ``ASKED_FOR``.
 
     Args:
+        attacks: the only ones to make, by their names, with commas between them; all if None.
         eps: another radius in place of the suites' usual 16/255, as people write it; others grow and shrink with it.
 
     Raises:
-        SettingError: there is no such suite, or ``eps`` is no radius in [0, 1] pixels.
+        SettingError: there is no such suite, none of them has such an attack, or ``eps`` is no radius in [0, 1] pixels.
     """
     every = [name for name in SUITES if name not in ASKED_FOR] if "all" in names else []
     wanted = list(dict.fromkeys([*every, *(name for name in names if name != "all")]))
@@ -299,10 +300,22 @@ def chosen(names: Sequence[str], eps: str | None = None) -> tuple[Suite, ...]:
         if name not in SUITES:
             raise SettingError(f"There is no suite {name!r}. The suites are: {', '.join(SUITES)}, all.")
     suites = tuple(SUITES[name] for name in wanted)
+    if attacks is not None:
+        suites = _with_only(suites, [name.strip() for name in attacks.split(",")])
     if eps is None:
         return suites
     scale = 255 * radius(eps) / FOA.eps255
     return tuple(replace(suite, conditions=tuple(_scaled(one, scale) for one in suite.conditions)) for suite in suites)
+
+
+def _with_only(suites: tuple[Suite, ...], attacks: Sequence[str]) -> tuple[Suite, ...]:
+    known = dict.fromkeys(condition.method for suite in suites for condition in suite.conditions)
+    for name in attacks:
+        if name not in known:
+            raise SettingError(f"None of these suites has an attack {name!r}. Theirs are: {', '.join(known)}.")
+    return tuple(
+        replace(suite, conditions=tuple(one for one in suite.conditions if one.method in attacks)) for suite in suites
+    )
 
 
 def _scaled(condition: Condition, scale: float) -> Condition:

@@ -71,7 +71,7 @@ def evaluate(
     """
     settings = build(Settings, vars(settings))
     first, folder = share[0] == 0, settings.folder
-    suites = chosen(settings.suite, settings.eps)
+    suites = chosen(settings.suite, settings.eps, settings.attacks)
     if any(condition.method == AUTOATTACK for suite in suites for condition in suite.conditions):
         autoattack.package()
     if settings.sigma is not None:

@@ -9,10 +9,10 @@ import pytest
 from painting import COLOURS, Painter
 from support import make_llava
 
-from fs_plugins import ModelError
+from fs_plugins import ModelError, SettingError
 from fs_plugins.answers import Classes
 from fs_plugins.evaluation import Results, curves
-from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, SUITES, Condition, strongest
+from fs_plugins.evaluation.suites import CLEAN, FS_PSM, NONE, SUITES, Condition, chosen, strongest
 from fs_plugins.evaluation.tables import title_of
 
 WORST = SUITES["worst"]
@@ -169,3 +169,11 @@ def test_a_proof_in_l2_counts_for_the_linf_ball_inside(found):
     for one, wanted in zip(eps, share, strict=True):
         held = [255 * (proof.radius(0.5) or 0.0) / side >= one for proof in proofs.values()]
         assert wanted == pytest.approx(sum(held) / len(held))
+
+
+def test_only_some_attacks_of_a_suite_are_made_where_somebody_says_which():
+    (suite,) = chosen(["worst"], attacks="answer, attackvlm")
+    assert {one.method for one in suite.conditions} == {"answer", "attackvlm"}
+    assert len(suite.conditions) == 9
+    with pytest.raises(SettingError, match=r"has an attack 'foa'\. Theirs are: answer, answer-target"):
+        chosen(["worst"], attacks="foa")
