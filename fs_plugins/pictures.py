@@ -7,6 +7,7 @@ say, and PIL images of every mode, as ``to_rgb`` shows them. What verbs are give
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -169,6 +170,13 @@ def rgb(path: Path) -> Image.Image:
     """
     with _opened(path) as image:
         return to_rgb(image)
+
+
+def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """What is left of an RGB picture of 8 bits that was written as a JPEG, by Pillow, and read again."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file)
 
 
 def check(path: Path) -> None:

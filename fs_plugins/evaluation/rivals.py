@@ -6,7 +6,6 @@ the true one where there is one, else the identity's (``straight_through``).
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fs_plugins import checks
 from fs_plugins.errors import SettingError
 from fs_plugins.hooks import hookimpl, plugin_manager, register
+from fs_plugins.pictures import through_jpeg
 from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig
 
@@ -92,13 +92,9 @@ class JPEG(nn.Module):
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> what is decoded, multiples of 1/255. They are rounded to 8 bits before."""
         eight = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-        decoded = [torch.from_numpy(self._decoded(pixels)).permute(2, 0, 1) for pixels in eight]
+        read = [np.array(through_jpeg(Image.fromarray(pixels), self.quality)) for pixels in eight]
+        decoded = [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in read]
         return straight_through(images, torch.stack(decoded).to(images) / 255)
-
-    def _decoded(self, pixels: np.ndarray) -> np.ndarray:
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
-        return np.array(Image.open(file))
 
 
 class MedianFilter(nn.Module):
