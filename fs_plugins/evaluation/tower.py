@@ -104,14 +104,13 @@ class Tower:
         if before is None:
             return tasks
         data, told = self.plan.dataset, [self.store.rows(answers_key(defence, earlier)) for earlier in before]
-        spared = {
-            one.image for one in data.samples if not any(TASKS[task].applies(one) for task in tasks if task in TASKS)
-        }
+        asked = [task for task in tasks if task in TASKS]
+        spared = {one.image for one in data.samples if not any(TASKS[task].applies(one) for task in asked)}
         wrong = {
             image
             for rows in told
             for (image, task), row in rows.items()
-            if task in TASKS and not cast(Choice, TASKS[task]).verdict(row["reply"], self._sample[image], data).correct
+            if task in asked and not cast(Choice, TASKS[task]).verdict(row["reply"], self._sample[image], data).correct
         }
         done = wrong | spared
         return {task: tuple(one for one in samples if one.image not in done) for task, samples in tasks.items()}

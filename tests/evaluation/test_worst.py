@@ -107,6 +107,14 @@ def test_what_another_suite_asks_too_is_asked_about_all_its_pictures(start, monk
     assert counts == [4, 3, 4, 3, 3, 3]
 
 
+def test_captions_in_the_same_run_are_no_matter_of_the_worst_case(start, monkeypatch):
+    monkeypatch.setattr("painting.Painter", Answering)
+    captions = replace(SUITES["table1"], defences=(FS_PSM,), conditions=())
+    evaluation = start(captions, replace(SUITE, defences=(FS_PSM,)))
+    evaluation.run()
+    assert {table.name for table in Results(evaluation.store.folder).tables()} == {"table1", "worst", "worst-certified"}
+
+
 def test_without_smoothing_nothing_is_made_through_another_psm(start, monkeypatch):
     monkeypatch.setattr("painting.Painter", Answering)
     evaluation = start(SUITE)
