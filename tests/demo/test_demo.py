@@ -144,7 +144,7 @@ def documented() -> dict[str, list[float]]:
     rows = {}
     for line in (ROOT / "docs" / "explanation" / "results.md").read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in DEFENCES and len(cells) == 5:
+        if cells[0] in DEFENCES and len(cells) == 5 and all(" / " in cell for cell in cells[1:]):
             (clean, _), *_, (attacked, asr) = (cell.split(" / ") for cell in cells[1:])
             rows[cells[0]] = [float(percent) / 100 for percent in (clean, attacked, asr)]
     return rows
