@@ -104,6 +104,4 @@ class Classes:
         )
 
     def _scores(self, output: Any) -> Tensor:
-        features = self.call.features(output)
-        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
-        return self.head(self.call.embed(wide))
+        return self.head(self.call.embed(self.call.wide(output)))

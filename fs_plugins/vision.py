@@ -270,6 +270,10 @@ class VisionCall:
         """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""
         return {readout.name: readout.get(output) for readout in self.readouts}
 
+    def wide(self, output: Any) -> Features:
+        """The same in fp32, or fp64 where the module works in it."""
+        return {name: value.to(_wide(value.dtype)) for name, value in self.features(output).items()}
+
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All of the model that features and their embedding are computed by: the encoder, and the embedding's own."""
@@ -343,8 +347,7 @@ class VisionCall:
 
         Gradients follow the images.
         """
-        features = self.features(self.look(images))
-        return {name: value.to(_wide(value.dtype)) for name, value in features.items()}
+        return self.wide(self.look(images))
 
     def served(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images in [0, 1] -> (B, E) embedded features, through any smoothing that is enabled.

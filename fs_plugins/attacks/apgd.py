@@ -139,7 +139,6 @@ class APGD:
     def __call__(self, objective: Objective, images: Tensor, search: Search, stream: Stream) -> Tensor:
         if search.step_size is not None:
             raise SettingError("APGD chooses its step sizes itself, so it has no step_size; leave it out.")
-        told = search.report
         return apgd(
             objective,
             images,
@@ -147,5 +146,5 @@ class APGD:
             steps=search.steps,
             draws=search.draws,
             start=anywhere(images, search.ball, stream),
-            report=None if told is None else lambda step: told(len(images)),
+            report=search.told(images),
         )

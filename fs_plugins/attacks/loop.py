@@ -116,7 +116,6 @@ class Ascent:
     marks: tuple[object, ...] = ()
 
     def __call__(self, objective: Objective, images: Tensor, search: Search, stream: Stream) -> Tensor:
-        told = search.report
         return ascend(
             objective,
             images,
@@ -126,7 +125,7 @@ class Ascent:
             draws=search.draws,
             momentum=self.momentum,
             start=self._start(images, search, stream),
-            report=None if told is None else lambda step: told(len(images)),
+            report=search.told(images),
         )
 
     def _start(self, images: Tensor, search: Search, stream: Stream) -> Tensor | None:

@@ -49,6 +49,11 @@ class Search:
             self, steps=checks.whole("steps", self.steps), draws=checks.whole("draws", self.draws), step_size=step_size
         )
 
+    def told(self, images: Tensor) -> Callable[[int], object] | None:
+        """``report`` as a loop over these images calls it: after each step, with the step's number."""
+        report = self.report
+        return None if report is None else lambda step: report(len(images))
+
 
 class Optimiser(Protocol):
     """Climbs objectives: ``Ascent`` along gradients, ``Squares`` without.

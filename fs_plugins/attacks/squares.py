@@ -104,7 +104,6 @@ class Squares:
             )
         if search.step_size is not None:
             raise SettingError("Square Attack takes no step along a gradient, so it has no step_size; leave it out.")
-        told = search.report
         return square(
             objective,
             images,
@@ -113,5 +112,5 @@ class Squares:
             draws=search.draws,
             area=self.area,
             stream=stream,
-            report=None if told is None else lambda query: told(len(images)),
+            report=search.told(images),
         )

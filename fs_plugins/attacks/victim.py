@@ -99,8 +99,7 @@ class Victim:
         return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
     def _seen(self, output: Any) -> Seen:
-        features = self.call.features(output)
-        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in features.items()}
+        wide = self.call.wide(output)
         embedding = self.call.embed(wide)
         of_tokens = [readout for readout in self.call.readouts if readout.tokens != 0]
         if not of_tokens:

@@ -108,7 +108,7 @@ class AdversarialTerms(nn.Module):
         """What the plain model makes of (B, C, H, W) images in [0, 1]."""
         call = self.road.call
         output = call.look(clean)
-        embedded = call.embed({name: value.float() for name, value in call.features(output).items()})
+        embedded = call.embed(call.wide(output))
         if answers is None:
             return Reference(embedded)
         given = answers.given(output, range(len(clean)))
