@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import numpy as np
 from fs_plugins.certificates import Certificate
 from fs_plugins.certificates.bounds import Array
 from fs_plugins.evaluation.metrics import proportion
-from fs_plugins.evaluation.suites import Defence, Suite
+from fs_plugins.evaluation.suites import CLEAN, Condition, Defence, Suite
 
 if TYPE_CHECKING:
+    from fs_plugins.attacks.ball import Norm
     from fs_plugins.evaluation.results import Results
 
 _STYLES = ("-", "--", "-.", ":")
@@ -66,74 +68,88 @@ def certified(results: Results) -> Curves | None:
 
 def worst(results: Results) -> Curves | None:
     """The accuracy under the worst attack against its radius, with its interval; None without a suite that asks for it
-    at several.
+    at several. Each norm has axes of its own.
 
-    Beneath, dotted, the share of pictures with a proven cosine of .5 within the l2 ball around the l-inf one, of
-    defences that were certified as well.
+    Beneath, dotted, the share of pictures with a proven cosine of .5 within the ball (for l-inf within the l2 ball
+    around it), of defences that were certified as well.
     """
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
-    proven: dict[str, tuple[list[float], list[float]]] = {}
-    furthest = 0.0
+    panels: dict[Norm, dict[str, _Line]] = {}
     for suite in results.plan.suites:
-        several = len({condition.eps255 for condition in suite.conditions}) > 1
-        for defence in suite.defences if suite.worst and several else ():
-            if points := _left(results, suite, defence):
-                lines[defence.title] = points
-                furthest = max(furthest, points[-1][0])
-                if defence.smoothing is not None and (found := _proven(results, defence, points[-1][0])):
-                    proven[defence.title] = found
-    if not lines:
+        for norm in dict.fromkeys(condition.norm for condition in suite.conditions) if suite.worst else ():
+            radii = {condition.radius: condition for condition in suite.conditions if condition.norm == norm}
+            for defence in suite.defences if len(radii) > 1 else ():
+                if line := _line(results, suite, defence, list(radii.values())):
+                    panels.setdefault(norm, {})[defence.title] = line
+    if not panels:
         return None
 
-    def draw(axes: Any) -> None:
-        for place, (title, points) in enumerate(lines.items()):
-            radii, value, low, high = np.array(points).T
-            (line,) = axes.plot(radii, 100 * value, _STYLES[place % 4], marker="o", markersize=3, label=title)
-            axes.fill_between(radii, 100 * low, 100 * high, color=line.get_color(), alpha=0.12, linewidth=0)
-            if title in proven:
-                eps, share = proven[title]
+    def draw(norm: Norm, axes: Any) -> None:
+        lines = panels[norm]
+        for place, (title, line) in enumerate(lines.items()):
+            radii, value, low, high = np.array(line.points).T
+            (drawn,) = axes.plot(radii, 100 * value, _STYLES[place % 4], marker="o", markersize=3, label=title)
+            axes.fill_between(radii, 100 * low, 100 * high, color=drawn.get_color(), alpha=0.12, linewidth=0)
+            if line.proven is not None:
+                eps, share = line.proven
                 label = f"{title}: proven cosine {PROVEN:g}"
-                axes.plot(eps, [100 * one for one in share], ":", color=line.get_color(), linewidth=0.9, label=label)
-        axes.set(xlabel="eps (l-inf, 255ths)", ylabel="right under every attack, %", xlim=(0, furthest), ylim=(0, 101))
+                axes.plot(eps, 100 * share, ":", color=drawn.get_color(), linewidth=0.9, label=label)
+        furthest = max(line.points[-1][0] for line in lines.values())
+        unit = "l-inf, 255ths" if norm == "linf" else "l2, [0, 1] pixels"
+        axes.set(xlabel=f"eps ({unit})", ylabel="right under every attack, %", xlim=(0, furthest), ylim=(0, 101))
 
-    return Curves(_svg(draw), ", ".join(lines))
+    titles = ", ".join(dict.fromkeys(title for lines in panels.values() for title in lines))
+    return Curves(_svg(*(partial(draw, norm) for norm in panels)), titles)
 
 
-def _left(results: Results, suite: Suite, defence: Defence) -> list[tuple[float, float, float, float]]:
-    """Radius, accuracy under the worst attack up to it, and the ends of its interval."""
-    points = []
-    for eps255 in sorted({condition.eps255 for condition in suite.asked}):
-        if answers := results.worst(suite, defence, eps255):
+@dataclass(frozen=True)
+class _Line:
+    """A defence's.
+
+    Args:
+        points: the radius, as the axis has it, the accuracy under the worst attack up to it, and its interval's ends.
+        proven: radii, and the share of certified pictures with such a ball.
+    """
+
+    points: list[tuple[float, float, float, float]]
+    proven: tuple[Array, Array] | None
+
+
+def _line(results: Results, suite: Suite, defence: Defence, radii: Sequence[Condition]) -> _Line | None:
+    points, unit = [], 255 if radii[0].norm == "linf" else 1
+    for condition in (CLEAN, *sorted(radii, key=lambda one: one.eps)):
+        if answers := results.worst(suite, defence, condition):
             found = proportion([answer.verdict.correct for answer in answers])
-            points.append((eps255, found.value, found.low, found.high))
-    return points
+            points.append((unit * condition.eps, found.value, found.low, found.high))
+    return _Line(points, _proven(results, defence, points[-1][0], radii[0].norm)) if points else None
 
 
-def _proven(results: Results, defence: Defence, limit: float) -> tuple[list[float], list[float]] | None:
-    """l-inf radii in 255ths, and the share of certified pictures whose l2 radius holds such a ball."""
+def _proven(results: Results, defence: Defence, limit: float, norm: Norm) -> tuple[Array, Array] | None:
     by_sigma = results.certificates(defence)
     level = results.record.levels.get(defence.name)
     some = list(by_sigma.get(level, {}).values()) if level is not None else []
-    if not some:
+    if not some or defence.smoothing is None:
         return None
-    radii = np.sort([255 * (one.radius(PROVEN) or 0.0) / math.sqrt(math.prod(one.image_shape or (1,))) for one in some])
+
+    def radius(one: Certificate) -> float:
+        found = one.radius(PROVEN) or 0.0
+        return found if norm == "l2" else 255 * found / math.sqrt(math.prod(one.image_shape or (1,)))
+
     eps = np.linspace(0, limit, 200)
-    share = 1 - np.searchsorted(radii, eps, side="left") / len(radii)
-    return eps.tolist(), share.tolist()
+    return eps, 1 - np.searchsorted(np.sort([radius(one) for one in some]), eps, side="left") / len(some)
 
 
-def _svg(draw: Callable[[Any], None]) -> Any:
-    """What ``draw`` puts on axes, as an SVG element."""
+def _svg(*draws: Callable[[Any], None]) -> Any:
+    """What each puts on axes, side by side, as an SVG element."""
     import matplotlib
     from markupsafe import Markup
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context({"svg.hashsalt": "fs-plugins", "svg.fonttype": "none", "text.parse_math": False}):
-        figure = Canvas(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.grid(color="0.9")
-        axes.legend(frameon=False, fontsize=8)
+        figure = Canvas(figsize=(7 if len(draws) == 1 else 5 * len(draws), 4), layout="constrained")
+        for draw, axes in zip(draws, figure.subplots(1, len(draws), squeeze=False).flat, strict=True):
+            draw(axes)
+            axes.grid(color="0.9")
+            axes.legend(frameon=False, fontsize=8)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = drawn.getvalue()

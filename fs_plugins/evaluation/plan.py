@@ -146,7 +146,7 @@ class Plan:
             if defence in suite.defences and condition in suite.asked:
                 if not suite.worst or condition not in suite.conditions:
                     return None
-                found.update(suite.asked[: suite.asked.index(condition)])
+                found.update(one for one in suite.asked[: suite.asked.index(condition)] if one.within(condition))
         return tuple(sorted(found, key=lambda one: one.name))
 
     def can(self, task: str) -> bool:

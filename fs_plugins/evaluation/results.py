@@ -208,24 +208,24 @@ class Results:
             lines += self._worst(suite, len(columns))
         return Table(suite.name, suite.title, columns, tuple(lines), self._note(suite))
 
-    def worst(self, suite: Suite, defence: Defence, eps255: float) -> list[Answer]:
-        """For each picture an answer that an attack within this radius got: a wrong one if there is any.
+    def worst(self, suite: Suite, defence: Defence, up_to: Condition) -> list[Answer]:
+        """For each picture an answer that an attack within this one's ball got: a wrong one if there is any.
 
         It counts for the attacker if any of the answers does.
         """
         assert suite.task is not None
         found: dict[str, list[Answer]] = {}
         for condition in suite.asked:
-            if condition.eps255 <= eps255:
+            if condition.within(up_to):
                 for one in self.answers(defence, condition, suite.task, self.plan.pictures(suite, defence)):
                     found.setdefault(one.sample.image, []).append(one)
         return [_worst(answers) for answers in found.values()]
 
     def _worst(self, suite: Suite, width: int) -> Iterator[tuple[Cell, ...]]:
-        for eps255 in sorted({condition.eps255 for condition in suite.conditions}):
+        for condition in {condition.radius: condition for condition in suite.conditions}.values():
             for defence in suite.defences:
-                if answers := self.worst(suite, defence, eps255):
-                    line = (f"worst up to {eps255:g}/255", defence.title, len(answers))
+                if answers := self.worst(suite, defence, condition):
+                    line = (f"worst up to {condition.radius}", defence.title, len(answers))
                     figures = (accuracy(answers), success(answers))
                     yield (*line, *figures, *("",) * (width - len(line) - len(figures)))
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fs_plugins.errors import SettingError
+
+if TYPE_CHECKING:  # not for the command's list of options
+    from fs_plugins.attacks.ball import Norm
 
 Part = Literal["both", "purifier", "mapper", "none"]
 
@@ -112,6 +115,7 @@ class Condition:
         draws: that each step averages over; as the run is set up if None.
         restarts: how often each picture is attacked, from a start of its own; the best is shown.
         through: a PSM that the attack is made through in place of the defence's own: what passes from one to another.
+        l2: l2 radius in [0, 1] pixel units, in place of the l-inf one.
     """
 
     method: str = "clean"
@@ -120,12 +124,13 @@ class Condition:
     draws: int | None = None
     restarts: int = 1
     through: str | None = None
+    l2: float = 0
 
     @property
     def name(self) -> str:
         if self.method in ("clean", "target"):
             return self.method
-        parts = [self.method, f"{self.eps255:g}"]
+        parts = [self.method, f"l2-{self.l2:g}" if self.l2 else f"{self.eps255:g}"]
         parts += ["adaptive"] if self.adaptive else []
         parts += [f"eot{self.draws}"] if self.draws else []
         parts += [f"x{self.restarts}"] if self.restarts > 1 else []
@@ -133,8 +138,22 @@ class Condition:
         return "-".join(parts)
 
     @property
+    def norm(self) -> Norm:
+        return "l2" if self.l2 else "linf"
+
+    @property
     def eps(self) -> float:
-        return self.eps255 / 255
+        """In [0, 1] pixel units of its norm."""
+        return self.l2 or self.eps255 / 255
+
+    @property
+    def radius(self) -> str:
+        """For people."""
+        return f"l2 {self.l2:g}" if self.l2 else f"{self.eps255:g}/255"
+
+    def within(self, other: Condition) -> bool:
+        """Whether its ball lies in the other's of the same norm; what is clean lies in every one."""
+        return self.eps <= other.eps and (self.norm == other.norm or not self.eps)
 
 
 CLEAN, TARGET = Condition(), Condition("target")
@@ -259,6 +278,19 @@ SUITES = {
             compared=False,
         ),
         Suite(
+            "curves",
+            "The attack on the answer against its radius",
+            "classification",
+            (NONE, FS, *(d for d in DEFENCES if d != NONE and d.name != "tecoa_fs_psm")),
+            (
+                *(Condition(ANSWER, eps255, adaptive=True) for eps255 in (1, 2, 4, 8, 16)),
+                *(Condition(ANSWER, adaptive=True, l2=eps) for eps in (0.5, 1, 2, 4)),
+            ),
+            certified=True,
+            worst=True,
+            compared=False,
+        ),
+        Suite(
             "rivals",
             "What one would pick instead",
             "classification",
@@ -280,8 +312,8 @@ SUITES = {
     )
 }  # fmt: skip
 
-ASKED_FOR = (AUTOATTACK,)
-"""Suites that ``all`` does not stand for: they need a package, or are not for every model."""
+ASKED_FOR = ("curves", AUTOATTACK)
+"""Suites that ``all`` does not stand for: they take long, or need a package."""
 
 
 def chosen(names: Sequence[str], eps: str | None = None, attacks: str | None = None) -> tuple[Suite, ...]:
@@ -319,7 +351,7 @@ def _with_only(suites: tuple[Suite, ...], attacks: Sequence[str]) -> tuple[Suite
 
 
 def _scaled(condition: Condition, scale: float) -> Condition:
-    return replace(condition, eps255=min(255.0, round(scale * condition.eps255, 6)))
+    return replace(condition, eps255=min(255.0, round(scale * condition.eps255, 6)), l2=round(scale * condition.l2, 6))
 
 
 def radius(text: str) -> float:

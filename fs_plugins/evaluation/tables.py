@@ -109,7 +109,7 @@ def title_of(condition: Condition) -> str:
     attack = known_attacks().get(condition.method)  # a plugin's may be gone when its results are read
     name = condition.method if attack is None else attack.name
     name = _NAMES.get(condition.method, name)
-    parts = [f"{name} {condition.eps255:g}/255", "adaptive" if condition.adaptive else ""]
+    parts = [f"{name} {condition.radius}", "adaptive" if condition.adaptive else ""]
     parts += [f"{condition.draws} draws a step" if condition.draws else ""]
     parts += [f"{condition.restarts} starts" if condition.restarts > 1 else ""]
     parts += [f"through {condition.through}" if condition.through else ""]

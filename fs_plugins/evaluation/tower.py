@@ -190,6 +190,7 @@ class Tower:
                 images,
                 None if condition.method in ANSWERS and condition.method != "answer-target" else targets,
                 method=self._method(condition, some),
+                norm=condition.norm,
                 eps=condition.eps,
                 steps=steps,
                 draws=draws,

@@ -87,6 +87,37 @@ def test_what_counts_is_the_worst_of_all_up_to_a_radius(found):
     assert "right under every attack" in table.note
 
 
+def test_each_norm_has_curves_of_its_own_and_is_no_part_of_the_others(start, monkeypatch):
+    class Falling(Answering):
+        wrong_from = {"0.png": 3}  # noqa: RUF012
+
+    monkeypatch.setattr("painting.Painter", lambda model: Falling(model))
+    radii = (*(Condition("answer", eps, adaptive=True) for eps in (2, 4)), Condition("answer", l2=1, adaptive=True))
+    suite = replace(SUITES["curves"], defences=(FS_PSM,), conditions=(*radii, replace(radii[-1], l2=2)))
+    evaluation = start(suite, adaptive_images=4)
+    evaluation.run()
+    results = Results(evaluation.store.folder)
+    counts = [len(list(results.answers(FS_PSM, one, "classification"))) for one in (CLEAN, *suite.conditions)]
+    assert counts == [
+        4,
+        4,
+        4,
+        4,
+        3,
+    ]  # what falls at l-inf 4 is asked again at l2 1, for no ball of one is in the other's
+    found = [results.worst(suite, FS_PSM, one) for one in suite.conditions]
+    assert [sum(answer.verdict.correct for answer in answers) for answers in found] == [4, 3, 3, 3]
+    assert [row[0] for row in results.tables()[0].rows][-4:] == [
+        *("worst up to 2/255", "worst up to 4/255", "worst up to l2 1", "worst up to l2 2")
+    ]
+    image = evaluation.plan.dataset.image(evaluation.plan.samples(1)[0], (16, 16))
+    shown = evaluation.store.attacked("fs_psm/answer-l2-2-adaptive", evaluation.plan.samples(1)[0].image)
+    assert 0.5 < (shown - image).norm() < 2 + 1e-5
+    drawn = curves.worst(results)
+    assert "l-inf, 255ths" in drawn.svg
+    assert "l2, [0, 1] pixels" in drawn.svg
+
+
 def test_a_run_goes_on_with_what_was_right(found, start):
     results, evaluation = found
     before = {path: path.read_bytes() for path in (results.folder / "answers").rglob("*.jsonl")}
@@ -162,7 +193,9 @@ def test_curves_show_what_is_left_and_what_is_proven(found, tmp_path):
     assert drawn.titles == "FS-PSM"
     assert drawn.svg.startswith("<svg")
     assert "right under every attack" in drawn.svg
-    assert curves._left(results, results.plan.suites[0], FS_PSM)[1][:2] == (4, 3 / 4)
+    suite = results.plan.suites[0]
+    line = curves._line(results, suite, FS_PSM, [suite.conditions[0], suite.conditions[-1]])
+    assert [point[:2] for point in line.points] == [(0, 1), (4, 3 / 4), (8, 2 / 4)]
     results.write(tmp_path / "report")
     assert (tmp_path / "report" / "worst.svg").read_text("utf-8") == drawn.svg
     assert drawn.svg in (tmp_path / "report" / "report.html").read_text("utf-8")
@@ -171,12 +204,12 @@ def test_curves_show_what_is_left_and_what_is_proven(found, tmp_path):
 def test_a_proof_in_l2_counts_for_the_linf_ball_inside(found):
     results, _ = found
     proofs = results.certificates(FS_PSM)[0.25]
-    eps, share = curves._proven(results, FS_PSM, 16.0)
-    assert len(eps) == len(share) == 200
-    side = (3 * 16 * 16) ** 0.5
-    for one, wanted in zip(eps, share, strict=True):
-        held = [255 * (proof.radius(0.5) or 0.0) / side >= one for proof in proofs.values()]
-        assert wanted == pytest.approx(sum(held) / len(held))
+    for norm, unit in (("linf", 255 / (3 * 16 * 16) ** 0.5), ("l2", 1)):
+        eps, share = curves._proven(results, FS_PSM, 16.0, norm)
+        assert len(eps) == len(share) == 200
+        for one, wanted in zip(eps, share, strict=True):
+            held = [unit * (proof.radius(0.5) or 0.0) >= one for proof in proofs.values()]
+            assert wanted == pytest.approx(sum(held) / len(held))
 
 
 def test_only_some_attacks_of_a_suite_are_made_where_somebody_says_which():
