@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "fs_plugins"
 FLOORS = (
     ("errors", "pickled", "terminal", "torchvision_schemas"),
     ("checks", "contents", "fields", "files", "kept", "noise", "outputs", "plain_yaml", "settings", "identity"),
-    ("head", "layouts", "pictures"),
+    ("head", "layouts", "pictures", "readings"),
     ("vision",),
     ("answers", "sources", "psm"),
     ("smoothing",),

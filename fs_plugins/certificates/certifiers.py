@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Protocol, Required, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -39,13 +39,14 @@ class Drawing(TypedDict, total=False):
 
 
 class Certifier(Protocol[C_co]):
-    """What is certified of images: ``Features`` or ``Labels``."""
+    """What is certified of images: ``Features``, ``Labels`` or ``Replies``."""
 
     @property
     def smoother(self) -> FeatureSmoother: ...
 
     @property
-    def plan(self) -> Plan: ...
+    def plan(self) -> Any:
+        """A dataclass of plain values, part of a file's settings."""
 
     @property
     def kind(self) -> type[C_co]:
@@ -55,15 +56,35 @@ class Certifier(Protocol[C_co]):
     def settings(self) -> Mapping[str, object]:
         """What the certificates depend on beside smoother and plan, as JSON."""
 
-    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> C_co:
-        """The certificate of one image, (C, H, W) in [0, 1] at the resolution the encoder sees."""
+    @property
+    def draws(self) -> int:
+        """Of one image, where no target stops them early."""
+
+    def rows(self, name: str) -> Sequence[str]:
+        """What the certificates of an image of this name are called in files."""
+
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Sequence[C_co]:
+        """The certificates of one image, (C, H, W) in [0, 1] at the resolution the encoder sees, one for each row."""
 
     def trial(self, draws: int) -> Self:
         """The same from at most so many draws of one image, to see how long they take."""
 
 
+class OneEach:
+    """One certificate an image, by a ``Plan``."""
+
+    plan: Plan
+
+    @property
+    def draws(self) -> int:
+        return self.plan.pilot + self.plan.n
+
+    def rows(self, name: str) -> Sequence[str]:
+        return (name,)
+
+
 @dataclass(frozen=True, eq=False)
-class Features:
+class Features(OneEach):
     """Each image's feature is certified.
 
     Args:
@@ -84,15 +105,15 @@ class Features:
         """See ``Certificate``."""
         return unrelated_cosine(self.smoother, [self.smoother.call.beside(image) for image in self.background])
 
-    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Certificate:
-        return certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, **drawing)
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Sequence[Certificate]:
+        return (certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, **drawing),)
 
     def trial(self, draws: int) -> Features:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None), background=())
 
 
 @dataclass(frozen=True, eq=False)
-class Labels:
+class Labels(OneEach):
     """Each image's label is certified.
 
     Args:
@@ -134,9 +155,9 @@ class Labels:
         found = {"directions": _digest(self.directions), "labels": self.labels}
         return found if self.bias is None else {**found, "bias": _digest(self.bias)}
 
-    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> PredictionCertificate:
+    def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Sequence[PredictionCertificate]:
         classes, names = self.directions, self.labels
-        return certify_prediction(self.smoother, image, classes, self.plan, bias=self.bias, labels=names, **drawing)
+        return (certify_prediction(self.smoother, image, classes, self.plan, bias=self.bias, labels=names, **drawing),)
 
     def trial(self, draws: int) -> Labels:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None))

@@ -121,7 +121,7 @@ class FolderRun(Generic[C]):
     Args:
         out: the folder.
         pictures: names -> (3, H, W) in [0, 1] at the resolution the encoder sees.
-        certifiers: names of files in ``out`` -> ``Features`` or ``Labels``.
+        certifiers: names of files in ``out`` -> ``Features``, ``Labels`` or ``Replies``.
         encoder: the number of the vision call in its model.
         seed: reproducible draws; several processes need one.
         crew: the processes.
@@ -146,7 +146,7 @@ class FolderRun(Generic[C]):
     @property
     def draws(self) -> int:
         """Of each certifier, over all pictures, where no target stops them early."""
-        return len(self.pictures) * max(_draws(one.plan) for one in self.certifiers.values())
+        return len(self.pictures) * max(one.draws for one in self.certifiers.values())
 
     def check(self) -> None:
         """Refuse, before a draw, what cannot be certified, and rows of another run.
@@ -173,7 +173,7 @@ class FolderRun(Generic[C]):
     def seconds(self) -> float:
         """About how long ``certify`` takes from the start, from a few draws of the first picture."""
         name, image = next(iter(self.pictures.items()))
-        each = [_seconds_per_draw(one.trial(64), name, image) * _draws(one.plan) for one in self.certifiers.values()]
+        each = [_seconds_per_draw(one.trial(64), name, image) * one.draws for one in self.certifiers.values()]
         return sum(each) * len(self.pictures) / self.crew.size
 
     def certify(self, track: Track | None = None) -> dict[str, dict[str, C]]:
@@ -188,7 +188,7 @@ class FolderRun(Generic[C]):
     def _one(self, file: str, certifier: Certifier[C], track: Track | None) -> dict[str, C]:
         crew, rows = self.crew, self.out / file
         mine = {name: self.pictures[name] for name in list(self.pictures)[crew.rank :: crew.size]}
-        advance = unheard if track is None else track(rows.stem, len(mine) * _draws(certifier.plan))
+        advance = unheard if track is None else track(rows.stem, len(mine) * certifier.draws)
         parts = [rows.with_suffix(f".{i + 1}-of-{crew.size}.jsonl") for i in range(crew.size)]
         own = parts[crew.rank] if crew.size > 1 else rows
         if own != rows and rows.exists() and not own.exists():
@@ -197,12 +197,10 @@ class FolderRun(Generic[C]):
         if crew.size > 1:
             crew.wait()
             if crew.rank == 0:
-                return merge(parts, rows, list(self.pictures), certifier.kind)
-        return dict(zip(mine, found, strict=True))
-
-
-def _draws(plan: Plan) -> int:
-    return plan.pilot + plan.n
+                return merge(
+                    parts, rows, [row for name in self.pictures for row in certifier.rows(name)], certifier.kind
+                )
+        return dict(zip([row for name in mine for row in certifier.rows(name)], found, strict=True))
 
 
 def _seconds_per_draw(certifier: Certifier[C], name: str, image: Tensor) -> float:

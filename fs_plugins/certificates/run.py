@@ -93,10 +93,11 @@ def certify_named(
     out: str | os.PathLike[str] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[C]:
-    """A certificate of each image, in order, kept in the file ``out``, which no other run may have, and taken from it.
+    """The certificates of each image, in order, kept in the file ``out``, which no other run may have, and taken from
+    it.
 
     Args:
-        certifier: ``Features`` or ``Labels``.
+        certifier: ``Features``, ``Labels`` or ``Replies``.
         images, encoder, seed, rows, out, advance: as for ``certify_features``.
 
     Raises:
@@ -110,17 +111,21 @@ def certify_named(
     seeded = FRESH if seed is None else f"seed {seed}"
     ledger = None if out is None else ledger_of(certifier, out, encoder=encoder, seed=seed)
     key = _key(seed) if ledger is None else ledger.key
-    certificates = []
+    certificates: list[C] = []
     for name, image in images.items():
-        certificate = None if ledger is None else ledger.kept(name, image)
-        if certificate is not None:
-            told(certificate.n)
+        names = certifier.rows(name)
+        there = {} if ledger is None else {row: one for row in names if (one := ledger.kept(row, image)) is not None}
+        if len(there) == len(names):
+            told(max(one.n for one in there.values()))
         else:
             here = call.beside(image)
-            certificate = certifier(here, key=key, rows=rows, advance=told, encoder=identity, seed=seeded)
+            drawn = certifier(here, key=key, rows=rows, advance=told, encoder=identity, seed=seeded)
+            fresh = dict(zip(names, drawn, strict=True))
             if ledger is not None:
-                ledger.add(name, image, certificate)
-        certificates.append(certificate)
+                for row in [row for row in names if row not in there]:
+                    ledger.add(row, image, fresh[row])
+            there = {**fresh, **there}
+        certificates += [there[row] for row in names]
     return certificates
 
 

@@ -14,8 +14,7 @@ from typing import ClassVar, Protocol
 
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
-
-_AROUND = string.whitespace + "\u00a0\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb()[]{}"
+from fs_plugins.readings import bare, by_letter, by_words, same
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,12 @@ class Classification:
         return dataset.prompts.classification.format(classes=listed, last=len(offered) - 1)
 
     def parse(self, reply: str, sample: Sample, dataset: Dataset) -> str | None:
-        bare, offered = _bare(reply), dataset.offered(sample)
+        said, offered = bare(reply), dataset.offered(sample)
         if dataset.prompts.classification_answers == "name":
-            return _by_words(reply, tuple(offered))
-        if not re.fullmatch("[0-9]{1,9}", bare) or int(bare) >= len(offered):
+            return by_words(reply, tuple(offered))
+        if not re.fullmatch("[0-9]{1,9}", said) or int(said) >= len(offered):
             return None
-        return offered[int(bare)]
+        return offered[int(said)]
 
     def verdict(self, reply: str, sample: Sample, dataset: Dataset) -> Verdict:
         return _verdict(self.parse(reply, sample, dataset), sample.label, dataset.wanted(sample))
@@ -139,18 +138,18 @@ class VQA:
 
     def offered(self, sample: Sample, dataset: Dataset) -> tuple[str, ...]:
         """The options in the order of their letters."""
-        if any(_same(option, dataset.none_option) for option in sample.options):
+        if any(same(option, dataset.none_option) for option in sample.options):
             return sample.options
         return (*sample.options, dataset.none_option)
 
     def parse(self, reply: str, sample: Sample, dataset: Dataset) -> str | None:
         offered = self.offered(sample, dataset)
-        return (_by_letter if dataset.prompts.vqa_answers == "letter" else _by_words)(reply, offered)
+        return (by_letter if dataset.prompts.vqa_answers == "letter" else by_words)(reply, offered)
 
     def verdict(self, reply: str, sample: Sample, dataset: Dataset) -> Verdict:
         """An attack wants its target's class to be answered where that is an option, else that none is right."""
         offered = self.offered(sample, dataset)
-        none = next(option for option in offered if _same(option, dataset.none_option))
+        none = next(option for option in offered if same(option, dataset.none_option))
         wanted = sample.target_label if sample.target_label in offered else none
         return _verdict(self.parse(reply, sample, dataset), sample.answer, wanted)
 
@@ -162,28 +161,3 @@ TASKS: dict[str, Task] = {task.name: task for task in (Captioning(), Classificat
 def _verdict(answer: str | None, truth: str | None, wanted: str | None) -> Verdict:
     aimed = wanted is not None and wanted != truth
     return Verdict(answer is not None and answer == truth, answer == wanted if aimed else None)
-
-
-def _by_letter(reply: str, options: tuple[str, ...]) -> str | None:
-    """A letter, alone or with its option's own words: B, "B. blue", "B) blue", "B (blue)"."""
-    said = re.fullmatch(r"([A-Za-z])(?:\s*[.:)(]\s*(\S.*))?", _bare(reply), re.DOTALL)
-    if said is None:
-        return None
-    number = string.ascii_uppercase.index(said[1].upper())
-    if number >= len(options) or (said[2] is not None and not _same(said[2], options[number])):
-        return None
-    return options[number]
-
-
-def _by_words(reply: str, options: tuple[str, ...]) -> str | None:
-    said = [option for option in options if option == reply.strip()] or [o for o in options if _same(o, reply)]
-    return said[0] if _bare(reply) and len(set(said)) == 1 else None
-
-
-def _same(one: str, other: str) -> bool:
-    return _bare(one).casefold() == _bare(other).casefold()
-
-
-def _bare(text: str) -> str:
-    """Without whitespace, quotes and brackets around it, and one full stop at its end."""
-    return text.strip(_AROUND).removesuffix(".").rstrip(_AROUND)

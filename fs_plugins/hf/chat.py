@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fs_plugins.answers import Answers
 from fs_plugins.api import enable, vision_call
 from fs_plugins.choice import PSMChoice
-from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.evaluation.tasks import Task
-from fs_plugins.hf.dialogue import dialogue, encode, generate, pixels_of
+from fs_plugins.hf.dialogue import about, dialogue, encode, generate, pixels_of
 from fs_plugins.hf.speech import Speech
 from fs_plugins.state import Status
 
@@ -102,7 +102,7 @@ class Chat:
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.call = vision_call(model, processor=pixels_of(processor))
-        self.size = size_of(self.call)
+        size_of(self.call)
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         prompts = [task.prompt(sample, dataset) for sample in samples]
@@ -120,20 +120,7 @@ class Chat:
         Raises:
             ModelError: the processor makes something else of a picture than one image of the encoder's size.
         """
-        height, width = self.size
-        blank = Image.new("RGB", (width, height))
-        told = [dialogue(self.processor, prompt) for prompt in prompts]
-        inputs = encode(self.processor, told, [[blank]] * len(images))
-        pixels = self.call.pixels.from_unit(images, torch.float32)
-        given = inputs.get("pixel_values")
-        if given is None or tuple(given.shape) != tuple(pixels.shape):
-            shape = None if given is None else tuple(given.shape)
-            raise ModelError(
-                f"Evaluation puts attacked pixels of shape {tuple(pixels.shape)} straight into the model, but its "
-                f"processor makes {shape} of such pictures (tiles or patches). Models that see one picture of a fixed "
-                "size, as LLaVA-1.5 does, can be evaluated; for others use fs_plugins.attacks and "
-                "fs_plugins.evaluation's parts."
-            )
-        inputs["pixel_values"] = pixels
+        inputs = about(self.processor, self.call, prompts)
+        inputs["pixel_values"] = self.call.pixels.from_unit(images, torch.float32)
         said = generate(self.model, self.processor, inputs, max_new_tokens=max_new_tokens)
         return [text.strip() for text in said]

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fs_plugins.checks import words
-from fs_plugins.errors import SettingError
+from fs_plugins.errors import ModelError, SettingError
+from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.pictures import to_rgb
-from fs_plugins.vision import PixelSpace
+from fs_plugins.vision import PixelSpace, VisionCall
 
 
 def dialogue(processor: Any, question: str) -> str:
@@ -66,6 +68,31 @@ def encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Any
     if any(images):
         more["images"] = [[to_rgb(image) for image in own] for own in images]
     return processor(text=list(prompts), padding=True, return_tensors="pt", **more)
+
+
+def about(processor: Any, call: VisionCall, questions: Sequence[str]) -> Any:
+    """What the model is given for one question an image, about blank pictures of the encoder's size: what is asked is
+    about other pixels, or about what the encoder has shown.
+
+    Raises:
+        ModelError: the processor makes something else of a picture than one image of the encoder's size.
+        SettingError: see ``dialogue``.
+    """
+    height, width = size_of(call)
+    blank = Image.new("RGB", (width, height))
+    prompts = [dialogue(processor, question) for question in questions]
+    inputs = encode(processor, prompts, [[blank]] * len(questions))
+    given = inputs.get("pixel_values")
+    wanted = (len(questions), len(call.pixels.mean), height, width)
+    if given is None or tuple(given.shape) != wanted:
+        shape = None if given is None else tuple(given.shape)
+        raise ModelError(
+            f"This model's processor makes {shape} of {len(questions)} pictures, where {wanted} was expected (tiles "
+            "or patches?). Models that see one picture of a fixed size, as LLaVA-1.5 does, can be asked about exactly "
+            "the pixels that were attacked or made noisy; for others use fs_plugins.attacks and "
+            "fs_plugins.evaluation's parts."
+        )
+    return inputs
 
 
 @torch.no_grad()

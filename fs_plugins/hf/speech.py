@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fs_plugins.answers import Answers, Classes, Spoken
@@ -19,7 +18,7 @@ from fs_plugins.api import vision_call
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.hf.classifier import zero_shot
-from fs_plugins.hf.dialogue import dialogue, encode, pixels_of
+from fs_plugins.hf.dialogue import about, pixels_of
 from fs_plugins.hf.load import load_processor, source
 from fs_plugins.vision import VisionCall
 
@@ -68,7 +67,7 @@ class Speech:
         self.question = question
         self.max_new_tokens = max_new_tokens
         self.call = vision_call(model, processor=pixels_of(processor)) if call is None else call
-        self.size = size_of(self.call)
+        size_of(self.call)
         self.brief = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __str__(self) -> str:
@@ -81,7 +80,8 @@ class Speech:
     @torch.no_grad()
     def given(self, output: Any, keys: Sequence[object]) -> Replies:
         """The greedy replies to the question about each image."""
-        inputs = self._asked(keys)
+        questions = [self.question if isinstance(self.question, str) else self.question(key) for key in keys]
+        inputs = dict(about(self.processor, self.call, questions).to(self.call.device, self.call.dtype))
         tokenizer = self.processor.tokenizer
         with self.call.showing(output):
             tokens = self.model.generate(
@@ -107,27 +107,6 @@ class Speech:
         image = given.counted.nonzero()[:, 0]
         wide = torch.promote_types(places.dtype, torch.float32)
         return Spoken(places.to(wide).log_softmax(-1), words[given.counted], image, len(words))
-
-    def _asked(self, keys: Sequence[object]) -> dict[str, Any]:
-        """What the model is given for one question an image; the pixels only say how many there are, and of what size.
-
-        Raises:
-            ModelError: the processor makes something else of a picture than one image of the encoder's size.
-        """
-        height, width = self.size
-        blank = Image.new("RGB", (width, height))
-        asked = [self.question if isinstance(self.question, str) else self.question(key) for key in keys]
-        prompts = [dialogue(self.processor, question) for question in asked]
-        inputs = encode(self.processor, prompts, [[blank]] * len(keys)).to(self.call.device, self.call.dtype)
-        given = inputs.get("pixel_values")
-        wanted = (len(keys), len(self.call.pixels.mean), height, width)
-        if given is None or tuple(given.shape) != wanted:
-            shape = None if given is None else tuple(given.shape)
-            raise ModelError(
-                f"The model's processor makes {shape} of {len(keys)} pictures, and {wanted} was expected (tiles, or "
-                "patches?). Models that see one picture of a fixed size, as LLaVA-1.5 does, can be asked like this."
-            )
-        return dict(inputs)
 
 
 def asked(model: nn.Module, call: VisionCall, settings: Any) -> list[Answers]:

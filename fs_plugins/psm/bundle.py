@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fs_plugins.checks import whole
 from fs_plugins.errors import FSPluginsError, PSMError, SettingError
 from fs_plugins.fields import Count, Level, Number, Whole
 from fs_plugins.files import atomically, real, replace, value, writing
@@ -47,17 +48,21 @@ class Part(_Strict):
     args: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def cascade(cls, parts: Sequence[Part]) -> Part:
-        """Several purifiers one after the other as one; a single one stays itself.
+    def cascade(cls, parts: Sequence[Part], times: int = 1) -> Part:
+        """Several purifiers one after the other as one; a single one stays itself, unless it has several turns.
+
+        Args:
+            times: how often all of them have their turn, with the same weights.
 
         Raises:
-            SettingError: there is none.
+            SettingError: there is none, or no turn.
         """
         if not parts:
             raise SettingError("A cascade of purifiers has at least one; None leaves the purifier out.")
-        if len(parts) == 1:
+        if (times := whole("times (turns of the purifier)", times)) * len(parts) == 1:
             return parts[0]
-        return cls(kind=CASCADE, args={"parts": [part.model_dump() for part in parts]})
+        repeated = {"times": times} if times > 1 else {}
+        return cls(kind=CASCADE, args={"parts": [part.model_dump() for part in parts], **repeated})
 
 
 class ReadoutSpec(_Strict):
@@ -170,19 +175,21 @@ def _build(part: Part, known: dict[str, type[nn.Module]], what: str) -> nn.Modul
 
 def _cascade(part: Part, known: dict[str, type[nn.Module]]) -> nn.Module:
     """Several purifiers one after the other, of any kinds but this one."""
-    given = part.args.get("parts")
+    given, times = part.args.get("parts"), part.args.get("times", 1)
     try:
-        if part.args.keys() != {"parts"} or not isinstance(given, list) or not 1 <= len(given) <= _LONGEST:
+        if part.args.keys() - {"times"} != {"parts"} or not isinstance(given, list) or not given:
+            raise ValueError
+        if whole("times", times) * len(given) > _LONGEST:
             raise ValueError
         parts = [Part.model_validate(one) for one in given]
-    except ValueError:
+    except (ValueError, SettingError):
         raise PSMError(
-            f"A cascade of purifiers has one argument, parts: a list of one to {_LONGEST} purifiers, each with kind "
-            f"and args; got {reprlib.repr(part.args)}."
+            "A cascade of purifiers has parts, a list of purifiers, each with kind and args, and may have times, how "
+            f"often they have their turn, {_LONGEST} turns in all; got {reprlib.repr(part.args)}."
         ) from None
     if any(one.kind == CASCADE for one in parts):
         raise PSMError("A cascade of purifiers holds no other cascade; list all its purifiers in one.")
-    return CascadePurifier(_build(one, known, "purifier") for one in parts)
+    return CascadePurifier([_build(one, known, "purifier") for one in parts], times)
 
 
 class PSM(nn.Module):

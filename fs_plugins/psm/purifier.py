@@ -256,16 +256,19 @@ class CascadePurifier(nn.Module):
 
     Args:
         parts: the purifiers, the first one first.
+        times: how often all of them have their turn, with the same weights.
     """
 
-    def __init__(self, parts: Iterable[nn.Module]) -> None:
+    def __init__(self, parts: Iterable[nn.Module], times: int = 1) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.times = times
 
     def forward(self, images: Tensor, sigma: float | Tensor) -> Tensor:
         """(N, 3, H, W) noisy images -> (N, 3, H, W) purified images."""
-        for part in self.parts:
-            images = part(images, sigma)
+        for _ in range(self.times):
+            for part in self.parts:
+                images = part(images, sigma)
         return images
 
 

@@ -43,6 +43,9 @@ class Settings:
     purifier_args: str = knob(
         "{}", "Its arguments, such as '{\"channels\": [32, 64]}'; of a cascade, a list of them.", panel=_PARTS
     )
+    times: int = knob(
+        1, "How often the purifier has its turn on what it made before, with the same weights.", panel=_PARTS, least=1
+    )
     purifier_weights: Path | None = knob(
         None, "diffusion: the public checkpoint, 256x256_diffusion_uncond.pt.", panel=_PARTS
     )

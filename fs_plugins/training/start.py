@@ -14,6 +14,7 @@ from fs_plugins.choice import named_psm
 from fs_plugins.errors import SettingError
 from fs_plugins.plugins import plugin_parts
 from fs_plugins.psm import PAPER_UNET, PSM, Part, PSMConfig
+from fs_plugins.psm.bundle import CASCADE
 from fs_plugins.psm.diffusion import load_guided_diffusion
 from fs_plugins.training.config import Adversary, Stage, TrainingConfig
 from fs_plugins.training.settings import Settings
@@ -30,6 +31,7 @@ def configured(settings: Settings) -> tuple[TrainingConfig, PSM | None]:
         PSMError, RegistryError: ``start`` or ``purifier_weights`` cannot be read.
     """
     purifier, start = _purifier(settings)
+    purifier = _repeated(purifier, settings.times)
     lr = (FINE if start is not None or settings.lora is not None else SCRATCH) if settings.lr is None else settings.lr
     return TrainingConfig(
         sigma=settings.sigma,
@@ -100,6 +102,15 @@ def _purifier(settings: Settings) -> tuple[Part | None, PSM | None]:
     if kind == "unet-paper":
         return Part(kind="unet", args={**PAPER_UNET, "channels": list(PAPER_UNET["channels"]), **part.args}), None
     return _diffusion(part, weights, lora) if kind == "diffusion" else (part, None)
+
+
+def _repeated(purifier: Part | None, times: int) -> Part | None:
+    if times == 1:
+        return purifier
+    if purifier is None:
+        raise SettingError(f"--times {times} repeats a purifier, and --purifier none leaves it out.")
+    parts = [Part.model_validate(one) for one in purifier.args["parts"]] if purifier.kind == CASCADE else [purifier]
+    return Part.cascade(parts, times)
 
 
 def _cascade(kinds: Sequence[str], text: str) -> Part:

@@ -136,5 +136,6 @@ def test_sampling_with_a_bias_stops_where_the_target_is_reached(call, image):
     with torch.no_grad():
         head.bias[2] += 1e4
     labels = Labels.among(smoother, Plan(n=800, target=SIGMA), head)
-    assert labels(image[0], key=b"key").n == 100
+    (found,) = labels(image[0], key=b"key")
+    assert found.n == 100
     assert labels.trial(10).bias is not None

@@ -56,7 +56,7 @@ def test_models_that_cut_pictures_up_are_refused(demo):
 
             return BatchFeature({"input_ids": torch.ones(1, 3).long(), "pixel_values": torch.zeros(1, 5, 3, 64, 64)})
 
-    with pytest.raises(ModelError, match=r"straight into the model, but its processor makes \(1, 5, 3, 64, 64\)"):
+    with pytest.raises(ModelError, match=r"processor makes \(1, 5, 3, 64, 64\) of 1 pictures, where \(1, 3"):
         Chat(demo.model, Tiles()).say(torch.rand(1, 3, 64, 64), ["?"], 2)
 
 

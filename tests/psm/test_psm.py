@@ -193,6 +193,22 @@ def test_a_cascade_lets_each_purifier_see_what_the_one_before_made(tmp_path):
         Part.cascade([])
 
 
+def test_a_purifier_may_have_several_turns_with_the_same_weights(tmp_path):
+    psm = PSM(PSMConfig(name="p", purifier=Part.cascade([Part(kind="unet", args=SMALL)], times=3), **FACTS))
+    images = torch.rand(2, 3, 8, 8)
+    (part,) = psm.purifier.parts
+    torch.nn.init.normal_(part.net.conv_out.weight, std=0.1)
+    assert torch.equal(psm.purify(images, 0.25), part(part(part(images, 0.25), 0.25), 0.25))
+    psm.save_pretrained(tmp_path / "psm")
+    again = PSM.from_pretrained(tmp_path / "psm")
+    assert torch.equal(again.purify(images, 0.25), psm.purify(images, 0.25))
+    alone = PSM(PSMConfig(name="p", purifier=Part(kind="unet", args=SMALL), **FACTS))
+    count = sum(parameter.numel() for parameter in psm.parameters())
+    assert count == sum(parameter.numel() for parameter in alone.parameters())
+    with pytest.raises(SettingError, match="turns of the purifier"):
+        Part.cascade([Part(kind="unet", args=SMALL)], times=0)
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -202,6 +218,9 @@ def test_a_cascade_lets_each_purifier_see_what_the_one_before_made(tmp_path):
         {"parts": [3]},
         {"parts": [{"kind": "unet", "arg": {}}]},
         {"parts": CASCADE, "sigma": 0.1},
+        {"parts": CASCADE, "times": 0},
+        {"parts": CASCADE, "times": 5},
+        {"parts": CASCADE, "times": "2"},
         {"parts": [{"kind": "cascade", "args": {"parts": CASCADE}}]},
         {"parts": [{"kind": "no such", "args": {}}]},
     ],
