@@ -1,6 +1,7 @@
 from . import attacks as attacks
 from . import certificates as certificates
 from . import evaluation as evaluation
+from . import readings as readings
 from . import training as training
 from .api import SmoothingHandle as SmoothingHandle
 from .api import certify as certify
@@ -10,6 +11,7 @@ from .api import enable as enable
 from .api import smoothers as smoothers
 from .api import status as status
 from .api import vision_call as vision_call
+from .certificates import AnswerCertificate as AnswerCertificate
 from .certificates import Certificate as Certificate
 from .certificates import PredictionCertificate as PredictionCertificate
 from .errors import FSPluginsError as FSPluginsError
@@ -23,6 +25,7 @@ from .errors import PSMError as PSMError
 from .errors import RegistryError as RegistryError
 from .errors import SettingError as SettingError
 from .head import Head as Head
+from .hf.certified import certify_answers as certify_answers
 from .hf.classifier import zero_shot as zero_shot
 from .hf.towers import swap_encoder as swap_encoder
 from .hooks import hookimpl as hookimpl

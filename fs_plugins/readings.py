@@ -289,6 +289,33 @@ class Compared(Plain):
         return answer
 
 
+OF_CHOICES: dict[str, Callable[[Iterable[str]], Reading]] = {"words": Words, "letters": Letters, "likeliest": Compared}
+FREE: dict[str, Callable[[], Reading]] = {"yes-no": YesNo, "number": Number, "exact": Exact}
+
+
+def reading_named(name: str, choices: Sequence[str] | None, judge: Similarity | None = None) -> Reading:
+    """A reading as people name it: words, letters or likeliest of some choices; yes-no, number, exact; alike, by a
+    judge; or a regular expression between slashes.
+
+    Raises:
+        SettingError: there is none of this name, or choices where there are none, or none where there must be.
+    """
+    if name in OF_CHOICES:
+        if choices is None:
+            raise SettingError(f'What are the answers to be read as? The reading {name} needs choices: "cat, dog".')
+        return OF_CHOICES[name](choices)
+    if choices is not None:
+        raise SettingError(f"Choices are for the readings {', '.join(OF_CHOICES)}; {name!r} takes none.")
+    if name in FREE:
+        return FREE[name]()
+    if name == "alike" and judge is not None:
+        return Alike(judge)
+    if len(name) > 2 and name.startswith("/") and name.endswith("/"):
+        return Pattern(name[1:-1])
+    known = ", ".join([*OF_CHOICES, *FREE, "alike"])
+    raise SettingError(f"A reading is one of {known}, or a regular expression such as '/(yes|no)/'; got {name!r}.")
+
+
 def by_letter(answer: str, options: Sequence[str]) -> str | None:
     """A letter, alone or with its option's own words: B, "B. blue", "B) blue", "B (blue)"."""
     said = re.fullmatch(r"([A-Za-z])(?:\s*[.:)(]\s*(\S.*))?", bare(answer), re.DOTALL)

@@ -1,4 +1,7 @@
 from .angular import Angular as Angular
+from .answer import AnswerCertificate as AnswerCertificate
+from .asking import AnswerPlan as AnswerPlan
+from .asking import Question as Question
 from .certificate import Certificate as Certificate
 from .folder import certify_folder as certify_folder
 from .folder import pictures_of as pictures_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -104,6 +105,13 @@ class AnswerCertificate(Stored):
     def radius(self) -> float | None:
         """The l2 distance in ``space`` within which the vote over servings stays; None to abstain."""
         return answer_radius(self.probability, sigma=self.sigma, n0=self.n0)
+
+    @property
+    def linf_radius(self) -> float | None:
+        """The l-inf distance that is certainly within ``radius``; None to abstain, or of an image of unknown size."""
+        if self.radius is None or self.image_shape is None:
+            return None
+        return self.radius / math.sqrt(math.prod(self.image_shape))
 
     def kept(self, eps: float) -> float:
         """The probability, at least, that a single serving of an image within l2 distance ``eps`` is read alike.

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from fs_plugins.certificates.answer import AnswerCertificate
 from fs_plugins.certificates.bounds import Band, argmax_radius, ranks, vote_radius
 from fs_plugins.certificates.certificate import Certificate
+from fs_plugins.certificates.chances import lower
 from fs_plugins.certificates.methods import Statistic, method_of
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.prediction import PredictionCertificate
@@ -46,6 +48,13 @@ def _compared(certificate: Stored, settings: Mapping[str, Any]) -> Iterator[tupl
         yield "readouts", list(certificate.readouts), list(settings["readouts"])
     if "seed" in settings:
         yield "seed", told["seed"], FRESH if settings["seed"] is None else f"seed {settings['seed']}"
+    if isinstance(certificate, AnswerCertificate) and "questions" in settings:
+        asked = {question: prompt for question, prompt, _ in settings["questions"]}
+        yield "prompt", certificate.prompt, asked.get(certificate.question)
+        if certificate.n > max(settings["n"], settings["pilot"]):
+            yield "n", certificate.n, f"at most {settings['n']}"
+        if settings["n0"] is not None:
+            yield "n0", certificate.n0, settings["n0"]
     if isinstance(certificate, PredictionCertificate) and "labels" in settings:
         labels = settings["labels"] or []
         yield "label", certificate.label, labels[certificate.predicted] if certificate.predicted < len(labels) else None
@@ -68,6 +77,10 @@ def _impossible(certificate: Stored, *, votes_alone: bool) -> Iterator[str]:
         most = None if votes_alone else argmax_radius(np.ones((n, 1)), sigma=certificate.sigma, alpha=spent / 2)
         if (certificate.feature_radius or 0.0) > (most or 0.0) + _ROUNDING:
             yield f"feature_radius is {certificate.feature_radius}, and {n} draws give {most} at most"
+    elif isinstance(certificate, AnswerCertificate):
+        found = lower(certificate.count, n, alpha=certificate.alpha, method=certificate.method)
+        if not math.isclose(certificate.probability, max(0.0, found - certificate.error), abs_tol=_ROUNDING):
+            yield f"probability is {certificate.probability}, and {certificate.count} of {n} servings give {found}"
     elif isinstance(certificate, Certificate):
         if certificate.angular is not None and certificate.angular.n != n:
             yield f"the refinement is of {certificate.angular.n} draws for {n}"

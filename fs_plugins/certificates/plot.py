@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fs_plugins.certificates.answer import AnswerCertificate
 from fs_plugins.certificates.certificate import Certificate
 from fs_plugins.certificates.methods import CERTIFIED, METHODS
 from fs_plugins.files import atomically
@@ -44,6 +46,25 @@ def draw(certificates: Sequence[Certificate], path: Path) -> None:
     axes.set(xlabel="eps (l2, [0, 1] pixels)", ylabel="cosine to the clean feature", ylim=(0, 1), xlim=(0, eps[-1]))
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(f"{len(certificates)} images, {certificates[0]}".split(":")[0], fontsize=8)
+    atomically(path, lambda file: figure.savefig(file, dpi=200, format=path.suffix[1:] or None))
+
+
+def draw_answers(certificates: Sequence[AnswerCertificate], path: Path) -> None:
+    """Write a PNG or PDF: the share of images whose answer is certified, against the radius."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    furthest = max((one.radius or 0.0 for one in certificates), default=0.0) or certificates[0].sigma
+    for question in dict.fromkeys(one.question for one in certificates):
+        own = [one.radius for one in certificates if one.question == question]
+        radii = np.sort([radius for radius in own if radius is not None])
+        steps = np.concatenate([[0.0], radii])
+        left = 1 - np.arange(len(steps)) / len(own) - (len(own) - len(radii)) / len(own)
+        label = textwrap.shorten(question, 60)
+        axes.step([*steps, 1.05 * furthest], [*left, 0.0], where="post", label=f"{label} (n = {len(own)})")
+    axes.set(xlabel="radius (l2, [0, 1] pixels)", ylabel="answers certified", ylim=(0, 1.02), xlim=(0, 1.05 * furthest))
+    axes.legend(frameon=False, fontsize=7)
     atomically(path, lambda file: figure.savefig(file, dpi=200, format=path.suffix[1:] or None))
 
 

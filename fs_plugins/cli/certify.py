@@ -60,6 +60,21 @@ def certify(
     features: Annotated[
         bool, typer.Option("--features", help="Certify the features of an image classifier, not its labels.")
     ] = False,
+    ask: Annotated[
+        str | None, typer.Option(help="Certify the answers to this question; several with | between them.")
+    ] = None,
+    choices: Annotated[str | None, typer.Option(help='What answers are read as, such as "cat, dog".')] = None,
+    reading: Annotated[
+        str,
+        typer.Option(
+            help="words, letters or likeliest (of --choices); yes-no, number, exact, alike; or a regular expression "
+            "between slashes."
+        ),
+    ] = "words",
+    n0: Annotated[
+        int | None, typer.Option(min=1, help="Draws per serving; left out, a pilot chooses 1, 2 or 4 for each image.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 16,
     prompt: Annotated[str, typer.Option(help="What a class is called in a sentence.")] = "a photo of a {}",
     scenes: Annotated[
         int, typer.Option(min=0, help="So many held-out scenes of the embedded world beside IMAGES.")
@@ -72,13 +87,20 @@ def certify(
 ) -> None:
     """How far each image's smoothed feature can turn under attack: a table, JSON lines, and a plot.
 
-    Of an image classifier its label is certified: how far an image can move before it may change.
+    Of an image classifier its label is certified, with --ask a model's answer: how far an image can move before it may
+    change.
 
     An interrupted run goes on from OUT. Under accelerate launch the images are shared among the processes.
     """
     with errors_for_people():
         needs("transformers", "matplotlib")
         plan = _plan(n, alpha, method, target, threshold, table=table, classes=classes)
+        if ask is not None and (features or classes is not None or table):
+            raise SettingError("--ask certifies answers; leave --classes, --features and --table out.")
+        if ask is None and (choices is not None or reading != "words" or n0 is not None or max_new_tokens != 16):
+            raise SettingError("--choices, --reading, --n0 and --max-new-tokens are about answers: ask with --ask.")
+        if ask is not None:
+            _check_of_labels(method, threshold)
         if features and classes is not None:
             raise SettingError("--features certifies features, --classes predictions: leave one out.")
         from fs_plugins import vision_call
@@ -97,6 +119,13 @@ def certify(
         if wanted is None:
             raise SettingError("This encoder takes images of any size: say which with --size.")
         pictures = _pictures(images or [], scenes, wanted)
+        if ask is not None:
+            from fs_plugins.cli.answers import Asked, certify_asked
+
+            asked = Asked(ask, choices, reading, n0, max_new_tokens, processor or model)
+            certify_asked(asked, loaded, pictures, out, n=n, alpha=alpha, target=target, psm=psm, sigma=sigma,
+                          seed=seed, crew=crew)  # fmt: skip
+            return
         directions = None
         if classes is not None:
             from fs_plugins.hf.zeroshot import directions_of
@@ -140,7 +169,7 @@ def _check_of_labels(method: str, threshold: float) -> None:
     if method != DEFAULT or threshold != 0.5:
         raise SettingError(
             "--method and --threshold are about features; of zero-shot classes and image classifiers the prediction is "
-            "certified. Leave them out, or add --features for a classifier's features."
+            "certified, with --ask the answer. Leave them out, or add --features for a classifier's features."
         )
 
 
@@ -158,7 +187,7 @@ def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str
 
 
 def _features(run: FolderRun[Certificate], threshold: float) -> None:
-    found = _certified(run)
+    found = certified(run)
     if run.crew.rank != 0:
         return
     from fs_plugins.certificates import plot
@@ -172,7 +201,7 @@ def _features(run: FolderRun[Certificate], threshold: float) -> None:
 
 
 def _labels(run: FolderRun[PredictionCertificate]) -> None:
-    found = _certified(run)
+    found = certified(run)
     if run.crew.rank == 0:
         [(file, certificates)] = found.items()
         _show_predictions(certificates)
@@ -180,7 +209,7 @@ def _labels(run: FolderRun[PredictionCertificate]) -> None:
 
 
 def _table(run: FolderRun[Certificate], threshold: float) -> None:
-    found = _certified(run)
+    found = certified(run)
     if run.crew.rank != 0:
         return
     from fs_plugins.certificates import plot, table
@@ -195,7 +224,7 @@ def _table(run: FolderRun[Certificate], threshold: float) -> None:
     console.print(f"\nWritten: {written}, and rows and a plot of each run beside it", soft_wrap=True)
 
 
-def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
+def certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
     """Each file's certificates, with a word of how long it will take.
 
     Raises:
@@ -203,7 +232,7 @@ def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
     """
     from fs_plugins.files import unused
 
-    unused(run.out, "certificates*.jsonl", "predictions*.jsonl", what="certificates")
+    unused(run.out, "certificates*.jsonl", "predictions*.jsonl", "answers*.jsonl", what="certificates")
     run.check()
     with run.held():
         if run.crew.rank == 0:
@@ -215,7 +244,7 @@ def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
 
 def _show_certificates(certificates: Mapping[str, Certificate], threshold: float) -> None:
     table = plain_table("image", "mean", *(f"eps {eps:g}" for eps in DISTANCES), f"R {threshold:g}", "in l-inf")
-    for name, one in _short(certificates).items():
+    for name, one in short(certificates).items():
         radius, inner = one.radius(threshold), one.linf_radius(threshold)
         row = [promise(one.fcsb(eps)) for eps in DISTANCES]
         table.add_row(name, f"{one.mean:.3f}", *row, promise(radius), promise(inner, 255))
@@ -227,7 +256,7 @@ def _show_certificates(certificates: Mapping[str, Certificate], threshold: float
         else (f"lower bounds, each wrong with probability at most {first.alpha:g}")
     )
     beside = f" Unrelated images: cosine {first.unrelated:.3f}." if first.unrelated is not None else ""
-    _note(
+    note(
         "mean: cosine of single draws to the clean feature. eps: the cosine certified within that l2 distance in "
         f"[0, 1] pixels, {kind}; none: nothing is promised. R: the l2 distance within which it stays at least "
         f"{threshold:g}, and the l-inf ball inside, in 255ths. {first.method}, sigma {first.sigma:g}, PSM "
@@ -235,7 +264,7 @@ def _show_certificates(certificates: Mapping[str, Certificate], threshold: float
     )
 
 
-def _short(certificates: Mapping[str, T]) -> dict[str, T]:
+def short(certificates: Mapping[str, T]) -> dict[str, T]:
     """Files by their names alone, where these differ."""
     alone = Counter(Path(name).name for name in certificates)
     return {Path(name).name if alone[Path(name).name] == 1 else name: one for name, one in certificates.items()}
@@ -243,7 +272,7 @@ def _short(certificates: Mapping[str, T]) -> dict[str, T]:
 
 def _show_predictions(certificates: Mapping[str, PredictionCertificate]) -> None:
     table = plain_table("image", "predicted", "draws", "votes", "R vote", "R average", "R")
-    for name, one in _short(certificates).items():
+    for name, one in short(certificates).items():
         radii = [promise(radius) for radius in (one.vote_radius, one.feature_radius, one.radius)]
         table.add_row(
             name,
@@ -254,7 +283,7 @@ def _show_predictions(certificates: Mapping[str, PredictionCertificate]) -> None
         )
     console.print(table)
     first = next(iter(certificates.values()))
-    _note(
+    note(
         "votes: share of single draws that predict this class. R vote: the l2 distance in [0, 1] pixels within which "
         "the majority of draws stays with it. R average: within which the averaged feature does (never of a head with "
         f"a bias). Both hold together, wrong with probability at most {first.alpha:g}; none: it abstains. "
@@ -275,7 +304,7 @@ def _show_table(groups: Sequence[Sequence[Average]], certificates: Mapping[str, 
             shown.add_row(f"  {row.title}", *values, end_section=row is rows[-1])
     console.print(shown)
     one = next(iter(certificates.values()))
-    _note(
+    note(
         f"Averages over {len(certificates)} images of the certified cosine at l2 distances in [0, 1] pixels, and of R, "
         f"the distance within which it stays at least {threshold:g}; an image without a promise counts as 0, none: no "
         f"image has one. All methods on the same {one.n:,} draws an image. The paper's estimate holds at no "
@@ -284,5 +313,5 @@ def _show_table(groups: Sequence[Sequence[Average]], certificates: Mapping[str, 
     )
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     console.print(text, style="dim")

@@ -85,6 +85,56 @@ def certify_answers(
         ModelError: no adapter claims the model, it generates no text, or it is in training mode.
         PSMError, RegistryError, PluginError: see their docstrings.
     """
+    replies = replies_of(
+        model,
+        processor,
+        questions,
+        classes=classes,
+        reading=reading,
+        n=n,
+        alpha=alpha,
+        n0=n0,
+        target=target,
+        pilot=pilot,
+        psm=psm,
+        sigma=sigma,
+        noise=noise,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        generation=generation,
+        adapter=adapter,
+    )
+    with nullcontext() if out is None else locked_file(Path(out), "these certificates"):
+        found = certify_named(replies, named(images), seed=seed, rows=chunk_size, out=out, advance=advance)
+    check_heard(found)
+    return found
+
+
+def replies_of(
+    model: nn.Module,
+    processor: Any,
+    questions: str | Question | Sequence[str | Question],
+    *,
+    classes: Iterable[str] | None = None,
+    reading: Reading | None = None,
+    n: int = 1000,
+    alpha: float = 1e-3,
+    n0: int | None = None,
+    target: float | None = None,
+    pilot: int = 32,
+    psm: PSMChoice = "auto",
+    sigma: float | None = None,
+    noise: Noise = "iid",
+    seed: int | None = None,
+    max_new_tokens: int = 16,
+    generation: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+) -> Replies:
+    """What ``certify_answers`` certifies by, for a ``FolderRun``; everything is checked, nothing drawn.
+
+    Raises:
+        FSPluginsError: see there.
+    """
     if noise != "iid":
         raise SettingError(PAIRED)
     asked = _questions(questions, _reading(classes, reading))
@@ -93,7 +143,7 @@ def certify_answers(
         model,
         psm=psm,
         sigma=sigma,
-        draws=Draws(max(plan.choices), noise, "call", seed, chunk_size),
+        draws=Draws(max(plan.choices), noise, "call", seed),
         processor=pixels_of(processor),
         adapter=adapter,
         encoder=0,
@@ -102,11 +152,7 @@ def certify_answers(
     asker = Replier(
         model, processor, max_new_tokens=max_new_tokens, generation=generation, seed=seed, call=smoother.call
     )
-    replies = Replies(smoother, plan, asker, asked)
-    with nullcontext() if out is None else locked_file(Path(out), "these certificates"):
-        found = certify_named(replies, named(images), seed=seed, rows=chunk_size, out=out, advance=advance)
-    check_heard(found)
-    return found
+    return Replies(smoother, plan, asker, asked)
 
 
 def check_heard(certificates: Sequence[AnswerCertificate]) -> None:

@@ -1,0 +1,118 @@
+"""``fs-plugins certify --ask``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fs_plugins.cli.base import Crew, console, plain_table, promise
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fs_plugins.certificates import AnswerCertificate
+    from fs_plugins.readings import Reading
+
+ROWS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, as it was typed.
+
+    Args:
+        questions: with | between them.
+        choices: with commas between them.
+        reading: its name.
+        n0, max_new_tokens: as for ``certify_answers``.
+        processor: whose folder or hub id it is.
+    """
+
+    questions: str
+    choices: str | None
+    reading: str
+    n0: int | None
+    max_new_tokens: int
+    processor: str
+
+    def how(self) -> Reading:
+        """The reading that is meant.
+
+        Raises:
+            SettingError: see ``readings.reading_named``.
+        """
+        from fs_plugins.evaluation.judges import SentenceSimilarity
+        from fs_plugins.readings import reading_named
+
+        choices = None if self.choices is None else [one.strip() for one in self.choices.split(",")]
+        judge = SentenceSimilarity() if self.reading == "alike" else None
+        return reading_named(self.reading, choices, judge)
+
+
+def certify_asked(
+    asked: Asked,
+    model: nn.Module,
+    pictures: Mapping[str, Tensor],
+    out: Path,
+    *,
+    n: int,
+    alpha: float,
+    target: float | None,
+    psm: str,
+    sigma: float | None,
+    seed: int | None,
+    crew: Crew,
+) -> None:
+    """Certify, draw and print the answers about pictures.
+
+    Raises:
+        FSPluginsError: see ``fs_plugins.certify_answers``.
+    """
+    from fs_plugins.certificates import plot
+    from fs_plugins.certificates.folder import FolderRun
+    from fs_plugins.cli.certify import certified, note, short
+    from fs_plugins.hf.certified import check_heard, replies_of
+    from fs_plugins.hf.load import load_processor
+
+    questions = [question.strip() for question in asked.questions.split("|")]
+    replies = replies_of(
+        model,
+        load_processor(asked.processor),
+        questions,
+        reading=asked.how(),
+        n=n,
+        alpha=alpha,
+        n0=asked.n0,
+        target=target,
+        psm=psm,
+        sigma=sigma,
+        seed=seed,
+        max_new_tokens=asked.max_new_tokens,
+    )
+    found = certified(FolderRun(out, pictures, {ROWS: replies}, seed=seed, crew=crew))[ROWS]
+    if crew.rank != 0:
+        return
+    check_heard(list(found.values()))
+    picture = (out / ROWS).with_suffix(".png")
+    plot.draw_answers(list(found.values()), picture)
+    table = plain_table("image", "answer", "servings", "read so", "n0", "R", "in l-inf")
+    for name, one in short(found).items():
+        inner: Any = None if one.radius is None else one.linf_radius
+        answer = "none: no class" if one.predicted is None else one.predicted
+        table.add_row(name, answer, f"{one.n:,}", _share(one), str(one.n0), promise(one.radius), promise(inner, 255))
+    console.print(table)
+    first = next(iter(found.values()))
+    note(
+        f"read so: servings whose answer was read as this one ({first.reading}). R: the l2 distance in [0, 1] pixels "
+        "within which the vote over servings stays with it, and the l-inf ball inside, in 255ths, wrong with "
+        f"probability at most {first.alpha:g}; none: it abstains. A serving answers after n0 independent draws: serve "
+        f'with enable(model, n0=..., noise="iid"). sigma {first.sigma:g}, PSM {first.psm or "none"}, '
+        f"{first.generation}, {first.method}."
+    )
+    console.print(f"\nWritten: {out / ROWS} and {picture}", soft_wrap=True)
+
+
+def _share(one: AnswerCertificate) -> str:
+    return f"{100 * one.count / one.n:.1f} %"
