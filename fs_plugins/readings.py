@@ -110,10 +110,10 @@ class Letters(Plain):
         return by_letter(answer, self.classes)
 
     def settled(self, begun: str) -> bool:
-        """It begins with no letter of an option, or with a word."""
+        """It begins with no letter of an option, or goes on with a word."""
         said = begun.lstrip(_AROUND)
         letters = string.ascii_uppercase[: len(self.classes)]
-        return bool(said) and (said[0].upper() not in letters or said[1:2].isalnum())
+        return bool(said) and (said[0].upper() not in letters or bool(re.match(r".\s*\w", said)))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fs_plugins.cli.base import Crew, console, plain_table, promise
+from fs_plugins.cli.base import console, note, plain_table, promise, short
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from fs_plugins.certificates import AnswerCertificate
+    from fs_plugins.certificates.asking import Replies
     from fs_plugins.readings import Reading
 
 ROWS = "answers.jsonl"
@@ -51,11 +52,9 @@ class Asked:
         return reading_named(self.reading, choices, judge)
 
 
-def certify_asked(
+def replies(
     asked: Asked,
     model: nn.Module,
-    pictures: Mapping[str, Tensor],
-    out: Path,
     *,
     n: int,
     alpha: float,
@@ -63,24 +62,19 @@ def certify_asked(
     psm: str,
     sigma: float | None,
     seed: int | None,
-    crew: Crew,
-) -> None:
-    """Certify, draw and print the answers about pictures.
+) -> Replies:
+    """What the answers are certified by.
 
     Raises:
         FSPluginsError: see ``fs_plugins.certify_answers``.
     """
-    from fs_plugins.certificates import plot
-    from fs_plugins.certificates.folder import FolderRun
-    from fs_plugins.cli.certify import certified, note, short
-    from fs_plugins.hf.certified import check_heard, replies_of
+    from fs_plugins.hf.certified import replies_of
     from fs_plugins.hf.load import load_processor
 
-    questions = [question.strip() for question in asked.questions.split("|")]
-    replies = replies_of(
+    return replies_of(
         model,
         load_processor(asked.processor),
-        questions,
+        [question.strip() for question in asked.questions.split("|")],
         reading=asked.how(),
         n=n,
         alpha=alpha,
@@ -91,9 +85,17 @@ def certify_asked(
         seed=seed,
         max_new_tokens=asked.max_new_tokens,
     )
-    found = certified(FolderRun(out, pictures, {ROWS: replies}, seed=seed, crew=crew))[ROWS]
-    if crew.rank != 0:
-        return
+
+
+def show(found: Mapping[str, AnswerCertificate], out: Path) -> None:
+    """Draw and print certificates, whose rows are in ``out``.
+
+    Raises:
+        SettingError: a question none of whose answers was read as a class.
+    """
+    from fs_plugins.certificates import plot
+    from fs_plugins.hf.certified import check_heard
+
     check_heard(list(found.values()))
     picture = (out / ROWS).with_suffix(".png")
     plot.draw_answers(list(found.values()), picture)

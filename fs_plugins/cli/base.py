@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import typer
 from rich.box import HORIZONTALS
@@ -16,6 +18,8 @@ from rich.table import Table
 
 from fs_plugins import errors
 from fs_plugins.terminal import Terminal, bars, styled
+
+T = TypeVar("T")
 
 console, complaints = Terminal(), Terminal(stderr=True)
 
@@ -119,3 +123,13 @@ class Crew:
         # Shares differ in length: whoever is done first waits for the last.
         state = PartialState(cpu=place() == "cpu", timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def short(certificates: Mapping[str, T]) -> dict[str, T]:
+    """Files by their names alone, where these differ."""
+    alone = Counter(Path(name).name for name in certificates)
+    return {Path(name).name if alone[Path(name).name] == 1 else name: one for name, one in certificates.items()}
+
+
+def note(text: str) -> None:
+    console.print(text, style="dim")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fs_plugins.cli.base import Crew, console, duration, errors_for_people, needs, plain_table, progress, promise
+from fs_plugins.cli.base import (
+    Crew,
+    console,
+    duration,
+    errors_for_people,
+    needs,
+    note,
+    plain_table,
+    progress,
+    promise,
+    short,
+)
 from fs_plugins.errors import SettingError
 from fs_plugins.terminal import styled
 
@@ -20,8 +30,6 @@ if TYPE_CHECKING:
     from fs_plugins.certificates.folder import FolderRun
     from fs_plugins.certificates.table import Average
     from fs_plugins.certificates.values import C
-
-T = TypeVar("T")
 
 DISTANCES = (0.05, 0.1, 0.25, 0.5)
 
@@ -120,11 +128,14 @@ def certify(
             raise SettingError("This encoder takes images of any size: say which with --size.")
         pictures = _pictures(images or [], scenes, wanted)
         if ask is not None:
-            from fs_plugins.cli.answers import Asked, certify_asked
+            from fs_plugins.cli import answers
 
-            asked = Asked(ask, choices, reading, n0, max_new_tokens, processor or model)
-            certify_asked(asked, loaded, pictures, out, n=n, alpha=alpha, target=target, psm=psm, sigma=sigma,
-                          seed=seed, crew=crew)  # fmt: skip
+            asked = answers.Asked(ask, choices, reading, n0, max_new_tokens, processor or model)
+            replies = answers.replies(asked, loaded, n=n, alpha=alpha, target=target, psm=psm, sigma=sigma, seed=seed)
+            run = FolderRun(out, pictures, {answers.ROWS: replies}, seed=seed, crew=crew)
+            found = _certified(run)[answers.ROWS]
+            if crew.rank == 0:
+                answers.show(found, out)
             return
         directions = None
         if classes is not None:
@@ -187,7 +198,7 @@ def _pictures(given: list[Path], scenes: int, size: tuple[int, int]) -> dict[str
 
 
 def _features(run: FolderRun[Certificate], threshold: float) -> None:
-    found = certified(run)
+    found = _certified(run)
     if run.crew.rank != 0:
         return
     from fs_plugins.certificates import plot
@@ -201,7 +212,7 @@ def _features(run: FolderRun[Certificate], threshold: float) -> None:
 
 
 def _labels(run: FolderRun[PredictionCertificate]) -> None:
-    found = certified(run)
+    found = _certified(run)
     if run.crew.rank == 0:
         [(file, certificates)] = found.items()
         _show_predictions(certificates)
@@ -209,7 +220,7 @@ def _labels(run: FolderRun[PredictionCertificate]) -> None:
 
 
 def _table(run: FolderRun[Certificate], threshold: float) -> None:
-    found = certified(run)
+    found = _certified(run)
     if run.crew.rank != 0:
         return
     from fs_plugins.certificates import plot, table
@@ -224,7 +235,7 @@ def _table(run: FolderRun[Certificate], threshold: float) -> None:
     console.print(f"\nWritten: {written}, and rows and a plot of each run beside it", soft_wrap=True)
 
 
-def certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
+def _certified(run: FolderRun[C]) -> dict[str, dict[str, C]]:
     """Each file's certificates, with a word of how long it will take.
 
     Raises:
@@ -262,12 +273,6 @@ def _show_certificates(certificates: Mapping[str, Certificate], threshold: float
         f"{threshold:g}, and the l-inf ball inside, in 255ths. {first.method}, sigma {first.sigma:g}, PSM "
         f"{first.psm or 'none'}.{beside}"
     )
-
-
-def short(certificates: Mapping[str, T]) -> dict[str, T]:
-    """Files by their names alone, where these differ."""
-    alone = Counter(Path(name).name for name in certificates)
-    return {Path(name).name if alone[Path(name).name] == 1 else name: one for name, one in certificates.items()}
 
 
 def _show_predictions(certificates: Mapping[str, PredictionCertificate]) -> None:
@@ -311,7 +316,3 @@ def _show_table(groups: Sequence[Sequence[Average]], certificates: Mapping[str, 
         f"confidence; each certificate is wrong with probability at most {one.alpha:g}, of which mean and distribution "
         "alone have a quarter each and the refinement to the cosine a half."
     )
-
-
-def note(text: str) -> None:
-    console.print(text, style="dim")

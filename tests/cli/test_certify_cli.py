@@ -45,6 +45,17 @@ def picture(tmp_path):
         (["certify", "{picture}", "--model", "demo-clip", "--classes", "a, b", "--method", "mean"], "about features"),
         (["certify", "{picture}", "--classes", "a, b", "--features"], "leave one out"),
         (["certify", "{picture}", "--table", "--target", "0.1"], "leave --classes, --method and --target out"),
+        (["certify", "{picture}", "--ask", "what?"], 'needs choices: "cat, dog"'),
+        (["certify", "{picture}", "--ask", "what?", "--choices", "cat"], "at least two classes, got 1"),
+        (["certify", "{picture}", "--ask", "what?", "--choices", "a,A."], "read alike"),
+        (["certify", "{picture}", "--ask", "what?", "--reading", "hope"], "A reading is one of words, letters"),
+        (["certify", "{picture}", "--ask", "a | ", "--reading", "exact"], "A question is empty"),
+        (["certify", "{picture}", "--ask", "a | a", "--reading", "exact"], "asked twice"),
+        (["certify", "{picture}", "--ask", "a", "--reading", "exact", "--n", "5"], "servings can certify nothing"),
+        (["certify", "{picture}", "--ask", "a", "--table"], "leave --classes, --features and --table out"),
+        (["certify", "{picture}", "--ask", "a", "--method", "mean"], "with --ask the answer"),
+        (["certify", "{picture}", "--choices", "a, b"], "ask with --ask"),
+        (["certify", "{picture}", "--ask", "a", "--reading", "exact", "--model", "demo-clip"], "it generates no text"),
         (
             ["certify", "{picture}", "--model", "demo-clip", "--classes", "star, cross", "--prompt", "x"],
             "The prompt must",
@@ -119,6 +130,25 @@ def test_certify_names_zero_shot_predictions(picture, tmp_path):
     assert result.exit_code == 0, result.output
     assert re.search(r"scene.png\s+square\s+50\s+100.0 %\s+0\.\d+", result.output)
     assert (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").count("\n") == 2
+
+
+def test_certify_asks_questions_and_certifies_the_answers(picture, tmp_path):
+    out = tmp_path / "out"
+    asked = (
+        "What is the main shape in this image? | Describe this image in one concise sentence, no longer than 20 words."
+    )
+    arguments = ["certify", str(picture), "--ask", asked, "--n", "16", "--alpha", ".1", "--n0", "1", "--seed", "0"]
+    arguments += ["--reading", r"/(star|square|circle)/", "--out", str(out)]
+    result = runner.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"square\s+16\s+100.0 %\s+1\s+0\.\d+", result.output)) == 2
+    assert 'serve with enable(model, n0=..., noise="iid")' in " ".join(result.output.split())
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [row["certificate"]["question"] for row in rows[1:]] == asked.split(" | ")
+    assert (out / "answers.png").stat().st_size > 10_000
+    again = runner.invoke(app, arguments, env={"COLUMNS": "200"})
+    assert again.exit_code == 0
+    assert len((out / "answers.jsonl").read_text("utf-8").splitlines()) == 3
 
 
 def test_a_classifiers_label_is_certified_by_its_own_head_and_names(picture, tmp_path):
