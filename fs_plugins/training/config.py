@@ -76,6 +76,9 @@ class Adversary:
         targeted: share of the pictures that are pulled towards another picture's feature or answer; the others are
             driven from their own.
         update_every: passes an update of the weights; 1 moves them at each.
+        reader: share of the batches that ask, in the model's place, a small net that learned before what it says of
+            features. It costs next to nothing.
+        reader_steps: of that learning.
 
     Raises:
         SettingError: a value out of range.
@@ -87,14 +90,17 @@ class Adversary:
     ramp: float = 0.15
     targeted: float = 0.0
     update_every: int = 1
+    reader: float = 0.0
+    reader_steps: int = 600
 
     def __post_init__(self) -> None:
         ball = Ball(self.norm, self.eps)
         every = checks.whole("The adversary's update_every", self.update_every)
-        checks.settle(self, eps=ball.eps, update_every=every)
+        steps = checks.whole("The adversary's reader_steps", self.reader_steps)
+        checks.settle(self, eps=ball.eps, update_every=every, reader_steps=steps)
         expected = "The adversary's step_size is a share of the radius and must be above 0"
         checks.settle(self, step_size=checks.number(expected, self.step_size, lambda share: share > 0))
-        for name in ("ramp", "targeted"):
+        for name in ("ramp", "targeted", "reader"):
             expected = f"The adversary's {name} is a share in [0, 1]"
             checks.settle(self, **{name: checks.number(expected, getattr(self, name), lambda share: 0 <= share <= 1)})
 

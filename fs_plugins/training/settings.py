@@ -82,6 +82,10 @@ class Settings:
     ask: str | None = knob(
         None, "Questions to the model, with | between them, whose answers shall stay.", panel=_ADVERSARIAL
     )
+    reader: float = knob(
+        0.0, "Share of batches that ask a small net, which learned from the model's answers, in its place.",
+        panel=_ADVERSARIAL,
+    )  # fmt: skip
     classes: str | None = knob(
         None, "Class names, with commas between them, whose zero-shot scores shall stay.", panel=_ADVERSARIAL
     )

@@ -22,6 +22,7 @@ from fs_plugins.training import losses
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.crew import Crew
 from fs_plugins.training.data import Pictures, batches, drawn, samples
+from fs_plugins.training.reader import Read, learned
 from fs_plugins.vision import VisionCall
 
 Terms = dict[str, Tensor]
@@ -175,6 +176,7 @@ class Optimisation:
         answers: Sequence[Answers] = (),
     ) -> None:
         self.answers = answers
+        self.readers: list[Read] = []
         self.name, self.config, self.crew = name, config, crew
         self.stage = config.stages[name]
         self.done: int = kept["step"] if kept else 0
@@ -194,6 +196,11 @@ class Optimisation:
                 value.copy_(kept["average"][key])
             if crew.scaler is not None:
                 crew.scaler.load_state_dict(kept["scaler"])
+        if name == "adversarial" and config.adversarial is not None and config.adversarial.reader and answers:
+            if kept:
+                self.readers = [Read.of(call, told, crew.device) for told in kept["readers"]]
+            else:
+                self.readers = self._taught(psm, call, images)
         terms = _TERMS[name](psm, call, crew.num_processes)
         self.own: Any = terms
         self.terms, self.optimizer = crew.prepare(terms, optimizer)
@@ -210,6 +217,22 @@ class Optimisation:
             ),
             workers=workers,
         )
+
+    def _taught(self, psm: PSM, call: VisionCall, images: Pictures) -> list[Read]:
+        """A reader for each way to ask, which every process teaches alike."""
+        adversary, config = self.config.adversarial, self.config
+        assert adversary is not None
+        steps, sigma = adversary.reader_steps, config.sigmas[1]
+        return [learned(one, call, psm, images, sigma=sigma, seed=config.seed, steps=steps) for one in self.answers]
+
+    def _asked(self, marks: Sequence[object]) -> Answers | None:
+        """Whom a step asks: one of the ways to ask, the model itself or, in so many steps, its reader."""
+        if not self.answers:
+            return None
+        place = int(len(self.answers) * uniform(keyed(*marks, "question")).item())
+        share = self.config.adversarial.reader if self.config.adversarial else 0.0
+        by_reader = bool(self.readers) and uniform(keyed(*marks, "reader")).item() < share
+        return self.readers[place] if by_reader else self.answers[place]
 
     def sigma(self) -> float:
         """The next step's noise level."""
@@ -255,10 +278,7 @@ class Optimisation:
         assert adversary is not None
         clean, noise, level = (value.to(self.device) for value in next(self.batches))
         marks = (self.config.seed, self.name, self.done)
-        asked = None
-        if self.answers:
-            asked = self.answers[int(len(self.answers) * uniform(keyed(*marks, "question")).item())]
-        held = self.own.reference(clean, asked)
+        held = self.own.reference(clean, self._asked(marks))
         pulled = (uniform(keyed(*marks, self.crew.process_index, "aims"), (len(clean),)) < adversary.targeted).to(clean)
         radii = adversary.radii(self.done / self.stage.steps, level).to(clean).view(-1, 1, 1, 1)
         towards = Ball(adversary.norm).steepest
@@ -317,6 +337,7 @@ class Optimisation:
             "optimizer": optimizer,
             "average": self.average,
             "scaler": scaler,
+            **({"readers": [reader.state() for reader in self.readers]} if self.readers else {}),
         }
 
     @contextmanager

@@ -64,6 +64,7 @@ def _adversary(settings: Settings) -> Adversary:
         ramp=settings.ramp,
         targeted=settings.targeted,
         update_every=settings.update_every,
+        reader=settings.reader,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_trainings import Blobs, config, flat
-from support import TinyEncoder, tiny_call
+from support import TinyEncoder, make_psm, tiny_call
 from torch import nn
 
 from fs_plugins import PSM, SettingError
@@ -17,6 +17,7 @@ from fs_plugins.psm import Part
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training import Adversary, Stage, TrainingFolder, train_psm
 from fs_plugins.training.ablate import ablate
+from fs_plugins.training.reader import Read, learned
 
 NONE = Stage(steps=0)
 SHORT = {
@@ -141,6 +142,40 @@ def test_radii_grow_with_the_stage():
     assert adversary.radii(0.0, places).abs().max() == 0
     torch.testing.assert_close(adversary.radii(0.25, places), 0.5 * torch.tensor([0.1, 0.45, 0.8]))
     torch.testing.assert_close(adversary.radii(0.9, places), torch.tensor([0.1, 0.45, 0.8]))
+
+
+def test_a_reader_says_what_the_model_would():
+    """Of plain features and of noisy ones, after 200 steps; and goes into a checkpoint whole."""
+    call = tiny_call(TinyEncoder())
+    answers = Classes(call, head(call))
+    psm = make_psm(call)
+    read = learned(answers, call, psm, Blobs(256), sigma=0.25, seed=1, steps=200)
+    assert "classes" in str(read)
+    pictures = Blobs(256).images[:64]
+    plain, noisy = call.look(pictures), FeatureSmoother(call, psm=psm, sigma=0.25, n0=1, seed=0).look(pictures)
+    for output, least in ((plain, 0.85), (noisy, 0.5)):
+        truth, said = answers.given(output, range(len(pictures))), read.spoken(output, read.given(output, pictures))
+        assert said.images == len(pictures)
+        assert len(truth.unique()) > 1
+        words, rest = said.said.view(len(pictures), -1).split([1, read.reader.places - 1], 1)
+        assert (rest == 0).all()  # a class is one word
+        agreed = [read.words[int(word) - 1] == one for word, one in zip(words[:, 0], truth.tolist(), strict=True)]
+        assert sum(agreed) > least * len(pictures)
+    again = Read.of(call, read.state(), torch.device("cpu"))
+    assert torch.equal(again.reader(call.encode(pictures)), read.reader(call.encode(pictures)))
+    assert str(again) == str(read)
+
+
+def test_a_training_with_readers_goes_on_where_it_stopped(tmp_path):
+    call = tiny_call(TinyEncoder())
+    answers = (Classes(call, head(call)),)
+    changes = {"adversarial": replace(SHORT["adversarial"], reader=0.7, reader_steps=5)}
+    whole = run(tmp_path / "whole", answers=answers, **changes)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "part", stop=5, answers=answers, **changes)
+    again = run(tmp_path / "part", answers=answers, **changes)
+    assert torch.equal(flat(again), flat(whole))
+    assert not torch.equal(flat(whole), flat(run(answers=answers)))
 
 
 def test_a_cascade_starts_from_a_purifier_in_each_of_its_places():
