@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Unpack
+from typing import Any, ClassVar, Protocol, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ class Replies:
     def rows(self, name: str) -> Sequence[str]:
         return [name if len(self.questions) == 1 else f"{name}: {question.text}" for question in self.questions]
 
-    def trial(self, draws: int) -> Replies:
+    def trial(self, draws: int) -> Self:
         servings = max(16, draws // max(self.plan.choices))
         plan = replace(self.plan, n=servings, n0=max(self.plan.choices), target=None, pilot=1, alpha=0.5)
         return replace(self, plan=plan)

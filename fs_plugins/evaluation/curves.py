@@ -1,4 +1,4 @@
-"""Curves of an evaluation as SVG: what is certified against the distance, and what is left right against the radius.
+"""Curves of an evaluation as SVG: what is certified, and what is left right under attack, against the distance.
 
 The same rows give the same bytes.
 """
@@ -99,6 +99,28 @@ def worst(results: Results) -> Curves | None:
 
     titles = ", ".join(dict.fromkeys(title for lines in panels.values() for title in lines))
     return Curves(_svg(*(partial(draw, norm) for norm in panels)), titles)
+
+
+def answers(results: Results) -> Curves | None:
+    """The certified accuracy of answers against the l2 radius, as Cohen et al. (ICML 2019) draw it: a line a defence;
+    None where none were certified.
+    """
+    suites = [suite for suite in results.plan.suites if suite.answers]
+    lines = {d.title: reach for suite in suites for d in suite.defences if (reach := results.reach(d, suite))}
+    if not lines:
+        return None
+    known = {title: np.sort([far for far in reach if far is not None]) for title, reach in lines.items()}
+    furthest = max((float(radii[-1]) for radii in known.values() if len(radii)), default=0.0)
+    limit = 1.05 * furthest or 1.0
+
+    def draw(axes: Any) -> None:
+        for place, (title, radii) in enumerate(known.items()):
+            left = 100 * np.arange(len(radii), -1, -1) / len(lines[title])
+            label = f"{title} (n = {len(lines[title])})"
+            axes.step([0, *radii, limit], [*left, 0], _STYLES[place % 4], where="post", label=label)
+        axes.set(xlabel="radius (l2, [0, 1] pixels)", ylabel="certified to be right, %", xlim=(0, limit), ylim=(0, 101))
+
+    return Curves(_svg(draw), ", ".join(lines))
 
 
 @dataclass(frozen=True)

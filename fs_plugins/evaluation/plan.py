@@ -13,6 +13,7 @@ from fs_plugins import checks
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.suites import CLEAN, NONE, TARGET, Condition, Defence, Suite
+from fs_plugins.evaluation.tasks import TASKS
 
 FEATURES, AGAIN = "features", "again"
 """Beside the tasks: the row of a picture's feature, and that of a second serving of it with other draws."""
@@ -183,6 +184,13 @@ class Plan:
                 for sigma in suite.sigmas or (own,):
                     found[sigma] = max(found.get(sigma, 0), self.certified_pictures(suite))
         return found
+
+    def answered(self, suite: Suite) -> tuple[Sample, ...]:
+        """The pictures about which a suite certifies what is answered."""
+        if suite.task is None or not suite.answers or not self.can(suite.task):
+            return ()
+        task = TASKS[suite.task]
+        return tuple(one for one in self.samples(self.certified_pictures(suite)) if task.applies(one))
 
     def certified_pictures(self, suite: Suite) -> int:
         """How many pictures a suite certifies."""

@@ -75,6 +75,7 @@ def write(results: Results, path: Path, *, shown: int = SHOWN, further: Sequence
         tables=[_grouped(table) for table in (*results.tables(), *further)],
         curves=curves.certified(results),
         worst=curves.worst(results),
+        answered=curves.answers(results),
         enlarged=ENLARGED,
         purified=any(attack["purified"] for picture in pictures for attack in picture["attacks"]),
         pictures=pictures,

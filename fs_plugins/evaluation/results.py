@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from fs_plugins.attacks.masking import MaskingReport, on_the_answer
 from fs_plugins.attacks.strengths import Strength
-from fs_plugins.certificates import Certificate
+from fs_plugins.certificates import AnswerCertificate, Certificate
 from fs_plugins.certificates.ledger import File
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation import curves, report, robustbench
@@ -36,6 +36,8 @@ _ANEW = "Delete it and run the same command again: it is then made anew."
 COSINES = ("FCS", "unrelated", "FCS pooled", "unrelated pooled")
 DISTANCES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """The l2 distances of the paper's Table 2, in [0, 1] pixels."""
+REACHES = (0.0, 0.125, 0.25, 0.5)
+"""The l2 radii at which answers are counted, in [0, 1] pixels."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Results:
         """One for each suite that had anything to measure, and one for what was certified in it."""
         tables = []
         for suite in self.plan.suites:
-            if suite.task is not None and self.plan.can(suite.task):
+            if suite.answers and self.plan.answered(suite):
+                tables.append(self._answered(suite))
+            elif suite.task is not None and self.plan.can(suite.task):
                 tables.append(self._asked(suite))
             if suite.certified:
                 tables.append(self._certified(suite))
@@ -97,7 +101,8 @@ class Results:
         return told if self.record.seconds is None else {**told, "seconds": self.record.seconds}
 
     def write(self, out: str | os.PathLike[str]) -> Path:
-        """Write a CSV of each table, summary.json and report.html, and worst.svg where a suite asks for worst cases.
+        """Write a CSV of each table, summary.json and report.html, worst.svg where a suite asks for worst cases, and
+        answers.svg where one certifies answers.
 
         What AutoAttack left right is in robustbench.json. The same results give the same bytes.
 
@@ -117,8 +122,9 @@ class Results:
         report.write(self, page)  # the first, for it marks the folder
         for table in self.tables():
             table.write_csv(folder / f"{table.name}.csv")
-        if (drawn := curves.worst(self)) is not None:
-            replace(folder / "worst.svg", drawn.svg)
+        for name, drawn in (("worst", curves.worst(self)), ("answers", curves.answers(self))):
+            if drawn is not None:
+                replace(folder / f"{name}.svg", drawn.svg)
         replace(folder / "summary.json", json.dumps(self.summary(), indent=2) + "\n")
         if records := robustbench.records(self):
             replace(folder / robustbench.FILE, json.dumps(records, indent=2) + "\n")
@@ -192,6 +198,29 @@ class Results:
                 if name in wanted:
                     found.setdefault(row.certificate.sigma, {})[name] = row.certificate
         return found
+
+    def answered(self, defence: Defence, suite: Suite) -> dict[Sample, AnswerCertificate]:
+        """What is certified of a defence's answers, by picture, in the order of the suite's.
+
+        Raises:
+            SettingError: as for ``certificates``.
+        """
+        if suite.task is None:
+            return {}
+        found: dict[str, AnswerCertificate] = {}
+        for path in self.store.answers_files(defence.name, suite.task):
+            file = File.read(path)
+            found |= {name: row.certificate for name, row in file.rows(AnswerCertificate).items()} if file else {}
+        return {one: found[one.image] for one in self.plan.answered(suite) if one.image in found}
+
+    def reach(self, defence: Defence, suite: Suite) -> list[float | None]:
+        """The l2 distance within which each picture's answer is certified to stay right; None where it abstains or the
+        certified class is wrong.
+        """
+        return [
+            one.radius if one.predicted == sample.label else None
+            for sample, one in self.answered(defence, suite).items()
+        ]
 
     def _asked(self, suite: Suite) -> Table:
         assert suite.task is not None
@@ -295,6 +324,18 @@ class Results:
         )
         return Table(name, title, columns, tuple(lines), note)
 
+    def _answered(self, suite: Suite) -> Table:
+        columns = ("defence", "sigma", "n", *(f"l2 {radius:g}" for radius in REACHES))
+        lines: list[tuple[Cell, ...]] = []
+        note = ""
+        for defence in suite.defences:
+            if certificates := list(self.answered(defence, suite).values()):
+                reach, one = self.reach(defence, suite), certificates[0]
+                note = note or _answers_note(one, self.plan.setup.certified_draws)
+                right = [proportion([far is not None and far >= radius for far in reach]) for radius in REACHES]
+                lines.append((defence.title, f"{one.sigma:g}", len(reach), *(Figure(some, "share") for some in right)))
+        return Table(suite.name, suite.title, columns, tuple(lines), note)
+
     def _masking(self, suite: Suite) -> Table:
         found = self._searched(suite.conditions[0].eps)
         lines = [_compared(one.name, one) for one in found.attacks]
@@ -353,4 +394,14 @@ def _certificates_note(one: Certificate) -> str:
         "The cosine certified within an l2 distance eps in [0, 1] pixels, and the distance within which it stays .5 "
         f"or more; averages over n pictures, each certificate wrong with probability at most {one.alpha:g}, from "
         f"{one.n:,} draws; where nothing is promised, 0 counts."
+    )
+
+
+def _answers_note(one: AnswerCertificate, servings: int) -> str:
+    return (
+        "Certified accuracy: pictures whose certified answer is right and stays so within the l2 distance, in [0, 1] "
+        "pixels; at 0, right and certified at all. Of n pictures, with 95 % intervals (Wilson); each certificate is "
+        f"wrong with probability at most {one.alpha:g}, from {servings:,} servings. A serving answers after n0 "
+        "independent draws, and its answer has a vote; without a PSM and with one draw that is randomised smoothing "
+        "(Cohen et al., ICML 2019)."
     )

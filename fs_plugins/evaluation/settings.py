@@ -18,8 +18,8 @@ class Settings:
 
     suite: tuple[str, ...] = knob(
         ("table3",),
-        "table1 to table5, s6, s7, s8, adaptive, worst, rivals, masking, curves, autoattack, or all but the last two; "
-        "can be given several times.",
+        "table1 to table5, s6, s7, s8, adaptive, worst, rivals, masking, curves, autoattack, answers, or all but the "
+        "last three; can be given several times.",
         panel=_RUN,
     )
     model: str = knob(

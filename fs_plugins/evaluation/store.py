@@ -11,6 +11,7 @@ answers/DEFENCE/CONDITION.N.jsonl   replies and features, a row a picture and ta
 judged.jsonl                        a judge's scores of captions
 defences/                           the PSM that each defence had
 certificates/                       rows of fs_plugins.certify
+certificates/TASK/                  of what is answered
 """
 
 from __future__ import annotations
@@ -173,6 +174,13 @@ class Store:
 
     def certificates_file(self, defence: str, sigma: float, share: tuple[int, int]) -> Path:
         return self.folder / "certificates" / f"{defence}-sigma{sigma:g}.{share[0]}-of-{share[1]}.jsonl"
+
+    def answers_files(self, defence: str, task: str) -> list[Path]:
+        """The ledgers of what a defence's answers to a task are certified by, of all processes."""
+        return sorted((self.folder / "certificates" / task).glob(f"{defence}.*-of-*.jsonl"))
+
+    def answers_file(self, defence: str, task: str, share: tuple[int, int]) -> Path:
+        return self.folder / "certificates" / task / f"{defence}.{share[0]}-of-{share[1]}.jsonl"
 
     def masking_file(self, eps: float) -> Path:
         """Where the search for masked gradients at this l-inf eps is kept."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fs_plugins
 from fs_plugins.answers import Answers, Classes
+from fs_plugins.certificates.asking import Asker
 from fs_plugins.errors import ModelError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.tasks import Task
@@ -36,6 +37,14 @@ class Answering(Protocol):
 
     def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
         """What is said about samples, by their images' names."""
+
+
+@runtime_checkable
+class Speaking(Protocol):
+    """A subject that can be asked in words about whatever its encoder shows, so that its answers can be certified."""
+
+    def asker(self, task: Task) -> Asker:
+        """How it is asked what the task asks."""
 
 
 @runtime_checkable

@@ -104,6 +104,11 @@ def _with_n0(n0: int) -> Defence:
     return Defence(f"fs_psm_n{n0}", f"FS-PSM, n0 {n0}", smoothing=Smoothing(n0=n0))
 
 
+def _noise_alone(n0: int) -> Defence:
+    title = "none with noise" if n0 == 1 else f"FS, n0 {n0}"
+    return Defence(f"fs_n{n0}", title, smoothing=Smoothing("none", n0=n0))
+
+
 @dataclass(frozen=True)
 class Condition:
     """What happened to the pictures before they were shown.
@@ -186,6 +191,7 @@ class Suite:
         twice: whether clean pictures are served twice, with other draws, to see how steady that is.
         worst: whether the attacks of each radius come one after the other, each on the pictures that were right under
             all before it, so that what is left in the end is right under all of them (as AutoAttack does).
+        answers: whether what the defences, all smoothed, make a subject answer to the task is certified.
     """
 
     name: str
@@ -202,6 +208,7 @@ class Suite:
     compared: bool = True
     twice: bool = False
     worst: bool = False
+    answers: bool = False
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -309,10 +316,14 @@ SUITES = {
             AUTOATTACK, "AutoAttack through the defence", "classification", (FS_PSM,),
             (Condition(AUTOATTACK, 16, adaptive=True),), compared=False, worst=True,
         ),
+        Suite(
+            "answers", "Certified accuracy of answers", "classification",
+            (*map(_noise_alone, (1, 2, 4)), *map(_with_n0, (1, 2, 4))), plain=False, compared=False, answers=True,
+        ),
     )
 }  # fmt: skip
 
-ASKED_FOR = ("curves", AUTOATTACK)
+ASKED_FOR = ("curves", AUTOATTACK, "answers")
 """Suites that ``all`` does not stand for: they take long, or need a package."""
 
 

@@ -17,6 +17,7 @@ from fs_plugins.attacks.feature import NoTokensError
 from fs_plugins.attacks.folded import folded
 from fs_plugins.attacks.masking import check_gradients, effort
 from fs_plugins.errors import ModelError, PSMError, RegistryError
+from fs_plugins.evaluation.answered import certify_asked, speaking
 from fs_plugins.evaluation.asking import Asking
 from fs_plugins.evaluation.autoattack import Scorer
 from fs_plugins.evaluation.datasets import Sample
@@ -72,6 +73,8 @@ class Tower:
         cells = {cell: asked for cell, asked in self.plan.cells.items() if cell[0].tower == self.name}
         if any(condition.method == AUTOATTACK for _, condition in cells):
             Scorer(self.subject, self.plan.dataset)  # says what it cannot do before anything that takes long
+        if any(self.plan.answered(suite) for suite in self.plan.suites):
+            speaking(self.subject)
         ready = self._ready(list(cells))
         for condition, wanted in _oblivious(cells, ready).items():
             samples = tuple(sample for sample in self.plan.dataset.samples if sample.image in wanted)
@@ -97,6 +100,7 @@ class Tower:
                     self.found.shown = encoder
                     self._search(encoder)
             self._certify(defence)
+            self._certify_answers(defence, chosen)
 
     def _left(self, defence: Defence, condition: Condition, tasks: Asked) -> Asked:
         """What a condition is asked about: where only the worst case counts, the pictures that are right so far."""
@@ -134,7 +138,11 @@ class Tower:
         its noise level, is an error.
         """
         unasked = [
-            d for suite in self.plan.suites if suite.task is None for d in suite.defences if d.tower == self.name
+            defence
+            for suite in self.plan.suites
+            if suite.task is None or suite.answers
+            for defence in suite.defences
+            if defence.tower == self.name
         ]
         ready: dict[Defence, Options | None] = {}
         for defence in dict.fromkeys([*(defence for defence, _ in cells), *unasked]):
@@ -277,6 +285,12 @@ class Tower:
             chunk_size=self.means.chunk_size,
             advance=self.means.track(f"certifying, {defence.title}, sigma {sigma:g}", len(images) * draws),
         )
+
+    def _certify_answers(self, defence: Defence, chosen: Options | None) -> None:
+        for suite in self.plan.suites:
+            samples = self.plan.answered(suite) if defence in suite.defences else ()
+            if samples and suite.task is not None and chosen is not None:
+                certify_asked(self.subject, defence, chosen, suite.task, samples, self.plan, self.means)
 
     def _search(self, smoother: FeatureSmoother) -> None:
         """Compare attacks that must be ordered if the defence's gradients are honest; kept as a file."""

@@ -19,6 +19,7 @@ from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.evaluation.tasks import Task
 from fs_plugins.hf.dialogue import about, dialogue, encode, generate, pixels_of
+from fs_plugins.hf.replies import Replier
 from fs_plugins.hf.speech import Speech
 from fs_plugins.state import Status
 
@@ -113,6 +114,10 @@ class Chat:
         questions = {sample.image: task.prompt(sample, dataset) for sample in samples}
         most = self.max_new_tokens[task.name]
         return Speech(self.model, self.processor, questions.__getitem__, max_new_tokens=most, call=self.call)
+
+    def asker(self, task: Task) -> Replier:
+        most = self.max_new_tokens[task.name]
+        return Replier(self.model, self.processor, max_new_tokens=most, call=self.call)
 
     def say(self, images: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers about exactly these pixels: they do not pass through the processor's resizing and rounding.

@@ -162,7 +162,7 @@ def test_a_package_that_is_missing_is_said_before_anything_is_loaded(monkeypatch
 
 def test_all_suites_are_those_that_need_no_package_and_no_night():
     everything = {suite.name for suite in chosen(["all"])}
-    assert everything == SUITES.keys() - {AUTOATTACK, "curves"}
+    assert everything == SUITES.keys() - {AUTOATTACK, "curves", "answers"}
     assert {suite.name for suite in chosen([AUTOATTACK, "all"])} == everything | {AUTOATTACK}
     [scaled] = chosen([AUTOATTACK], "4/255")
     assert [condition.eps255 for condition in scaled.conditions] == [4]
