@@ -91,7 +91,7 @@ class Adversary:
     targeted: float = 0.0
     update_every: int = 1
     reader: float = 0.0
-    reader_steps: int = 600
+    reader_steps: int = 400
 
     def __post_init__(self) -> None:
         ball = Ball(self.norm, self.eps)

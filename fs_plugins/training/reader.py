@@ -22,7 +22,7 @@ from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.data import Pictures
 from fs_plugins.vision import Features, VisionCall
 
-PICTURES, BATCH, LR = 6144, 48, 2e-3
+PICTURES, BATCH, LR = 3072, 48, 2e-3
 """What a reader learns from at most, how many a step, and at which learning rate."""
 MOST_WORDS, LONGEST = 512, 32
 
@@ -120,39 +120,39 @@ class Read:
 
 
 def learned(
-    answers: Answers, call: VisionCall, psm: PSM, images: Pictures, *, sigma: float, seed: int, steps: int
-) -> Read:
-    """A reader that learned what a model says of plain features, and of noisy ones as the PSM makes them at the time.
+    asked: Sequence[Answers], call: VisionCall, psm: PSM, images: Pictures, *, sigma: float, seed: int, steps: int
+) -> list[Read]:
+    """Readers that learned what a model says of plain features, and of noisy ones as the PSM makes them at the time.
 
     Args:
-        answers: the model's.
-        images: it is asked once about each of the first few thousand.
+        asked: the model's answers, each of which gets a reader.
+        images: the model is asked once about each of the first few thousand.
         sigma: the highest noise level.
-        seed: of its weights, order and noise, with the question.
+        seed: of weights, order and noise, with the questions.
         steps: of AdamW.
     """
-    device, marks = call.device, (seed, "reader", str(answers))
+    device, marks = call.device, (seed, "reader", *map(str, asked))
     count = min(PICTURES, len(images))
-    rows: list[list[int]] = []
+    told: list[list[list[int]]] = [[] for _ in asked]
     with torch.no_grad():
         for first in range(0, count, BATCH):
             shown = torch.stack([images[i] for i in range(first, min(first + BATCH, count))]).to(device)
             output = call.look(shown)
-            spoken = answers.spoken(output, answers.given(output, range(len(shown))))
-            said, image = spoken.said.tolist(), spoken.image.tolist()
-            rows += [[word for word, place in zip(said, image, strict=True) if place == i] for i in range(len(shown))]
-        features = call.wide(output)
-    words = _words(rows)
-    places = min(LONGEST, max(map(len, rows)) + 1)
-    wanted = torch.zeros(count, places, dtype=torch.long, device=device)
-    for row, told in zip(wanted, rows, strict=True):
-        for place, word in enumerate(told[:places]):
-            row[place] = words.get(word, 0)
+            for rows, answers in zip(told, asked, strict=True):
+                rows += _said(answers.spoken(output, answers.given(output, range(len(shown)))))
+        shapes = [tuple(value.shape[1:]) for value in call.wide(output).values()]
     torch.default_generator.manual_seed(keyed(*marks).initial_seed())
-    shapes = [tuple(value.shape[1:]) for value in features.values()]
-    reader = Reader(shapes, places, len(words) + 1).to(device)
+    words = [_words(rows) for rows in told]
+    readers = [
+        Reader(shapes, min(LONGEST, max(map(len, rows)) + 1), len(own) + 1).to(device)
+        for rows, own in zip(told, words, strict=True)
+    ]
+    wanted = [
+        torch.tensor([_places(row, own, reader.places) for row in rows], dtype=torch.long, device=device)
+        for reader, rows, own in zip(readers, told, words, strict=True)
+    ]
     road = FeatureSmoother(call, psm=psm, sigma=psm.config.sigma)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW([p for reader in readers for p in reader.parameters()], lr=LR)
     trained = psm.training
     psm.eval()
     for step in range(steps):
@@ -165,15 +165,34 @@ def learned(
                 seen = road.draw(shown, normal(drawn, shown.shape).to(shown), level)
             else:
                 seen = call.encode(shown)
-        log_probs = reader(seen)
-        loss = nn.functional.nll_loss(log_probs.flatten(0, 1), wanted[chosen].flatten(), reduction="sum") / BATCH
+        losses = [
+            nn.functional.nll_loss(reader(seen).flatten(0, 1), rows[chosen].flatten(), reduction="sum") / BATCH
+            for reader, rows in zip(readers, wanted, strict=True)
+        ]
         for group in optimizer.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        loss.backward()
+        torch.stack(losses).sum().backward()
         optimizer.step()
     psm.train(trained)
-    return Read(call, reader.eval().requires_grad_(False), list(words), f"a reader of: {answers}")
+    return [
+        Read(call, reader.eval().requires_grad_(False), list(own), f"a reader of: {answers}")
+        for reader, own, answers in zip(readers, words, asked, strict=True)
+    ]
+
+
+def _said(spoken: Spoken) -> list[list[int]]:
+    """The words of each image's answer."""
+    rows: list[list[int]] = [[] for _ in range(spoken.images)]
+    for word, image in zip(spoken.said.tolist(), spoken.image.tolist(), strict=True):
+        rows[image].append(word)
+    return rows
+
+
+def _places(row: Sequence[int], words: dict[int, int], places: int) -> list[int]:
+    """An answer as places among V, its end as often as it is short."""
+    found = [words.get(word, 0) for word in row[:places]]
+    return found + [0] * (places - len(found))
 
 
 def _words(rows: Sequence[Sequence[int]]) -> dict[int, int]:

@@ -223,7 +223,7 @@ class Optimisation:
         adversary, config = self.config.adversarial, self.config
         assert adversary is not None
         steps, sigma = adversary.reader_steps, config.sigmas[1]
-        return [learned(one, call, psm, images, sigma=sigma, seed=config.seed, steps=steps) for one in self.answers]
+        return learned(self.answers, call, psm, images, sigma=sigma, seed=config.seed, steps=steps)
 
     def _asked(self, marks: Sequence[object]) -> Answers | None:
         """Whom a step asks: one of the ways to ask, the model itself or, in so many steps, its reader."""

@@ -149,7 +149,7 @@ def test_a_reader_says_what_the_model_would():
     call = tiny_call(TinyEncoder())
     answers = Classes(call, head(call))
     psm = make_psm(call)
-    read = learned(answers, call, psm, Blobs(256), sigma=0.25, seed=1, steps=800)
+    (read,) = learned([answers], call, psm, Blobs(256), sigma=0.25, seed=1, steps=800)
     assert "classes" in str(read)
     pictures = Blobs(256).images[:64]
     output = call.look(pictures)
