@@ -20,6 +20,8 @@ PAPER_UNET: dict[str, Any] = {"channels": (96, 128, 256, 416), "layers": 2, "uns
 """The light purifier at the paper's size: 43.6 M parameters (the paper says 43.7 M and no widths)."""
 
 
+UNSHUFFLE = 4
+"""The usual side of the blocks that are folded into channels."""
 MOST_MULTIPLE = 256
 """Images are padded to multiples of a side: a small file must not make large pictures of small ones."""
 
@@ -126,7 +128,8 @@ class UNetPurifier(nn.Module):
             these coefficients, each preconditioned by its own sigma_data (Karras et al., 2022, eq. 7): of what stands
             out of the noise nearly all is kept, of what drowns in it nothing (the filter of Wiener, 1949), and the net
             adds what it knows of the rest, so that a narrow one need not carry picture and noise through. At sigma 0
-            images stay as they are. None keeps all of the image and adds a change.
+            images stay as they are. None keeps all of the image and adds a change. Training takes ``"measured"`` for
+            that of its own pictures.
 
     Raises:
         SettingError: sizes that no such net has, a spectrum of another length or with a value that is not positive, or
@@ -138,7 +141,7 @@ class UNetPurifier(nn.Module):
         *,
         channels: tuple[int, ...] = (64, 128),
         layers: int = 1,
-        unshuffle: int = 4,
+        unshuffle: int = UNSHUFFLE,
         attention: bool = False,
         spectrum: Iterable[float] | None = None,
     ) -> None:

@@ -23,8 +23,8 @@ from fs_plugins.identity import digest, fingerprint, is_readable
 from fs_plugins.pictures import Picture, channels_first, check_unit
 from fs_plugins.plugins import claim, plugin_parts
 from fs_plugins.psm import PSM, Part, PSMConfig, ReadoutSpec
-from fs_plugins.psm.bundle import plainly
-from fs_plugins.psm.purifier import CascadePurifier
+from fs_plugins.psm.bundle import CASCADE, plainly
+from fs_plugins.psm.purifier import UNSHUFFLE, CascadePurifier, spectrum
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training.config import TrainingConfig
 from fs_plugins.training.crew import Alone, Crew
@@ -275,7 +275,7 @@ def _initial(
         sigma=config.sigma,
         sigma_range=config.sigmas,
         image_size=size,
-        purifier=config.purifying,
+        purifier=_measured(config.purifying, images),
         readouts=tuple(
             ReadoutSpec(name=readout, width=width, tokens=tokens, mapper=_sized(config.mapper, width))
             for readout, (tokens, width) in readouts.items()
@@ -295,6 +295,23 @@ def _initial(
         if not config.mapper_stage.steps and start.config.readouts == psm.config.readouts:
             psm.mappers.load_state_dict(start.mappers.state_dict())
     return psm
+
+
+MEASURED = "measured"
+
+
+def _measured(part: Part | None, images: Pictures) -> Part | None:
+    """The purifier with the spectrum of these images, where its ``spectrum`` says "measured"; also in a cascade."""
+    if part is None:
+        return None
+    if part.kind == CASCADE:
+        parts = [_measured(Part.model_validate(one), images) for one in part.args["parts"]]
+        return Part(kind=part.kind, args={**part.args, "parts": [one.model_dump() for one in parts if one]})
+    if part.args.get("spectrum") != MEASURED:
+        return part
+    folds = part.args.get("unshuffle", UNSHUFFLE)
+    first = [images[i] for i in range(min(len(images), 64))]
+    return Part(kind=part.kind, args={**part.args, "spectrum": spectrum(first, folds)})
 
 
 def _places(psm: PSM, start: PSM) -> list[nn.Module]:

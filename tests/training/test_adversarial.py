@@ -14,6 +14,7 @@ from fs_plugins import PSM, SettingError
 from fs_plugins.answers import Classes
 from fs_plugins.attacks import attack
 from fs_plugins.psm import Part
+from fs_plugins.psm.purifier import spectrum
 from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.training import Adversary, Stage, TrainingFolder, train_psm
 from fs_plugins.training.ablate import ablate
@@ -174,6 +175,18 @@ def test_a_training_with_readers_goes_on_where_it_stopped(tmp_path):
     again = run(tmp_path / "part", answers=answers, **changes)
     assert torch.equal(flat(again), flat(whole))
     assert not torch.equal(flat(whole), flat(run(answers=answers)))
+
+
+def test_a_purifiers_spectrum_is_measured_on_the_training_pictures():
+    sizes = {"channels": [8, 16], "unshuffle": 2}
+    part = Part(kind="unet", args={**sizes, "spectrum": "measured"})
+    stage = Stage(steps=1, batch_size=4, draws=1)
+    wanted = spectrum(Blobs(80).images[:64], 2)
+    for purifier in (part, [Part(kind="unet", args=sizes), part]):
+        chosen = config(purifier=purifier, mapper=None, purifier_stage=stage)
+        psm = train_psm(tiny_call(TinyEncoder()), Blobs(80), chosen, name="t", encoder="e")
+        found = psm.config.purifier.args.get("parts", [psm.config.purifier.model_dump()])[-1]["args"]
+        assert found == {**sizes, "spectrum": wanted}
 
 
 def test_a_cascade_starts_from_a_purifier_in_each_of_its_places():
