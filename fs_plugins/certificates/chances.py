@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 
 from scipy.optimize import brentq
-from scipy.special import betaln, ndtr, ndtri
-from scipy.stats import beta
+from scipy.special import betaincc, betaln, ndtr, ndtri
 
 from fs_plugins.certificates.bounds import binomial_lower
 from fs_plugins.certificates.values import alpha_of, distance_of, sigma_of
@@ -56,10 +55,11 @@ def running_lower(count: int, n: int, *, alpha: float) -> float:
     whole_mass = betaln(count + 1, missed + 1)
 
     def excess(p: float) -> float:
-        mass = whole_mass + float(beta.logsf(p, count + 1, missed + 1))
+        mass = whole_mass + math.log(betaincc(count + 1, missed + 1, p))
         return mass - count * math.log(p) - (missed + 1) * math.log1p(-p) - target
 
-    least, most = 1e-9, 1 - 1e-9
+    # At the observed share no bet wins, and below it betaincc is far from 0.
+    least, most = 1e-9, min(count / n, 1 - 1e-9)
     if not count or excess(least) <= 0:
         return 0.0
     if excess(most) >= 0:
