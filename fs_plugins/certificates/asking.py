@@ -225,7 +225,7 @@ def certify_replies(
         image: (C, H, W) in [0, 1] at the resolution the encoder sees.
         key: the draws follow from it and from the image.
         rows: draws per forward of the encoder, and servings per forward of what answers.
-        advance: told of draws as they are made.
+        advance: told of draws as they are made, and in the end of those that were spared.
         encoder, seed: fields of the certificates.
     """
     plan, asker, smoother = replies.plan, replies.asker, replies.smoother
@@ -243,6 +243,7 @@ def certify_replies(
             one.count += sum(one.reading.read(answer) == one.predicted for answer in said)
             one.n = made
             one.done = plan.target is not None and _over(one, plan, needed + one.reading.error)
+    advance(replies.draws - served.made)
     return [
         AnswerCertificate.from_count(
             one.count,
@@ -308,7 +309,7 @@ class _Servings:
         self, smoother: FeatureSmoother, image: Tensor, key: bytes, rows: int, advance: Callable[[int], None]
     ) -> None:
         self.image = image.detach().float()
-        self.rows, self.advance = rows, advance
+        self.rows, self.advance, self.made = rows, advance, 0
         self._of = smoother
         self._key = key + hashlib.sha256(self.image.cpu().contiguous().numpy().tobytes()).digest()
 
@@ -323,6 +324,7 @@ class _Servings:
         smoother = FeatureSmoother(of.call, psm=of.psm, sigma=of.sigma, n0=n0, noise="iid", chunk_size=self.rows)
         marks = [self._key + f"{purpose} {n0} {first + i}".encode() for i in range(size)]
         output = smoother.look(self.image.expand(size, *self.image.shape), source=_Streams(marks))
+        self.made += n0 * size
         self.advance(n0 * size)
         return output
 

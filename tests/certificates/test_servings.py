@@ -185,6 +185,14 @@ def test_servings_stop_where_the_target_is_reached_and_where_it_is_out_of_reach(
     assert (hopeless.radius or 0.0) < 0.5 * SIGMA
 
 
+def test_draws_that_were_spared_are_told_of_in_the_end():
+    for asked in (replies(n0=None), replies(0.95, n=1000, target=0.5 * SIGMA), replies(asker=Table("?", "!"))):
+        told = []
+        certify_replies(asked, IMAGE, key=b"k", advance=told.append)
+        assert sum(told) == asked.draws
+        assert min(told) >= 0
+
+
 def test_questions_about_one_image_share_its_draws():
     reading = READINGS["words"][0]
     one, both = replies(), replies(questions=[Question("what?", reading), Question("and?", READINGS["exact"][0])])
