@@ -238,7 +238,7 @@ def certify_replies(
         output = served.block(n0, "bound", made, size)
         made += size
         for one in live:
-            said = asker.replies(output, one.question.text, one.question.reading)
+            said = asker.replies(output, one.question.text, one.reading)
             one.said.update(said)
             one.count += sum(one.reading.read(answer) == one.predicted for answer in said)
             one.n = made
@@ -283,9 +283,8 @@ def _chosen(replies: Replies, served: _Servings) -> tuple[int, list[_Asked]]:
             reading = question.reading.fitted(answers)
             read = Counter(one for answer in answers if (one := reading.read(answer)) is not None)
             predicted, count = read.most_common(1)[0] if read else (None, 0)
-            asked.append(
-                _Asked(question, reading, predicted, Counter(answers if predicted is None else ()), 0, 0, not read)
-            )
+            heard = Counter(() if read else answers)
+            asked.append(_Asked(question, reading, predicted, heard, done=not read))
             likely = round(plan.n * (count + 0.5) / (plan.pilot + 1))
             shown = max(0.0, lower(likely, plan.n, alpha=plan.alpha, method=plan.method) - reading.error)
             promise += answer_radius(shown, sigma=replies.smoother.sigma, n0=n0) or 1e-3 * shown
