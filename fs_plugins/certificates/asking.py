@@ -309,6 +309,7 @@ class _Servings:
     ) -> None:
         self.image = image.detach().float()
         self.rows, self.advance, self.made = rows, advance, 0
+        self._smoothers: dict[int, FeatureSmoother] = {}
         self._of = smoother
         self._key = key + hashlib.sha256(self.image.cpu().contiguous().numpy().tobytes()).digest()
 
@@ -319,13 +320,20 @@ class _Servings:
     @torch.no_grad()
     def block(self, n0: int, purpose: str, first: int, size: int) -> Any:
         """The encoder's smoothed output for the servings from number ``first`` on, a row each."""
-        of = self._of
-        smoother = FeatureSmoother(of.call, psm=of.psm, sigma=of.sigma, n0=n0, noise="iid", chunk_size=self.rows)
         marks = [self._key + f"{purpose} {n0} {first + i}".encode() for i in range(size)]
-        output = smoother.look(self.image.expand(size, *self.image.shape), source=_Streams(marks))
+        output = self._smoother(n0).look(self.image.expand(size, *self.image.shape), source=_Streams(marks))
         self.made += n0 * size
         self.advance(n0 * size)
         return output
+
+    def _smoother(self, n0: int) -> FeatureSmoother:
+        """One for all blocks: making it checks the PSM against the encoder."""
+        if n0 not in self._smoothers:
+            of = self._of
+            self._smoothers[n0] = FeatureSmoother(
+                of.call, psm=of.psm, sigma=of.sigma, n0=n0, noise="iid", chunk_size=self.rows
+            )
+        return self._smoothers[n0]
 
 
 @dataclass(frozen=True)

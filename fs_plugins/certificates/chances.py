@@ -15,6 +15,7 @@ from scipy.special import betaincc, betaln, ndtr, ndtri
 from fs_plugins.certificates.bounds import binomial_lower
 from fs_plugins.certificates.values import alpha_of, distance_of, sigma_of
 from fs_plugins.checks import number, whole
+from fs_plugins.errors import SettingError
 
 FIXED = "clopper-pearson"
 RUNNING = "betting"
@@ -50,7 +51,7 @@ def running_lower(count: int, n: int, *, alpha: float) -> float:
     n = whole("n (servings)", n)
     count = whole("count", count, least=0)
     if count > n:
-        number(f"count must be between 0 and n = {n}", count, lambda found: found <= n)
+        raise SettingError(f"count must be between 0 and n = {n}, got {count}.")
     missed, target = n - count, -math.log(alpha)
     whole_mass = betaln(count + 1, missed + 1)
 

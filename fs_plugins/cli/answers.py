@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fs_plugins.cli.base import console, note, plain_table, promise, short
 
@@ -101,9 +101,8 @@ def show(found: Mapping[str, AnswerCertificate], out: Path) -> None:
     plot.draw_answers(list(found.values()), picture)
     table = plain_table("image", "answer", "servings", "read so", "n0", "R", "in l-inf")
     for name, one in short(found).items():
-        inner: Any = None if one.radius is None else one.linf_radius
         answer = "none: no class" if one.predicted is None else one.predicted
-        table.add_row(name, answer, f"{one.n:,}", _share(one), str(one.n0), promise(one.radius), promise(inner, 255))
+        table.add_row(name, answer, f"{one.n:,}", _share(one), str(one.n0), *_radii(one))
     console.print(table)
     first = next(iter(found.values()))
     note(
@@ -114,6 +113,10 @@ def show(found: Mapping[str, AnswerCertificate], out: Path) -> None:
         f"{first.generation}, {first.method}."
     )
     console.print(f"\nWritten: {out / ROWS} and {picture}", soft_wrap=True)
+
+
+def _radii(one: AnswerCertificate) -> tuple[str, str]:
+    return promise(one.radius), promise(one.linf_radius, 255)
 
 
 def _share(one: AnswerCertificate) -> str:

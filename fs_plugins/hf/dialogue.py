@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fs_plugins.checks import words
 from fs_plugins.errors import ModelError, SettingError
@@ -93,6 +94,16 @@ def about(processor: Any, call: VisionCall, questions: Sequence[str]) -> Any:
             "fs_plugins.evaluation's parts."
         )
     return inputs
+
+
+def continued(inputs: Mapping[str, Any], words: Tensor) -> dict[str, Any]:
+    """Prompts that go on with (B, R) words: masks and token types grow along."""
+    found, prompts = dict(inputs), inputs["input_ids"].shape
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == prompts:
+            more = words if name == "input_ids" else torch.full_like(words, int(name == "attention_mask"))
+            found[name] = torch.cat([value, more.to(value)], 1)
+    return found
 
 
 @torch.no_grad()

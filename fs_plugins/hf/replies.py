@@ -18,7 +18,7 @@ from fs_plugins.api import vision_call
 from fs_plugins.checks import seed as checked_seed
 from fs_plugins.checks import whole
 from fs_plugins.errors import ModelError, SettingError
-from fs_plugins.hf.dialogue import about, dialogue, pixels_of
+from fs_plugins.hf.dialogue import about, continued, dialogue, pixels_of
 from fs_plugins.identity import digest
 from fs_plugins.readings import Compared, Reading
 from fs_plugins.vision import VisionCall
@@ -126,13 +126,8 @@ class Replier:
         longest = max(map(len, tokens))
         scores: list[Tensor] = []
         for choice in tokens[:1] if longest == 1 else tokens:
-            inputs = dict(self._inputs(question, rows))
             more = torch.tensor(choice[:-1], device=self.call.device, dtype=torch.long).expand(rows, -1)
-            prompts = inputs["input_ids"].shape
-            for name, value in list(inputs.items()):
-                if isinstance(value, Tensor) and value.shape == prompts:
-                    added = more if name == "input_ids" else torch.full_like(more, int(name == "attention_mask"))
-                    inputs[name] = torch.cat([value, added.to(value)], 1)
+            inputs = continued(self._inputs(question, rows), more)
             if self.brief:
                 inputs["logits_to_keep"] = len(choice)
             with self.call.showing(output):

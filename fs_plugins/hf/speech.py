@@ -18,7 +18,7 @@ from fs_plugins.api import vision_call
 from fs_plugins.errors import ModelError, SettingError
 from fs_plugins.evaluation.subjects import size_of
 from fs_plugins.hf.classifier import zero_shot
-from fs_plugins.hf.dialogue import about, pixels_of
+from fs_plugins.hf.dialogue import about, continued, pixels_of
 from fs_plugins.hf.load import load_processor, source
 from fs_plugins.vision import VisionCall
 
@@ -93,12 +93,8 @@ class Speech:
 
     def spoken(self, output: Any, given: Replies) -> Spoken:
         """The words' distributions at the places of the replies. Gradients follow the output."""
-        inputs, words = dict(given.inputs), given.words
-        prompts = inputs["input_ids"].shape
-        for name, value in given.inputs.items():  # masks and token types
-            if isinstance(value, Tensor) and value.shape == prompts:
-                more = words if name == "input_ids" else torch.full_like(words, int(name == "attention_mask"))
-                inputs[name] = torch.cat([value, more.to(value)], 1)
+        words = given.words
+        inputs = continued(given.inputs, words)
         if self.brief:
             inputs["logits_to_keep"] = words.shape[1] + 1
         with self.call.showing(output):
