@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fs_plugins
-from fs_plugins.certificates.asking import Question, Replies, certify_replies
+from fs_plugins.certificates.asking import AnswerPlan, Question, Replies, certify_replies
 from fs_plugins.demo import assets, world
 from fs_plugins.hf.certified import replies_of
 from fs_plugins.hf.dialogue import dialogue
@@ -59,9 +59,9 @@ class Demo:
         self.processor: Any = load_processor("demo")
         self.psm = PSM.from_pretrained(assets.PSM_LLAVA)
 
-    def replies(self, *questions: Question, **settings: Any) -> Replies:
-        given = {"alpha": ALPHA, "pilot": PILOT, "max_new_tokens": TOKENS, "psm": self.psm, **settings}
-        return replies_of(self.model, self.processor, questions, **given)
+    def replies(self, *questions: Question, **plan: Any) -> Replies:
+        effort = AnswerPlan(alpha=ALPHA, pilot=PILOT, **plan)
+        return replies_of(self.model, self.processor, questions, effort, max_new_tokens=TOKENS, psm=self.psm)
 
     def bare(self, scene: world.Scene, n0: int, servings: int) -> tuple[float, str]:
         """Seconds of a loop over servings, and what it heard."""

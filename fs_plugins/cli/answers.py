@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fs_plugins.certificates import AnswerCertificate
-    from fs_plugins.certificates.asking import Replies
+    from fs_plugins.certificates.asking import AnswerPlan, Replies
     from fs_plugins.readings import Reading
 
 ROWS = "answers.jsonl"
@@ -27,14 +27,13 @@ class Asked:
         questions: with | between them.
         choices: with commas between them.
         reading: its name.
-        n0, max_new_tokens: as for ``certify_answers``.
+        max_new_tokens: as for ``certify_answers``.
         processor: whose folder or hub id it is.
     """
 
     questions: str
     choices: str | None
     reading: str
-    n0: int | None
     max_new_tokens: int
     processor: str
 
@@ -53,33 +52,23 @@ class Asked:
 
 
 def replies(
-    asked: Asked,
-    model: nn.Module,
-    *,
-    n: int,
-    alpha: float,
-    target: float | None,
-    psm: str,
-    sigma: float | None,
-    seed: int | None,
+    asked: Asked, model: nn.Module, plan: AnswerPlan, *, psm: str, sigma: float | None, seed: int | None
 ) -> Replies:
     """What the answers are certified by.
 
     Raises:
         FSPluginsError: see ``fs_plugins.certify_answers``.
     """
+    from fs_plugins.certificates.asking import Question
     from fs_plugins.hf.certified import replies_of
     from fs_plugins.hf.load import load_processor
 
+    how = asked.how()
     return replies_of(
         model,
         load_processor(asked.processor),
-        [question.strip() for question in asked.questions.split("|")],
-        reading=asked.how(),
-        n=n,
-        alpha=alpha,
-        n0=asked.n0,
-        target=target,
+        [Question(question.strip(), how) for question in asked.questions.split("|")],
+        plan,
         psm=psm,
         sigma=sigma,
         seed=seed,

@@ -128,10 +128,12 @@ def certify(
             raise SettingError("This encoder takes images of any size: say which with --size.")
         pictures = _pictures(images or [], scenes, wanted)
         if ask is not None:
+            from fs_plugins.certificates.asking import AnswerPlan
             from fs_plugins.cli import answers
 
-            asked = answers.Asked(ask, choices, reading, n0, max_new_tokens, processor or model)
-            replies = answers.replies(asked, loaded, n=n, alpha=alpha, target=target, psm=psm, sigma=sigma, seed=seed)
+            asked = answers.Asked(ask, choices, reading, max_new_tokens, processor or model)
+            effort = AnswerPlan(n=n, alpha=alpha, n0=n0, target=target)
+            replies = answers.replies(asked, loaded, effort, psm=psm, sigma=sigma, seed=seed)
             run = FolderRun(out, pictures, {answers.ROWS: replies}, seed=seed, crew=crew)
             found = _certified(run)[answers.ROWS]
             if crew.rank == 0:

@@ -85,20 +85,15 @@ def certify_answers(
         ModelError: no adapter claims the model, it generates no text, or it is in training mode.
         PSMError, RegistryError, PluginError: see their docstrings.
     """
+    if noise != "iid":
+        raise SettingError(PAIRED)
     replies = replies_of(
         model,
         processor,
-        questions,
-        classes=classes,
-        reading=reading,
-        n=n,
-        alpha=alpha,
-        n0=n0,
-        target=target,
-        pilot=pilot,
+        _questions(questions, _reading(classes, reading)),
+        AnswerPlan(n=n, alpha=alpha, n0=n0, target=target, pilot=pilot),
         psm=psm,
         sigma=sigma,
-        noise=noise,
         seed=seed,
         max_new_tokens=max_new_tokens,
         generation=generation,
@@ -113,18 +108,11 @@ def certify_answers(
 def replies_of(
     model: nn.Module,
     processor: Any,
-    questions: str | Question | Sequence[str | Question],
+    questions: Sequence[Question],
+    plan: AnswerPlan,
     *,
-    classes: Iterable[str] | None = None,
-    reading: Reading | None = None,
-    n: int = 1000,
-    alpha: float = 1e-3,
-    n0: int | None = None,
-    target: float | None = None,
-    pilot: int = 32,
     psm: PSMChoice = "auto",
     sigma: float | None = None,
-    noise: Noise = "iid",
     seed: int | None = None,
     max_new_tokens: int = 16,
     generation: Mapping[str, Any] | None = None,
@@ -135,15 +123,11 @@ def replies_of(
     Raises:
         FSPluginsError: see there.
     """
-    if noise != "iid":
-        raise SettingError(PAIRED)
-    asked = _questions(questions, _reading(classes, reading))
-    plan = AnswerPlan(n=n, alpha=alpha, n0=n0, target=target, pilot=pilot)
     smoother = choose(
         model,
         psm=psm,
         sigma=sigma,
-        draws=Draws(max(plan.choices), noise, "call", seed),
+        draws=Draws(max(plan.choices), "iid", "call", seed),
         processor=pixels_of(processor),
         adapter=adapter,
         encoder=0,
@@ -152,7 +136,7 @@ def replies_of(
     asker = Replier(
         model, processor, max_new_tokens=max_new_tokens, generation=generation, seed=seed, call=smoother.call
     )
-    return Replies(smoother, plan, asker, asked)
+    return Replies(smoother, plan, asker, questions)
 
 
 def check_heard(certificates: Sequence[AnswerCertificate]) -> None:
