@@ -132,6 +132,11 @@ FAMILIES = (
     Family(("Qwen3VL",), {"visual": (deepstack, _BOTH)}),
 )
 
+REFUSED: Mapping[str, str] = {
+    "FuyuForCausalLM": "it has no vision encoder: one linear layer takes patches of pixels into the language model",
+}
+"""Class name -> why there is no encoder to smooth, or none that could be."""
+
 
 @hookimpl
 def fs_packages() -> tuple[str, ...]:
