@@ -18,7 +18,7 @@ from torch import nn
 
 from fs_plugins import hookimpl
 from fs_plugins.layouts import Layout
-from fs_plugins.vision import Field, Readout, VisionCall, unwrapped
+from fs_plugins.vision import Field, Readout, VisionCall, is_a, unwrapped
 
 Consumed = Callable[[Any, Any], tuple[Readout, ...]]
 
@@ -144,6 +144,17 @@ def fs_packages() -> tuple[str, ...]:
 
 
 @hookimpl
+def fs_unclaimed(model: nn.Module) -> str | None:
+    return refusal(unwrapped(model))
+
+
+def refusal(whole: Any) -> str | None:
+    """Why models of this class cannot be smoothed, for those that cannot."""
+    why = next((why for name, why in REFUSED.items() if is_a(whole, "transformers", name)), None)
+    return why and f"{type(whole).__name__} cannot be smoothed: {why}."
+
+
+@hookimpl
 def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
     """Language models of transformers that look at images, by class (see FAMILIES): one call for each vision tower."""
     whole = unwrapped(model)
@@ -157,7 +168,7 @@ def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
 def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
     config, vision = whole.config, getattr(module, "config", whole.config.vision_config)
     net = getattr(module, "timm_model", None)
-    layout, argument = _layout(vision)
+    layout, argument = layout_of(vision)
     space = pixel_space(whole, vision, argument=argument, layout=layout, net=net)
     readouts = consumed(config, vision)
     fixed = timm.image_size(net) if net is not None else None
@@ -180,7 +191,7 @@ def _tower(whole: Any, name: str) -> nn.Module | None:
     return getattr(whole, name, None) if inner is None else inner
 
 
-def _layout(vision: Any) -> tuple[Layout, str]:
+def layout_of(vision: Any) -> tuple[Layout, str]:
     """How a vision configuration's encoder takes pixels, and the argument's name."""
     if hasattr(vision, "temporal_patch_size"):
         rows = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, channels_of(vision))

@@ -34,6 +34,7 @@ from .layouts import Layout as Layout
 from .outputs import Field as Field
 from .outputs import Readout as Readout
 from .patch import SmoothingEvent as SmoothingEvent
+from .probing import probe as probe
 from .psm import PSM as PSM
 from .smoothing import FeatureSmoother as FeatureSmoother
 from .state import Status as Status

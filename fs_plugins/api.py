@@ -197,7 +197,7 @@ def vision_call(
         ModelError: no adapter, or several, claim the model; it has several vision encoders and ``encoder`` is left out.
         SettingError: there is no such encoder, or a processor that is not for it.
     """
-    calls = claim(model, adapter)[1]
+    calls = claim(model, adapter, processor)[1]
     if encoder is None and len(calls) > 1:
         kinds = ", ".join(f"{i}: {type(call.module).__name__}" for i, call in enumerate(calls))
         raise ModelError(f"This model has {len(calls)} vision encoders ({kinds}). Say which with encoder=0, say.")

@@ -104,7 +104,7 @@ def calls_of(
     elif model.training:
         raise ModelError("The model is in training mode, where its features are random. Call model.eval() first.")
     else:
-        name, calls = claim(model, adapter)
+        name, calls = claim(model, adapter, processor)
     if encoder is not None:
         calls = (numbered(calls, encoder),)
     if processor is not None:

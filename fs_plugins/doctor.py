@@ -11,7 +11,7 @@ from torch import nn
 
 from fs_plugins.errors import FSPluginsError
 from fs_plugins.hooks import DISABLE, GROUP, disabled, new_manager, plugin_manager, register
-from fs_plugins.plugins import claims, known_encoders
+from fs_plugins.plugins import claims, known_encoders, unclaimed
 from fs_plugins.vision import VisionCall
 
 OWN = ("fs-plugins", "torch", "diffusers")
@@ -99,8 +99,7 @@ def diagnose(model: nn.Module) -> Diagnosis:
     rules = {name: _rule(name) for name in answers}
     if len(answers) != 1:
         several = f"several adapters claim it; choose with enable(..., adapter=...) or {DISABLE}=<name>"
-        nobody = "no adapter claims it; see docs/how-to/write-an-adapter.md"
-        return Diagnosis(kind, rules, several if answers else nobody)
+        return Diagnosis(kind, rules, several if answers else f"no adapter claims it. {unclaimed(model)}")
     (calls,) = answers.values()
     return Diagnosis(kind, rules, None, tuple(map(_encoder, calls)))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -35,14 +35,28 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 @hookspec
-def fs_vision_call(model: nn.Module) -> VisionCall | Sequence[VisionCall] | None:
+def fs_vision_call(model: nn.Module, named: bool, processor: Any) -> VisionCall | Sequence[VisionCall] | None:
     """Claim a model: say where it looks at images.
 
     Called once by every ``enable``. Exactly one plugin may answer; two answers are an error that names both.
-    Look through wrappers with ``fs_plugins.vision.unwrapped``; import the framework only inside.
+    Look through wrappers with ``fs_plugins.vision.unwrapped``; import the framework only inside. Most take the model
+    alone; arguments that an implementation leaves out are not passed.
 
     :param model: what the user passed to ``enable``.
+    :param named: whether the user asked for this plugin by its name (``enable(..., adapter=...)``).
+    :param processor: what the user passed as ``processor=``, or None.
     :returns: one VisionCall for each vision encoder, or None if the model is not of this framework.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def fs_unclaimed(model: nn.Module) -> str | None:
+    """Say what is known of a model that no plugin claims: why it cannot be covered, or what its user can do.
+
+    :param model: what the user passed to ``enable``.
+    :returns: a sentence or two for the error, or None for models of other frameworks.
 
     .. versionadded:: 0.1
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +17,12 @@ from fs_plugins.vision import VisionCall
 T = TypeVar("T")
 
 
-def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[VisionCall, ...]]:
+def claim(model: nn.Module, adapter: str | None = None, processor: Any = None) -> tuple[str, tuple[VisionCall, ...]]:
     """The adapter that claims this model, and its whole answer.
+
+    Args:
+        adapter: the one that may; None for any.
+        processor: the model's, if the user has given one.
 
     Raises:
         ModelError: no adapter, or several, claim the model.
@@ -27,14 +32,11 @@ def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[Visi
     names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
     if adapter is not None and adapter not in names:
         raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(names)}.")
-    found = claims(model, adapter)
+    found = claims(model, adapter, processor)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if not found:
         asked = adapter or ", ".join(sorted(names))
-        raise ModelError(
-            f"No adapter claims {kind} (asked: {asked}). docs/how-to/write-an-adapter.md shows how to write one, in "
-            "about 40 lines."
-        )
+        raise ModelError(f"No adapter claims {kind} (asked: {asked}). {unclaimed(model)}")
     if len(found) > 1:
         raise ModelError(
             f"Several adapters claim {kind}: {', '.join(sorted(found))}. Choose with enable(..., adapter=...), or turn "
@@ -43,24 +45,34 @@ def claim(model: nn.Module, adapter: str | None = None) -> tuple[str, tuple[Visi
     return next(iter(found.items()))
 
 
-def claims(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[VisionCall, ...]]:
+def unclaimed(model: nn.Module) -> str:
+    """What plugins know of a model that none of them claims, or else what to do about any."""
+    told = [one for one in plugin_manager().hook.fs_unclaimed(model=model) if one]
+    return " ".join(told) or "docs/how-to/write-an-adapter.md shows how to write one, in about 40 lines."
+
+
+def claims(model: nn.Module, adapter: str | None = None, processor: Any = None) -> dict[str, tuple[VisionCall, ...]]:
     """Every adapter that claims this model, or the one asked for if it does -> its answer.
+
+    Args:
+        adapter, processor: as for ``claim``.
 
     Raises:
         PluginError: an adapter fails, or answers nonsense.
     """
+    given = {"model": model, "named": adapter is not None, "processor": processor}
     answers = {
-        implementation.plugin_name: _ask(implementation.plugin_name, implementation.function, model)
-        for implementation in plugin_manager().hook.fs_vision_call.get_hookimpls()
-        if adapter in (None, implementation.plugin_name)
+        one.plugin_name: _ask(one.plugin_name, partial(one.function, *(given[name] for name in one.argnames)), model)
+        for one in plugin_manager().hook.fs_vision_call.get_hookimpls()
+        if adapter in (None, one.plugin_name)
     }
     return {name: answer for name, answer in answers.items() if answer is not None}
 
 
-def _ask(name: str, claim: Callable[[nn.Module], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:
+def _ask(name: str, claim: Callable[[], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:
     """One adapter's answer, as a tuple."""
     try:
-        answer = claim(model)
+        answer = claim()
     except FSPluginsError:
         raise
     except Exception as error:

@@ -36,6 +36,7 @@ class VisionStatus:
     draws: int
     non_finite: int
     seconds: float
+    tested: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Status:
             psm = v.psm or "none (plain smoothing)"
             features = ", ".join(r.name + ("" if r.mapped else " (no mapper)") for r in v.readouts)
             lines += [
-                f"fs_plugins: enabled on {v.encoder} through {v.adapter}",
+                f"fs_plugins: enabled on {v.encoder} through {v.adapter}" + ("" if v.tested else ", untested family"),
                 f"  PSM       {psm}; purifier {v.purifier or 'none'}",
                 f"  noise     sigma {v.sigma:g} in [0, 1] pixels, n0 {v.n0}, {v.noise}, fresh per {v.noise_scope}",
                 f"  pixels    mean and std: {v.pixels}; images {v.image_size}",
@@ -94,4 +95,5 @@ def vision_status(hook: SmoothingHook) -> VisionStatus:
         draws=hook.draws,
         non_finite=hook.non_finite,
         seconds=hook.seconds,
+        tested=smoother.call.tested,
     )

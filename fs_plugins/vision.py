@@ -253,6 +253,7 @@ class VisionCall:
         grad_scope: a module around which the framework switches gradients off on its own account; while its
             inputs require a gradient, they stay on.
         head: a classifier's own, on the embedded feature; None for models that have none.
+        tested: whether somebody has tested models of this class; ``status`` and ``doctor`` say where nobody has.
     """
 
     module: nn.Module
@@ -265,6 +266,7 @@ class VisionCall:
     inputs: tuple[str, ...] = ()
     grad_scope: nn.Module | None = None
     head: Head | None = None
+    tested: bool = True
 
     def features(self, output: Any) -> Features:
         """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""

@@ -22,6 +22,24 @@ from fs_plugins.plugins import known_encoders
 from fs_plugins.psm import ResidualMapper, UNetPurifier
 
 
+def test_fs_unclaimed_says_what_a_stranger_knows_of_a_model(manager):
+    hooks.register(manager, plugin(fs_unclaimed=lambda model: "It is mine, and has no eyes."), "mine")
+    with pytest.raises(ModelError, match="It is mine, and has no eyes"):
+        fs_plugins.enable(torch.nn.Linear(2, 2).eval(), psm=None, sigma=0.25)
+
+
+def test_fs_vision_call_is_told_whether_it_was_named_and_of_the_processor(manager):
+    told = []
+    hooks.register(
+        manager, plugin(fs_vision_call=lambda processor, model, named: told.append((processor, named))), "mine"
+    )
+    model, processor = torch.nn.Linear(2, 2).eval(), object()
+    for adapter in (None, "mine"):
+        with pytest.raises(ModelError):
+            fs_plugins.enable(model, psm=None, sigma=0.25, adapter=adapter, processor=processor)
+    assert told == [(processor, False), (processor, True)]
+
+
 def test_fs_vision_call_lets_a_stranger_claim_a_model(manager):
     def claim(model):
         return tiny_call(model) if isinstance(model, TinyEncoder) else None

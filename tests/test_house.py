@@ -19,7 +19,7 @@ FLOORS = (
     ("patch",),
     ("hooks", "registry", "registry_entries", "registry_files", "state"),
     ("plugins",),
-    ("choice", "publishing"),
+    ("choice", "probing", "publishing"),
     ("certificates", "attacks"),
     ("training",),
     ("api",),

@@ -24,6 +24,7 @@ from fs_plugins.noise import normal, uniform
 from fs_plugins.outputs import map_tensors
 from fs_plugins.patch import named_arguments
 from fs_plugins.plugins import claim
+from fs_plugins.probing import hooked, kept, probe
 from fs_plugins.psm import Part, PSMConfig, ReadoutSpec
 from fs_plugins.vision import Features, direct
 
@@ -220,22 +221,15 @@ class AdapterConformance:
     def test_nothing_but_the_readouts_reaches_the_language_side(self) -> None:
         """Two pictures, one's readouts put in the other's place: the answer must be the one's."""
         model, images = self._model_and_images()
-        one, other = images, 1 - images.flip(-1)
-        wanted = self._outcome(model, one)
-        calls = claim(model)[1]
-        recorded: dict[int, list[Any]] = {id(call): [] for call in calls}
-        with _hooked((call.module, _record(recorded[id(call)])) for call in calls):
-            self._outcome(model, one)
-        assert not torch.allclose(self._outcome(model, other), wanted, atol=1e-4), "the picture does not matter"
-        with _hooked((call.module, _transplant(call, iter(recorded[id(call)]))) for call in calls):
-            self._agree(self._outcome(model, other), wanted)
+        one, other = self._inputs(model, images), self._inputs(model, 1 - images.flip(-1))
+        probe(model, one, other, outcome=self.outcome, tolerance=self.tolerance)
 
     def test_every_readout_matters(self) -> None:
         model, images = self._model_and_images()
         before = self._outcome(model, images)
         for call in self._calls(model, images):
             for readout in call.readouts:
-                with _hooked([(call.module, _perturb(call, readout))]):
+                with hooked([(call.module, _perturb(call, readout))]):
                     assert not torch.allclose(self._outcome(model, images), before, atol=1e-5), readout.name
 
     def test_encoding_images_directly_gives_the_models_features(self) -> None:
@@ -543,17 +537,6 @@ def _fail(*_: Any) -> None:
 
 
 @contextmanager
-def _hooked(pairs: Any) -> Iterator[None]:
-    """Post-hooks on modules, for the duration."""
-    handles = [module.register_forward_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _watching(module: nn.Module, arguments: list[Any], outputs: list[Any]) -> Iterator[None]:
     """Record what the module is run on, which hooks do not see while it is smoothed, and what it answers."""
     own, run = vars(module).get("forward"), module.forward
@@ -564,7 +547,7 @@ def _watching(module: nn.Module, arguments: list[Any], outputs: list[Any]) -> It
         return run(*args, **kwargs)
 
     module.forward = recorded
-    after = module.register_forward_hook(lambda module, args, output: outputs.append(_kept(output)))
+    after = module.register_forward_hook(lambda module, args, output: outputs.append(kept(output)))
     try:
         yield
     finally:
@@ -573,25 +556,6 @@ def _watching(module: nn.Module, arguments: list[Any], outputs: list[Any]) -> It
             del module.forward
         else:
             module.forward = own
-
-
-def _record(into: list[Any]) -> Callable[..., None]:
-    return lambda module, args, output: into.append(_kept(output))
-
-
-def _kept(output: Any) -> Any:
-    """A copy that the model's own later assignments to fields, and arithmetic in place, do not reach."""
-    return map_tensors([output], lambda one: one[0].clone())
-
-
-def _transplant(call: VisionCall, recorded: Iterator[Any]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        donor = next(recorded)
-        for readout in call.readouts:
-            output = readout.put(output, readout.get(donor))
-        return output
-
-    return hook
 
 
 def _perturb(call: VisionCall, readout: fs_plugins.Readout) -> Callable[..., Any]:
