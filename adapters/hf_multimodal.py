@@ -128,8 +128,10 @@ FAMILIES = (
     Family(("FastVlm", "Gemma3n"), {"vision_tower": (mapped, _IMAGES)}),
     Family(("PerceptionLM",), {"vision_tower": (perceived, _BOTH)}),
     Family(("InternVL",), {"vision_tower": (internvl, _IMAGES)}),
-    Family(("Qwen2VL", "Qwen2_5_VL", "Qwen3_5", "Glm4v"), {"visual": (merged, _BOTH)}),
-    Family(("Qwen3VL",), {"visual": (deepstack, _BOTH)}),
+    Family(("Qwen2VL", "Qwen2_5_VL", "Qwen2_5OmniThinker", "Exaone4_5_"), {"visual": (merged, _BOTH)}),
+    Family(("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"), {"visual": (merged, _BOTH)}),
+    Family(("Glm4v", "Glm4vMoe", "Glm46V", "GlmOcr", "Glm5Next"), {"visual": (merged, _BOTH)}),
+    Family(("Qwen3VL", "Qwen3VLMoe", "Qwen3OmniMoeThinker"), {"visual": (deepstack, _BOTH)}),
 )
 
 REFUSED: Mapping[str, str] = {

@@ -52,6 +52,10 @@ ABSENT = {
     "InternVL layer -2": "transformers 4.57 calls self.vision_model, but the module is vision_tower, "
     "for any layer but -1",
     "FastVLM": "the class came with transformers 5.0",
+    **dict.fromkeys(
+        ("Qwen3.5 MoE", "Qwen4-Exp", "GLM-4.6V", "GLM-OCR", "GLM-5-Next", "EXAONE 4.5"),
+        "the class came with a transformers 5",
+    ),
     "original LLaVA": "generate() of transformers 4.38 to 5.3 passes cache_position, which LLaVA's forward "
     "does not take",
 }

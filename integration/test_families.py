@@ -10,6 +10,7 @@ import exceptions
 from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
+from gridded_families import GRIDDED_FAMILIES
 from image_families import IMAGE_FAMILIES, ONE_OF_EACH_KIND
 from packaging.version import Version
 from versions import INSTALLED, PINNED
@@ -83,7 +84,8 @@ def suite(family: Family) -> type[AdapterConformance]:
 
 def known() -> list[Family]:
     """The families of the frameworks that are installed here."""
-    return [family for family in (*FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS) if importlib.util.find_spec(family.needs)]
+    every = (*FAMILIES, *GRIDDED_FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS)
+    return [family for family in every if importlib.util.find_spec(family.needs)]
 
 
 def runs_here(family: Family) -> bool:
