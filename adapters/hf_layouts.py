@@ -101,6 +101,16 @@ class Packed(Layout):
         return map_tensors(outputs, lambda parts: joined(units, parts).unsqueeze(0) if parts[0].ndim == 3 else parts[0])
 
 
+OF_GRIDS = frozenset(
+    {
+        *("cu_seqlens", "max_seqlen", "cu_window_seqlens", "max_window_seqlen", "position_ids"),
+        *("interp_indices", "interp_weights", "bilinear_indices", "bilinear_weights"),
+        *("window_index", "frame_index", "temporal_merge_index", "pixel_shuffle_index"),
+    }
+)
+"""What encoders derive from ``grid_thw`` where they are not given it, as for an exported graph."""
+
+
 @dataclass(frozen=True)
 class PatchRows(Layout):
     """Qwen and GLM: (sum of t h w, C * frames * P * P) patches in blocks of merge x merge, with ``grid_thw``.
@@ -113,9 +123,7 @@ class PatchRows(Layout):
     frames: int
     channels: int = 3
     grid: str = "grid_thw"
-    derived: frozenset[str] = field(
-        default=frozenset({"cu_seqlens", "max_seqlen", "position_ids", "interp_indices", "interp_weights"}), repr=False
-    )
+    derived: frozenset[str] = field(default=OF_GRIDS, repr=False)
 
     def check(self, pixels: Tensor, channels: int) -> str | None:
         width = channels * self.frames * self.patch**2

@@ -14,6 +14,7 @@ from typing import Any
 from fs_plugins.adapters import timm
 from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
+from fs_plugins.adapters.hf_patches import LAYOUTS, Cubes
 from torch import nn
 
 from fs_plugins import hookimpl
@@ -46,9 +47,9 @@ def layers(config: Any, vision: Any, *, strategy: str | None = None) -> tuple[Re
     )
 
 
-def last(config: Any, vision: Any) -> tuple[Readout, ...]:
-    """The encoder's last hidden state, with its class token if it has one."""
-    width = getattr(vision, "vision_output_dim", None) or vision.hidden_size
+def last(config: Any, vision: Any, *, times: int = 1) -> tuple[Readout, ...]:
+    """The encoder's last hidden state, with its class token if it has one; ``times`` as wide as its layers."""
+    width = getattr(vision, "vision_output_dim", None) or vision.hidden_size * times
     return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
 
 
@@ -78,6 +79,16 @@ def merged(config: Any, vision: Any) -> tuple[Readout, ...]:
     """Qwen and GLM: tokens after the patch merger. Transformers 4 returns them bare, 5 as the pooler's output."""
     width = getattr(vision, "out_hidden_size", None) or vision.hidden_size
     return (Readout("pooler_output", (Field("pooler_output", _bare(0, 1)),), width=width, tokens=None),)
+
+
+def folded(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Muse: the last hidden state, the tokens of a block of patches side by side."""
+    return last(config, vision, times=vision.merge_size**2)
+
+
+def projected(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """HunYuan and Inkling: what the encoder makes of its tokens for the language model."""
+    return (Readout("pooler_output", (Field("pooler_output", 1),), width=vision.text_hidden_size, tokens=None),)
 
 
 def deepstack(config: Any, vision: Any) -> tuple[Readout, ...]:
@@ -131,7 +142,14 @@ FAMILIES = (
     Family(("Qwen2VL", "Qwen2_5_VL", "Qwen2_5OmniThinker", "Exaone4_5_"), {"visual": (merged, _BOTH)}),
     Family(("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"), {"visual": (merged, _BOTH)}),
     Family(("Glm4v", "Glm4vMoe", "Glm46V", "GlmOcr", "Glm5Next"), {"visual": (merged, _BOTH)}),
-    Family(("Qwen3VL", "Qwen3VLMoe", "Qwen3OmniMoeThinker"), {"visual": (deepstack, _BOTH)}),
+    Family(("Qwen3VL", "Qwen3VLMoe", "Qwen3OmniMoeThinker", "Cosmos3Omni"), {"visual": (deepstack, _BOTH)}),
+    Family(("Ernie4_5_VLMoe",), {"vision_tower": (last, _BOTH)}),
+    Family(("PaddleOCRVL", "Cosmos3Edge"), {"visual": (last, _BOTH)}),
+    Family(("Kimi_K25",), {"vision_tower": (merged, _BOTH)}),
+    Family(("HunYuanVL", "Inkling"), {"vision_tower": (projected, _IMAGES)}),
+    Family(("VideoLlama3",), {"vision_model": (last, _BOTH)}),
+    Family(("MuseGlimmer",), {"vision_tower": (folded, _BOTH)}),
+    Family(("Step3p7",), {"vision_model": (partial(last, times=4), _IMAGES)}),
 )
 
 REFUSED: Mapping[str, str] = {
@@ -174,7 +192,9 @@ def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, 
     space = pixel_space(whole, vision, argument=argument, layout=layout, net=net)
     readouts = consumed(config, vision)
     fixed = timm.image_size(net) if net is not None else None
-    any_size = isinstance(layout, Packed | PatchRows) or vision.model_type.startswith("idefics2")
+    if isinstance(layout, Cubes):
+        fixed = (layout.patch, layout.patch)
+    any_size = isinstance(layout, Packed | PatchRows) or vision.model_type.startswith(("idefics2", "step3"))
     deep = any(isinstance(step, Field) and step.name == "hidden_states" for r in readouts for step in r.path)
     return VisionCall(
         module=module,
@@ -195,6 +215,9 @@ def _tower(whole: Any, name: str) -> nn.Module | None:
 
 def layout_of(vision: Any) -> tuple[Layout, str]:
     """How a vision configuration's encoder takes pixels, and the argument's name."""
+    if vision.model_type in LAYOUTS:
+        layout, argument = LAYOUTS[vision.model_type]
+        return layout(vision, channels_of(vision)), argument
     if hasattr(vision, "temporal_patch_size"):
         rows = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, channels_of(vision))
         return PatchRows(*rows), "hidden_states"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gridded_families import GRIDDED_FAMILIES
 from packaging.version import Version
 
 
@@ -53,8 +54,7 @@ ABSENT = {
     "for any layer but -1",
     "FastVLM": "the class came with transformers 5.0",
     **dict.fromkeys(
-        ("Qwen3.5 MoE", "Qwen4-Exp", "GLM-4.6V", "GLM-OCR", "GLM-5-Next", "EXAONE 4.5"),
-        "the class came with a transformers 5",
+        (family.name for family in GRIDDED_FAMILIES if family.since), "the class came with a transformers 5"
     ),
     "original LLaVA": "generate() of transformers 4.38 to 5.3 passes cache_position, which LLaVA's forward "
     "does not take",

@@ -39,6 +39,10 @@ CUT = (
     "Qwen2-VL video",
     "Mllama",
     "original LLaVA tiles",
+    "Muse-Glimmer video",
+    "VideoLLaMA 3 video",
+    "Step 3.7 tiles",
+    "Inkling",
 )
 
 
