@@ -29,7 +29,14 @@ DEFAULTS: dict[str, Normalisation] = {
     "blip_vision_model": CLIP,
     "blip_2_vision_model": CLIP,
     "instructblip_vision_model": CLIP,
+    "instructblipvideo_vision_model": CLIP,
+    "git_vision_model": CLIP,
+    "kosmos_2_vision_model": CLIP,
+    "got_ocr2": CLIP,
+    "pp_chart2table": CLIP,
+    "ovis2": CLIP,
     "pixtral": CLIP,
+    "idefics_vision": CLIP,
     "idefics2": HALF,
     "idefics2_vision": HALF,
     "idefics3_vision": HALF,
@@ -66,6 +73,7 @@ DEFAULTS: dict[str, Normalisation] = {
     "inkling_vision": CLIP,
     "step3p5_vision": CLIP,
     "mllama_vision_model": CLIP,
+    "llama4_vision_model": HALF,
     "vit": HALF,
     "dinov2": IMAGENET,
     "dinov2_with_registers": IMAGENET,
@@ -75,29 +83,44 @@ DEFAULTS: dict[str, Normalisation] = {
 
 
 def pixel_space(
-    model: Any, vision: Any, *, argument: str = "pixel_values", layout: Layout | None = None, net: Any = None
+    model: Any,
+    vision: Any,
+    *,
+    argument: str = "pixel_values",
+    layout: Layout | None = None,
+    net: Any = None,
+    prefix: str = "",
 ) -> PixelSpace:
     """Mean, std and size from the model's ``image_processor``, else from the processor saved beside its checkpoint.
 
     Failing these from timm's record in the configuration, as ``TimmWrapper`` models have it; failing that too the
     usual ones are assumed, if there are any: the family's, or those of the architecture of ``net``, the timm model in
     the encoder. Looks on this machine only: ``enable`` never reaches for the network.
+
+    Args:
+        prefix: how the processor calls what is meant for this encoder, where a model has another (``PixelSpace``).
     """
     layout, channels = layout or Layout(), channels_of(vision)
-    unknown = PixelSpace((0.5,) * channels, (0.5,) * channels, argument, "", layout=layout)
+    unknown = PixelSpace((0.5,) * channels, (0.5,) * channels, argument, "", layout=layout, prefix=prefix)
     carried = getattr(model, "image_processor", None)
     beside = [] if carried is not None else processors(model.config)
     try:
         if carried is not None:
             source = getattr(carried, "source", "the model's own image_processor")
-            found = PixelSpace.from_processor(carried, source=source, channels=channels)
+            found = PixelSpace.from_processor(carried, source=source, channels=channels, prefix=prefix)
         else:
-            found = _agreed(beside, channels) or _recorded(vision, channels) or _usual(vision, beside, net)
+            told = _agreed(beside, channels, prefix) or _recorded(vision, channels)
+            found = told or _usual(kind(model, vision), vision, beside, net)
     except SettingError:  # it does not rescale, say: then nobody knows, and a default would be a guess
         return unknown
     if len(found.mean) != channels:
         return unknown
-    return replace(found, argument=argument, layout=layout)
+    return replace(found, argument=argument, layout=layout, prefix=prefix)
+
+
+def kind(model: Any, vision: Any) -> str:
+    """What a vision configuration is called; one without a name of its own goes by the whole model's."""
+    return str(vision.model_type or model.config.model_type)
 
 
 def channels_of(vision: Any) -> int:
@@ -107,12 +130,12 @@ def channels_of(vision: Any) -> int:
     return next((count for count in said if isinstance(count, int)), 3)
 
 
-def _agreed(beside: Sequence[tuple[Path, Saved | None]], channels: int) -> PixelSpace | None:
+def _agreed(beside: Sequence[tuple[Path, Saved | None]], channels: int, prefix: str) -> PixelSpace | None:
     """What the processors of all places that the model can have come from say, if all do, and the same."""
     spaces = [
         saved
         and PixelSpace.from_processor(
-            SimpleNamespace(**saved), source=f"the image processor of {place}", channels=channels
+            SimpleNamespace(**saved), source=f"the image processor of {place}", channels=channels, prefix=prefix
         )
         for place, saved in beside
     ]
@@ -131,12 +154,12 @@ def _recorded(vision: Any, channels: int) -> PixelSpace | None:
     return PixelSpace.from_processor(SimpleNamespace(data_config=record), source=source, channels=channels)
 
 
-def _usual(vision: Any, beside: Sequence[tuple[Path, Saved | None]], net: Any) -> PixelSpace:
-    mean, std = DEFAULTS.get(vision.model_type, HALF)
+def _usual(kind: str, vision: Any, beside: Sequence[tuple[Path, Saved | None]], net: Any) -> PixelSpace:
+    mean, std = DEFAULTS.get(kind, HALF)
     why = "no processor found beside the checkpoint"
     if any(saved for _, saved in beside):
         why = f"it can have come from {' or '.join(str(place) for place, _ in beside)}, whose processors differ"
-    source = f"the default of {vision.model_type} ({why})" if vision.model_type in DEFAULTS else ""
+    source = f"the default of {kind} ({why})" if kind in DEFAULTS else ""
     if net is not None:  # weights of one architecture differ in it, so this is not known
         mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
         source = f"timm's default of {vision.architecture} (no record in the configuration; {why})"
@@ -171,10 +194,10 @@ CLIP_VISION: dict[str, type[int] | type[str]] = {
 """What the family clip_vision says of itself; others say as much of this as their configuration has."""
 
 
-def architecture(vision: Any) -> dict[str, int | str]:
-    """A vision configuration in the registry's words, as far as it has them."""
-    family = "clip_vision" if vision.model_type == "clip_vision_model" else vision.model_type
-    words: dict[str, int | str] = {"family": family}
+def architecture(vision: Any, kind: str | None = None) -> dict[str, int | str]:
+    """A vision configuration in the registry's words, as far as it has them; ``kind`` is what it is called."""
+    kind = kind or vision.model_type
+    words: dict[str, int | str] = {"family": "clip_vision" if kind == "clip_vision_model" else kind}
     for name in CLIP_VISION:
         value = getattr(vision, name, None)
         if isinstance(value, int | str):

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from fs_plugins.adapters import timm
-from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, pixel_space
+from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, kind, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
 from fs_plugins.adapters.hf_patches import LAYOUTS, Cubes
 from torch import nn
@@ -35,28 +35,45 @@ def layers(config: Any, vision: Any, *, strategy: str | None = None) -> tuple[Re
         if (value := getattr(config, name, None)) is not None
     )
     skip = 1 if (strategy or config.vision_feature_select_strategy) == "default" else 0
-    return tuple(
-        Readout(
-            f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
-            (Field("hidden_states", 2 if _is_pooled(vision) else 1), layer),
-            width=vision.hidden_size,
-            tokens=_tokens(vision, skip),
-            skip=skip,
-        )
-        for layer in ([asked] if isinstance(asked, int) else asked)
-    )
+    return tuple(_layer(vision, layer, skip) for layer in ([asked] if isinstance(asked, int) else asked))
+
+
+def scattered(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Granite 4 Vision: hidden states of the layers whose features go into layers of the language model."""
+    skip = 1 if config.vision_feature_select_strategy == "default" else 0
+    asked = [layer for layer, _ in config.deepstack_layer_map] + [config.spatial_vision_layer]
+    each = {layer % (vision.num_hidden_layers + 1): layer for layer in asked}
+    return tuple(_layer(vision, layer, skip) for layer in each.values())
 
 
 def last(config: Any, vision: Any, *, times: int = 1) -> tuple[Readout, ...]:
     """The encoder's last hidden state, with its class token if it has one; ``times`` as wide as its layers."""
-    width = getattr(vision, "vision_output_dim", None) or vision.hidden_size * times
+    projected = (getattr(vision, name, None) for name in ("projector_output_dim", "vision_output_dim"))
+    width = next((width for width in projected if width), vision.hidden_size * times)
     return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
 
 
 def mapped(config: Any, vision: Any) -> tuple[Readout, ...]:
-    """FastVLM and Gemma 3n: the last map of a convolutional tower, whose places are the tokens."""
+    """FastVLM, Gemma 3n, GOT-OCR and Florence: the last map that a tower makes, whose places are the tokens."""
+    widths = (getattr(vision, name, None) for name in ("output_channels", "embed_dim", "hidden_size"))
+    width = next(width for width in widths if width)
+    width = width if isinstance(width, int) else width[-1]  # each stage's
     name = "last_hidden_state"
-    return (Readout(name, (Field(name, 0),), width=vision.hidden_size, tokens=None, channels_first=True),)
+    return (Readout(name, (Field(name, 0),), width=width, tokens=None, channels_first=True),)
+
+
+def sam(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """DeepSeek-VL's tower for fine detail: its last map, and the tokens of its first layer that looks everywhere."""
+    layer = vision.global_attn_indexes[0] + 1
+    name = f"hidden_states[{layer}]"
+    inner = Readout(name, (Field("hidden_states", 1), layer), width=vision.hidden_size, tokens=None)
+    return (*mapped(config, vision), inner)
+
+
+def visual_words(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Ovis: each token's weights over a table of embeddings. Transformers 4 returns them bare."""
+    width = vision.vocab_size - vision.num_visual_indicator_tokens
+    return (Readout("pooler_output", (Field("pooler_output", _bare(0, 1)),), width=width, tokens=None),)
 
 
 def perceived(config: Any, vision: Any) -> tuple[Readout, ...]:
@@ -118,9 +135,10 @@ _BOTH = ("pixel_values", "pixel_values_videos")
 
 FAMILIES = (
     Family(("Llava", "LlavaNext", "AyaVision"), {"vision_tower": (layers, _IMAGES)}),
+    Family(("Granite4Vision",), {"vision_tower": (scattered, _IMAGES)}),
     Family(("VipLlava",), {"vision_tower": (partial(layers, strategy="default"), _IMAGES)}),
-    Family(("Mistral3",), {"vision_tower": (partial(layers, strategy="full"), _IMAGES)}),
-    Family(("LlavaOnevision",), {"vision_tower": (layers, _BOTH)}),
+    Family(("Mistral3", "Aria"), {"vision_tower": (partial(layers, strategy="full"), _IMAGES)}),
+    Family(("LlavaOnevision", "LlavaNextVideo"), {"vision_tower": (layers, _BOTH)}),
     Family(
         ("VideoLlava",),
         {
@@ -128,17 +146,26 @@ FAMILIES = (
             "video_tower": (partial(layers, strategy="full"), ("pixel_values_videos",)),
         },
     ),
-    Family(("Blip2", "InstructBlip"), {"vision_model": (last, _IMAGES)}),
+    Family(("Blip2", "InstructBlip", "InstructBlipVideo"), {"vision_model": (last, _IMAGES)}),
     Family(
         ("Blip", "Blip2"),
         {"vision_model": (last, _IMAGES)},
         endings=("ForConditionalGeneration", "ForQuestionAnswering", "ForImageTextRetrieval"),
     ),
-    Family(("PaliGemma", "Gemma3"), {"vision_tower": (last, _IMAGES)}),
+    Family(("PaliGemma", "Gemma3", "Cohere2Vision"), {"vision_tower": (last, _IMAGES)}),
     Family(("Idefics2", "Idefics3", "SmolVLM", "Mllama"), {"vision_model": (last, _IMAGES)}),
-    Family(("FastVlm", "Gemma3n"), {"vision_tower": (mapped, _IMAGES)}),
+    Family(("Llama4", "DeepseekVL", "Janus", "Kosmos2"), {"vision_model": (last, _IMAGES)}),
+    Family(
+        ("DeepseekVLHybrid",),
+        {"vision_model": (last, _IMAGES), "high_res_vision_model": (sam, ("high_res_pixel_values",))},
+    ),
+    Family(("Idefics",), {"vision_model": (last, _IMAGES)}, endings=("ForVisionText2Text", "Model")),
+    Family(("Git",), {"image_encoder": (last, _IMAGES)}, endings=("ForCausalLM", "Model")),
+    Family(("LightOnOcr",), {"vision_encoder": (last, _IMAGES)}),
+    Family(("Ovis2",), {"vision_tower": (visual_words, _IMAGES)}),
+    Family(("FastVlm", "Gemma3n", "GotOcr2", "Florence2"), {"vision_tower": (mapped, _IMAGES)}),
     Family(("PerceptionLM",), {"vision_tower": (perceived, _BOTH)}),
-    Family(("InternVL",), {"vision_tower": (internvl, _IMAGES)}),
+    Family(("InternVL", "QianfanOCR"), {"vision_tower": (internvl, _IMAGES)}),
     Family(("Qwen2VL", "Qwen2_5_VL", "Qwen2_5OmniThinker", "Exaone4_5_"), {"visual": (merged, _BOTH)}),
     Family(("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"), {"visual": (merged, _BOTH)}),
     Family(("Glm4v", "Glm4vMoe", "Glm46V", "GlmOcr", "Glm5Next"), {"visual": (merged, _BOTH)}),
@@ -152,8 +179,14 @@ FAMILIES = (
     Family(("Step3p7",), {"vision_model": (partial(last, times=4), _IMAGES)}),
 )
 
+_STANDARDISED = (
+    "its processor takes each picture's own mean from it and divides it by its own deviation, so nobody who sees the "
+    "pixels knows how strong a noise is in the picture"
+)
+
 REFUSED: Mapping[str, str] = {
     "FuyuForCausalLM": "it has no vision encoder: one linear layer takes patches of pixels into the language model",
+    **dict.fromkeys(("Kosmos2_5ForConditionalGeneration", "Kosmos2_5Model"), _STANDARDISED),
 }
 """Class name -> why there is no encoder to smooth, or none that could be."""
 
@@ -189,7 +222,8 @@ def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, 
     config, vision = whole.config, getattr(module, "config", whole.config.vision_config)
     net = getattr(module, "timm_model", None)
     layout, argument = layout_of(vision)
-    space = pixel_space(whole, vision, argument=argument, layout=layout, net=net)
+    prefix = inputs[0].removesuffix(_IMAGES[0]) if inputs[0].endswith(_IMAGES[0]) else ""
+    space = pixel_space(whole, vision, argument=argument, layout=layout, net=net, prefix=prefix)
     readouts = consumed(config, vision)
     fixed = timm.image_size(net) if net is not None else None
     if isinstance(layout, Cubes):
@@ -201,15 +235,16 @@ def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, 
         pixels=space,
         readouts=readouts,
         image_size=None if any_size else fixed or image_size(vision, space),
-        architecture=architecture(vision) if net is None else timm.architecture(net),
+        architecture=architecture(vision, kind(whole, vision)) if net is None else timm.architecture(net),
         kwargs={"output_hidden_states": True} if deep else {},
         inputs=inputs,
     )
 
 
 def _tower(whole: Any, name: str) -> nn.Module | None:
-    """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes."""
-    inner = getattr(getattr(whole, "model", None), name, None)
+    """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes; Git's model is ``git``."""
+    core = getattr(whole, "model", None) or getattr(whole, whole.base_model_prefix, None)
+    inner = getattr(core, name, None)
     return getattr(whole, name, None) if inner is None else inner
 
 
@@ -225,12 +260,25 @@ def layout_of(vision: Any) -> tuple[Layout, str]:
         return Packed(), "pixel_values"
     if vision.model_type == "mllama_vision_model":
         return Tiles(vision.max_num_tiles), "pixel_values"
+    if vision.model_type == "florence_vision":
+        return Layout(), "hidden_states"
     return Layout(), "pixel_values"
+
+
+def _layer(vision: Any, layer: int, skip: int) -> Readout:
+    return Readout(
+        f"hidden_states[{layer}]" + ("[1:]" if skip else ""),
+        (Field("hidden_states", 2 if _is_pooled(vision) else 1), layer),
+        width=vision.hidden_size,
+        tokens=_tokens(vision, skip),
+        skip=skip,
+    )
 
 
 def _is_pooled(vision: Any) -> bool:
     """Whether the tower's output has a pooled vector before its hidden states; plain tuples leave out what is None."""
-    return vision.model_type != "pixtral" and getattr(vision, "vision_use_head", True)
+    bare = ("pixtral", "idefics3_vision", "internvl_vision", "qianfan_ocr_vision")
+    return vision.model_type not in bare and getattr(vision, "vision_use_head", True)
 
 
 def _tokens(vision: Any, skip: int) -> int | None:

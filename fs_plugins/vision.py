@@ -56,6 +56,8 @@ class PixelSpace:
         layout: how the argument holds images.
         assumed: whether mean and std are only the usual ones of such encoders, because nobody knows those of this
             one. ``enable`` warns of that; what proves something, and training, refuse.
+        prefix: what a processor's words for this module's pixels begin with (``high_res_image_mean``), where a model
+            looks at an image through two modules that want it differently.
     """
 
     mean: tuple[float, ...]
@@ -65,6 +67,7 @@ class PixelSpace:
     size: tuple[int, int] | None = None
     layout: Layout = field(default_factory=Layout)
     assumed: bool = False
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not len(self.mean):
@@ -76,11 +79,14 @@ class PixelSpace:
         )
 
     @classmethod
-    def from_processor(cls, processor: Any, *, source: str = "the processor given", channels: int = 3) -> PixelSpace:
+    def from_processor(
+        cls, processor: Any, *, source: str = "the processor given", channels: int = 3, prefix: str = ""
+    ) -> PixelSpace:
         """Read mean, std and size off a Hugging Face processor or image processor; a PixelSpace is one already.
 
         Args:
             channels: of the images; a mean or std that is one number is that of all.
+            prefix: what its words for the module's mean, std and size begin with.
 
         Raises:
             SettingError: the object has no ``image_mean``/``image_std``, or does not rescale to [0, 1].
@@ -88,13 +94,13 @@ class PixelSpace:
         if isinstance(processor, PixelSpace):
             return processor
         images = _of_timm(getattr(processor, "image_processor", processor))
-        mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+        mean, std = (getattr(images, f"{prefix}image_{name}", None) for name in ("mean", "std"))
         if getattr(images, "do_normalize", True) is False:
             mean, std = 0.0, 1.0
         if mean is None or std is None:
             raise SettingError(
-                f"{type(processor).__name__} has no image_mean and image_std. Pass the model's own processor, "
-                "or a PixelSpace(mean=..., std=...)."
+                f"{type(processor).__name__} has no {prefix}image_mean and {prefix}image_std. Pass the model's own "
+                "processor, or a PixelSpace(mean=..., std=...)."
             )
         if getattr(images, "do_rescale", True) is False:
             raise SettingError(
@@ -107,7 +113,8 @@ class PixelSpace:
                 f"{type(processor).__name__} rescales pixels by {factor} instead of 1/255, so its mean and std are not "
                 "in [0, 1] units. Pass a PixelSpace(mean=..., std=...) in [0, 1] units."
             )
-        return cls(per_channel(mean, channels), per_channel(std, channels), source=source, size=_size(images))
+        size = _size(images, prefix)
+        return cls(per_channel(mean, channels), per_channel(std, channels), source=source, size=size, prefix=prefix)
 
     def to_unit(self, pixels: Tensor) -> Tensor:
         """(..., C, H, W) normalised pixels -> fp32 images, nominally in [0, 1]."""
@@ -189,10 +196,10 @@ def _of_timm(images: Any) -> Any:
     return SimpleNamespace(image_mean=record.get("mean"), image_std=record.get("std"), size=size)
 
 
-def _size(images: Any) -> tuple[int, int] | None:
+def _size(images: Any, prefix: str) -> tuple[int, int] | None:
     """(H, W) that an image processor makes of every picture, or None where it follows the picture."""
     cropped = getattr(images, "do_center_crop", False) is True
-    size = getattr(images, "crop_size" if cropped else "size", None)
+    size = getattr(images, prefix + ("crop_size" if cropped else "size"), None)
     if isinstance(size, int):
         return (size, size) if cropped else None
     height, width = (getattr(size, "get", lambda _: None)(side) for side in ("height", "width"))
@@ -384,7 +391,8 @@ class VisionCall:
         Raises:
             SettingError: see ``PixelSpace.from_processor`` and ``with_pixels``.
         """
-        return self.with_pixels(PixelSpace.from_processor(processor, channels=len(self.pixels.mean)))
+        own = self.pixels
+        return self.with_pixels(PixelSpace.from_processor(processor, channels=len(own.mean), prefix=own.prefix))
 
     def with_pixels(self, pixels: PixelSpace) -> VisionCall:
         """The same call under another mean, std and, if it says one, size.

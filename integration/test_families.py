@@ -13,6 +13,7 @@ from frameworks import FRAMEWORKS
 from gridded_families import GRIDDED_FAMILIES
 from image_families import IMAGE_FAMILIES, ONE_OF_EACH_KIND
 from packaging.version import Version
+from tower_families import TOWER_FAMILIES
 from versions import INSTALLED, PINNED
 
 from fs_plugins.testing import AdapterConformance
@@ -34,6 +35,13 @@ ABOUT_THE_MODEL = {
 CUT = (
     "LLaVA-NeXT",
     "LLaVA-OneVision",
+    "LLaVA-NeXT-Video images",
+    "LLaVA-NeXT-Video",
+    "GIT video",
+    "Granite 4 Vision",
+    "Idefics",
+    "Idefics resampled",
+    "InstructBLIP video",
     "Video-LLaVA videos",
     "Idefics2",
     "Qwen2-VL video",
@@ -88,7 +96,7 @@ def suite(family: Family) -> type[AdapterConformance]:
 
 def known() -> list[Family]:
     """The families of the frameworks that are installed here."""
-    every = (*FAMILIES, *GRIDDED_FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS)
+    every = (*FAMILIES, *TOWER_FAMILIES, *GRIDDED_FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS)
     return [family for family in every if importlib.util.find_spec(family.needs)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,3 +440,35 @@ def test_a_mapper_is_refused_at_another_size_and_the_purifier_is_not():
         with fs_plugins.enable(model, psm=psm.only(mapper=False)) as handle:
             model.model.visual(**larger)
             assert handle.status().vision[0].calls == 1
+
+
+def deepseek_hybrid():
+    sam = {"model_type": "sam_vision_model", **VISION, "output_channels": 8, "mlp_dim": 48, "window_size": 2,
+           "global_attn_indexes": [1]}  # fmt: skip
+    towers = {"vision_config": {**SIGLIP, "vision_use_head": False}, "high_res_vision_config": sam}
+    return make("DeepseekVLHybridForConditionalGeneration", text_config=LLAMA, image_token_id=30, **towers)
+
+
+TWO_COLOURS = {
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+    "size": {"height": 8, "width": 8},
+    "high_res_image_mean": [0.3, 0.2, 0.1],
+    "high_res_image_std": [0.6, 0.5, 0.4],
+    "high_res_size": {"height": 16, "width": 16},
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "saved beside the checkpoint"])
+def test_a_processor_tells_two_encoders_apart(given, tmp_path):
+    model = deepseek_hybrid() if given else saved_beside(deepseek_hybrid(), tmp_path, **TWO_COLOURS)
+    settings = {"processor": SimpleNamespace(**TWO_COLOURS)} if given else {}
+    with fs_plugins.enable(model, psm=None, sigma=0.25, **settings) as handle:
+        low, high = (smoother.call.pixels for smoother in handle.smoothers)
+    assert (low.mean, low.std, low.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (8, 8))
+    assert (high.mean, high.std, high.size) == ((0.3, 0.2, 0.1), (0.6, 0.5, 0.4), (16, 16))
+
+
+def test_a_processor_without_a_word_for_the_second_encoder_is_refused():
+    with pytest.raises(SettingError, match="has no high_res_image_mean and high_res_image_std"):
+        fs_plugins.enable(deepseek_hybrid(), psm=None, sigma=0.25, processor=SimpleNamespace(**SAVED))
