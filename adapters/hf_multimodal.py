@@ -183,10 +183,12 @@ _STANDARDISED = (
     "its processor takes each picture's own mean from it and divides it by its own deviation, so nobody who sees the "
     "pixels knows how strong a noise is in the picture"
 )
+_MINGLED = "its vision encoder lets all images of a call look at one another, so noisy copies of an image would too"
 
 REFUSED: Mapping[str, str] = {
     "FuyuForCausalLM": "it has no vision encoder: one linear layer takes patches of pixels into the language model",
     **dict.fromkeys(("Kosmos2_5ForConditionalGeneration", "Kosmos2_5Model"), _STANDARDISED),
+    **dict.fromkeys(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3VLModel"), _MINGLED),
 }
 """Class name -> why there is no encoder to smooth, or none that could be."""
 

@@ -250,8 +250,10 @@ def step_tiles(model: nn.Module, images: Tensor) -> Inputs:
 
 
 def inkling(model: nn.Module, images: Tensor) -> Inputs:
-    """Tiles of 8 x 8 with two equal frames, channels last; one token each."""
-    tiles = patches(images[:, None], CLIP_NORM, patch=8).flatten(0, 3)
+    """Tiles of 8 x 8 with two equal frames, channels last; one token each. There is always a margin to the right."""
+    height, width = images.shape[-2:]
+    framed = F.pad(images, (0, 8 - width % 8, 0, -height % 8), value=-1 / 255)
+    tiles = patches(framed[:, None], CLIP_NORM, patch=8).flatten(0, 3)
     pixels = tiles[..., None].repeat(1, 1, 1, 1, 2).permute(0, 4, 2, 3, 1)
     return {**prompt(images, *[IMAGE] * (len(tiles) // len(images))), "pixel_values": pixels}
 
