@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fs_plugins.head import Head
 from fs_plugins.vision import VisionCall
 
 
@@ -77,7 +78,7 @@ class Classes:
 
     Args:
         call: whose embedded feature it reads.
-        head: (B, E) -> (B, K) scores: a linear layer's, or cosines to texts, scaled as logits are.
+        head: (B, E) -> (B, K) scores: a classifier's own, a linear layer's, or cosines to texts, scaled as logits are.
         name: what is asked, for people.
     """
 
@@ -90,6 +91,8 @@ class Classes:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
+        if isinstance(self.head, Head):
+            return self.head.layers
         owner = getattr(self.head, "__self__", self.head)
         return (owner,) if isinstance(owner, nn.Module) else ()
 

@@ -87,7 +87,9 @@ class Settings:
         panel=_ADVERSARIAL,
     )  # fmt: skip
     classes: str | None = knob(
-        None, "Class names, with commas between them, whose zero-shot scores shall stay.", panel=_ADVERSARIAL
+        None,
+        "Class names, with commas between them, whose zero-shot scores shall stay; a classifier's own need none.",
+        panel=_ADVERSARIAL,
     )
     prompt: str = knob("a photo of a {}", "What a class is called in a sentence.", panel=_ADVERSARIAL)
     lambda_adv: float = knob(0.5, "Weight of l_adv, of features.", panel=_ADVERSARIAL)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fs_plugins import files
-from fs_plugins.answers import Answers
+from fs_plugins.answers import Answers, Classes
 from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.run import check as check_certifiable
 from fs_plugins.choice import Smoothable, choose
@@ -44,6 +44,8 @@ from fs_plugins.vision import VisionCall
 
 MEASURED, WATCHED = 64, 16
 """Held-out pictures that scores are of in the end, and while training goes on."""
+OWN = "its own classes"
+"""How a classifier is asked that has a head."""
 CERTIFICATES = "certificates"
 """What ``report`` calls the draws of certificates, after the stages' steps."""
 
@@ -331,9 +333,9 @@ def _certifiable(model: Smoothable, settings: Settings) -> VisionCall:
 
 
 def _answers(model: Smoothable, call: VisionCall, settings: Settings, asking: Asking | None) -> tuple[Answers, ...]:
-    """The ways to ask the model that settings speak of."""
+    """The ways to ask the model that settings speak of; of a classifier, failing these, its own head."""
     if settings.ask is None and settings.classes is None:
-        return ()
+        return (Classes(call, call.head, OWN),) if settings.adversarial and call.head is not None else ()
     if not settings.adversarial:
         raise SettingError("--ask and --classes are for the adversarial stage: add --adversarial, or leave them out.")
     if asking is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_trainings import Blobs, config
-from support import make_llava, make_psm
+from support import knowing, make_classifier, make_llava, make_psm
 
 import fs_plugins
 from fs_plugins import PSM, ModelError, SettingError
@@ -46,6 +47,22 @@ def test_a_training_is_published_from_settings_and_a_model(tmp_path):
     assert (psm.config.name, psm.config.encoder) == ("mine", "tiny")
     assert "    again\n" in (tmp_path / "mine" / "README.md").read_text("utf-8")
     assert train_and_publish(work) is None, "it is finished"
+
+
+def test_a_classifier_is_held_to_its_own_classes_by_its_attacker(tmp_path):
+    model = knowing(make_classifier())
+    attacked = {"adversarial": True, "adversarial_steps": 2, "passes": 2}
+    work = Work.of(Settings(scenes=12, out=tmp_path / "mine", **SHORT, **attacked), lambda: model, scenes=Scenes)
+    (own,) = work.answers
+    shown = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    output = work.call.look(shown)
+    assert torch.equal(own.given(output, range(3)), work.call.head(work.call.embed(work.call.encode(shown))).argmax(-1))
+    assert set(own.modules) == set(work.call.head.layers)
+    train_and_publish(work)
+    rows = list(csv.DictReader((tmp_path / "mine" / "log.csv").read_text("utf-8").splitlines()))
+    assert float(rows[-1]["l_say"]) > 0
+    plain = Work.of(Settings(scenes=12, out=tmp_path / "plain", **SHORT), lambda: model, scenes=Scenes)
+    assert not plain.answers, "without an attacker nobody is asked"
 
 
 def test_what_writes_nothing_has_no_folder_to_publish_in(tmp_path):
