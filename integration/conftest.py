@@ -62,6 +62,7 @@ class Recorder:
         if hasattr(session.config, "workerinput"):
             return
         import exceptions
+        from mapping import classes, refused
         from test_families import absent, brief
         from versions import INSTALLED
 
@@ -73,5 +74,6 @@ class Recorder:
             "families": {family: self.families[family] for family in families},
             "absent": {name: exceptions.ABSENT[name] for name in absent()},
             "brief": brief(),
+            "mapping": {"classes": len(classes()), "refused": refused()},
         }
         self.path.write_text(json.dumps(told, indent=1), "utf-8")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor, nn
+from versions import INSTALLED
 
 Inputs = dict[str, Any]
 
@@ -33,3 +35,8 @@ class Family:
     since: str | None = None
     #: How often one greedy generation, with the cache on, runs the vision module.
     calls_per_generate: int = 1
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the transformers that is installed has it."""
+        return self.since is None or Version(self.since) <= INSTALLED

@@ -31,6 +31,7 @@ def main(out: Path, reports: list[Path]) -> None:
     columns = [f"transformers {run['transformers']}" for run in runs]
     lines = [HEAD, f"| family | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}", *rows, ""]
     lines += [f"- ({mark}) {reason}" for reason, mark in reasons.items()]
+    lines += ["", *_counted(runs)]
     lines += [
         "",
         "Tests that do not apply are not counted: generating where a model does not, pickling where the model itself "
@@ -47,6 +48,22 @@ def main(out: Path, reports: list[Path]) -> None:
     print(f"Written: {out}; {len(rows)} families on {', '.join(columns)}; {len(failed)} failures.")
     for line in failed:
         print("  failed", line)
+
+
+def _counted(runs: list[dict[str, Any]]) -> list[str]:
+    """How many of transformers' own classes are covered, and why the others are not."""
+    counts = [
+        f"{run['mapping']['classes'] - len(run['mapping']['refused'])} of {run['mapping']['classes']} of transformers "
+        f"{run['transformers']}"
+        for run in runs
+    ]
+    reasons = {name: why for run in runs for name, why in run["mapping"]["refused"].items()}
+    head = "Of the classes that transformers lists as image-text-to-text, "
+    return [
+        f"{head}{', '.join(counts)} are covered. The others:",
+        "",
+        *(f"- `{name}`: {why}" for name, why in sorted(reasons.items())),
+    ]
 
 
 def _families(runs: list[dict[str, Any]]) -> list[str]:
@@ -77,7 +94,10 @@ def _cell(family: str, run: dict[str, Any], reasons: dict[str, str]) -> str:
 
 
 def _mark(reason: str, reasons: dict[str, str]) -> str:
-    return reasons.setdefault(reason, "abcdefghijklmnopqrstuvwxyz"[len(reasons)])
+    """Its letter, or two where there are many."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    more, place = divmod(len(reasons), len(letters))
+    return reasons.setdefault(reason, letters[place] * (more + 1))
 
 
 def _order(version: str) -> tuple[int, ...]:

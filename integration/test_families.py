@@ -7,13 +7,10 @@ import importlib.util
 from functools import cache
 
 import exceptions
-from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
-from gridded_families import GRIDDED_FAMILIES
 from image_families import IMAGE_FAMILIES, ONE_OF_EACH_KIND
-from packaging.version import Version
-from tower_families import TOWER_FAMILIES
+from mapping import LANGUAGE_FAMILIES, forgotten
 from versions import INSTALLED, PINNED
 
 from fs_plugins.testing import AdapterConformance
@@ -60,7 +57,7 @@ def is_brief(family: Family) -> bool:
 
 
 def brief() -> list[str]:
-    return [family.name for family in filter(runs_here, known()) if is_brief(family)]
+    return [family.name for family in here() if is_brief(family)]
 
 
 def suite(family: Family) -> type[AdapterConformance]:
@@ -96,19 +93,24 @@ def suite(family: Family) -> type[AdapterConformance]:
 
 def known() -> list[Family]:
     """The families of the frameworks that are installed here."""
-    every = (*FAMILIES, *TOWER_FAMILIES, *GRIDDED_FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS)
+    every = (*LANGUAGE_FAMILIES, *IMAGE_FAMILIES, *FRAMEWORKS)
     return [family for family in every if importlib.util.find_spec(family.needs)]
 
 
-def runs_here(family: Family) -> bool:
-    return family.since is None or Version(family.since) <= INSTALLED
+def here() -> list[Family]:
+    return [family for family in known() if family.runs_here]
 
 
 def absent() -> list[str]:
     """Families that this transformers does not have."""
-    return [family.name for family in known() if not runs_here(family)]
+    return [family.name for family in known() if not family.runs_here]
 
 
-for _family in filter(runs_here, known()):
+for _family in here():
     _suite = suite(_family)
     globals()[_suite.__name__] = _suite
+
+
+def test_no_class_of_transformers_is_forgotten() -> None:
+    """One that is new wants a line in FAMILIES and a model in the kit, or its reason in REFUSED."""
+    assert not forgotten()
