@@ -179,6 +179,9 @@ FAMILIES = (
     Family(("Step3p7",), {"vision_model": (partial(last, times=4), _IMAGES)}),
 )
 
+OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
+"""Models that also speak aloud; what sees in them is their thinker."""
+
 _STANDARDISED = (
     "its processor takes each picture's own mean from it and divides it by its own deviation, so nobody who sees the "
     "pixels knows how strong a noise is in the picture"
@@ -213,15 +216,16 @@ def refusal(whole: Any) -> str | None:
 def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
     """Language models of transformers that look at images, by class (see FAMILIES): one call for each vision tower."""
     whole = unwrapped(model)
-    family = find(whole, FAMILIES)
+    seeing = whole.thinker if is_a(whole, "transformers", *OMNI) else whole
+    family = find(seeing, FAMILIES)
     if family is None:
         return None
-    towers = {name: tower for name in family.towers if (tower := _tower(whole, name)) is not None}
-    return [_call(whole, tower, *family.towers[name]) for name, tower in towers.items()]
+    towers = {name: tower for name in family.towers if (tower := _tower(seeing, name)) is not None}
+    return [_call(whole, seeing.config, tower, *family.towers[name]) for name, tower in towers.items()]
 
 
-def _call(whole: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
-    config, vision = whole.config, getattr(module, "config", whole.config.vision_config)
+def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
+    vision = getattr(module, "config", None) or config.vision_config
     net = getattr(module, "timm_model", None)
     layout, argument = layout_of(vision)
     prefix = inputs[0].removesuffix(_IMAGES[0]) if inputs[0].endswith(_IMAGES[0]) else ""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+import fs_plugins
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +40,29 @@ def test_every_refusal_is_of_a_class_and_has_a_reason(mapping):
     from fs_plugins.adapters.hf_multimodal import REFUSED
 
     assert all(len(reason.split()) > 4 and not reason.endswith(".") for reason in REFUSED.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "thinks"),
+    [
+        ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniConfig", "Qwen2.5-Omni thinker"),
+        ("Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeConfig", "Qwen3-Omni thinker"),
+    ],
+)
+def test_a_model_that_speaks_aloud_is_smoothed_where_its_thinker_looks(mapping, name, config, thinks):
+    """The whole has no forward, so the kit asks its thinker; people load and generate with the whole."""
+    import transformers
+
+    (family,) = [one for one in mapping.LANGUAGE_FAMILIES if one.name == thinks]
+    thinker = family.build()
+    silent = getattr(transformers, config)(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
+    whole = getattr(transformers, name)(silent).eval()
+    whole.thinker = thinker
+    inputs = family.inputs(thinker, torch.rand(1, 3, *family.image_size, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = thinker(**inputs).logits
+        with fs_plugins.enable(whole, psm=None, sigma=0.25) as handle:
+            assert not torch.equal(thinker(**inputs).logits, before)
+            assert handle.status().vision[0].calls == 1
+        assert torch.equal(thinker(**inputs).logits, before)
