@@ -61,8 +61,8 @@ ABSENT = {
     "PP-Chart2Table": "the class came with transformers 5.4",
     "LightOn OCR": "the class came with transformers 5.0",
     "Granite 4 Vision": "the class came with transformers 5.8",
-    "Qianfan OCR layer -1": "the class came with transformers 5.8",
-    "Qianfan OCR layer -2": "the class came with transformers 5.8",
+    "Qianfan OCR layer -1": "the class came with transformers 5.6",
+    "Qianfan OCR layer -2": "the class came with transformers 5.6",
     "FastVLM": "the class came with transformers 5.0",
     **dict.fromkeys(
         (family.name for family in GRIDDED_FAMILIES if family.since), "the class came with a transformers 5"

@@ -365,7 +365,7 @@ TOWER_FAMILIES: tuple[Family, ...] = (
                 f"Qianfan OCR layer {layer}",
                 "QianfanOCR",
                 with_text(IMAGENET_NORM, 4),
-                since="5.8.0",
+                since="5.6.0",
                 **UNTIED,
                 text_config=QWEN3,
                 vision_config=INTERNVL_VISION,
