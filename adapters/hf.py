@@ -20,6 +20,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+UNIT: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 # The image processor's own constants, by the vision configuration's model_type.
 DEFAULTS: dict[str, Normalisation] = {
@@ -57,6 +58,12 @@ DEFAULTS: dict[str, Normalisation] = {
     "qwen2_5_omni_vision_encoder": CLIP,
     "qwen3_omni_moe_vision_encoder": HALF,
     "exaone4_5_vision": CLIP,
+    "cohere_compass_vision": CLIP,
+    "deepseek_ocr2_vision": HALF,
+    "pp_formulanet": ((0.7931,) * 3, (0.1738,) * 3),
+    "gemma4_vision": UNIT,
+    "gemma4_unified_vision": UNIT,
+    "minicpmv4_6_vision": HALF,
     "glm4v": CLIP,
     "glm4v_vision": CLIP,
     "glm4v_moe": CLIP,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
-from fs_plugins.adapters import timm
+from fs_plugins.adapters import hf_padded, hf_patches, timm
 from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, kind, pixel_space
-from fs_plugins.adapters.hf_layouts import Packed, PatchRows, Tiles
-from fs_plugins.adapters.hf_patches import LAYOUTS, Cubes
+from fs_plugins.adapters.hf_layouts import Packed, PatchBatch, PatchRows, Tiles
+from fs_plugins.adapters.hf_patches import Cubes
 from torch import nn
 
 from fs_plugins import hookimpl
@@ -48,8 +48,9 @@ def scattered(config: Any, vision: Any) -> tuple[Readout, ...]:
 
 def last(config: Any, vision: Any, *, times: int = 1) -> tuple[Readout, ...]:
     """The encoder's last hidden state, with its class token if it has one; ``times`` as wide as its layers."""
+    outermost = getattr(vision, "encoder_config", vision)  # DeepSeek-OCR 2 has an encoder behind an encoder
     projected = (getattr(vision, name, None) for name in ("projector_output_dim", "vision_output_dim"))
-    width = next((width for width in projected if width), vision.hidden_size * times)
+    width = next((width for width in projected if width), outermost.hidden_size * times)
     return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
 
 
@@ -104,8 +105,10 @@ def folded(config: Any, vision: Any) -> tuple[Readout, ...]:
 
 
 def projected(config: Any, vision: Any) -> tuple[Readout, ...]:
-    """HunYuan and Inkling: what the encoder makes of its tokens for the language model."""
-    return (Readout("pooler_output", (Field("pooler_output", 1),), width=vision.text_hidden_size, tokens=None),)
+    """Tokens that the encoder itself brings to the width of the language model."""
+    named = (getattr(vision, name, None) for name in ("text_hidden_size", "decoder_hidden_size"))
+    width = next(filter(None, named), None) or config.text_config.hidden_size
+    return (Readout("pooler_output", (Field("pooler_output", 1),), width=width, tokens=None),)
 
 
 def deepstack(config: Any, vision: Any) -> tuple[Readout, ...]:
@@ -152,7 +155,21 @@ FAMILIES = (
         {"vision_model": (last, _IMAGES)},
         endings=("ForConditionalGeneration", "ForQuestionAnswering", "ForImageTextRetrieval"),
     ),
-    Family(("PaliGemma", "Gemma3", "Cohere2Vision"), {"vision_tower": (last, _IMAGES)}),
+    Family(("PaliGemma", "Gemma3", "Cohere2Vision", "Lfm2Vl"), {"vision_tower": (last, _IMAGES)}),
+    Family(("Gemma4", "MiniCPMV4_6"), {"vision_tower": (last, _BOTH)}),
+    Family(("DiffusionGemma",), {"encoder.vision_tower": (last, _IMAGES)}, endings=("ForBlockDiffusion", "Model")),
+    Family(("DiffusionGemmaEncoder",), {"vision_tower": (last, _IMAGES)}, endings=("Model",)),
+    Family(
+        ("T5Gemma2",),
+        {"encoder.vision_tower": (last, _IMAGES)},
+        endings=("ForConditionalGeneration", "Model", "ForSequenceClassification", "ForTokenClassification"),
+    ),
+    Family(("T5Gemma2",), {"vision_tower": (last, _IMAGES)}, endings=("Encoder",)),
+    Family(("Gemma4Unified",), {"embed_vision": (projected, _BOTH)}),
+    Family(("PI0",), {"vlm.vision_tower": (last, _IMAGES)}),
+    Family(("PPFormulaNet",), {"encoder": (projected, _IMAGES)}),
+    Family(("VisionEncoderDecoder",), {"encoder": (last, _IMAGES)}, endings=("Model",)),
+    Family(("DeepseekOcr2",), {"vision_tower": (last, ("pixel_values", "pixel_values_local"))}),
     Family(("Idefics2", "Idefics3", "SmolVLM", "Mllama"), {"vision_model": (last, _IMAGES)}),
     Family(("Llama4", "DeepseekVL", "Janus", "Kosmos2"), {"vision_model": (last, _IMAGES)}),
     Family(
@@ -177,11 +194,13 @@ FAMILIES = (
     Family(("VideoLlama3",), {"vision_model": (last, _BOTH)}),
     Family(("MuseGlimmer",), {"vision_tower": (folded, _BOTH)}),
     Family(("Step3p7",), {"vision_model": (partial(last, times=4), _IMAGES)}),
+    Family(("CohereCompass",), {"visual": (deepstack, _BOTH)}),
 )
 
 OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
 """Models that also speak aloud; what sees in them is their thinker."""
 
+_CODES = "images become discrete codes, and neither an average of codes nor a feature between two is one"
 _STANDARDISED = (
     "its processor takes each picture's own mean from it and divides it by its own deviation, so nobody who sees the "
     "pixels knows how strong a noise is in the picture"
@@ -190,8 +209,19 @@ _MINGLED = "its vision encoder lets all images of a call look at one another, so
 
 REFUSED: Mapping[str, str] = {
     "FuyuForCausalLM": "it has no vision encoder: one linear layer takes patches of pixels into the language model",
-    **dict.fromkeys(("Kosmos2_5ForConditionalGeneration", "Kosmos2_5Model"), _STANDARDISED),
+    **dict.fromkeys(
+        ("Kosmos2_5ForConditionalGeneration", "Kosmos2_5Model", "Pix2StructForConditionalGeneration"), _STANDARDISED
+    ),
     **dict.fromkeys(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3VLModel"), _MINGLED),
+    **dict.fromkeys(("ChameleonForConditionalGeneration", "ChameleonModel"), _CODES),
+    **dict.fromkeys(("Emu3ForConditionalGeneration", "Emu3Model"), _CODES),
+    **dict.fromkeys(
+        ("UdopForConditionalGeneration", "UdopModel", "UdopEncoderModel"),
+        "it has no vision encoder: one linear layer makes patches of a page into tokens, which the language encoder "
+        "reads together with the words that lie on them",
+    ),
+    **dict.fromkeys(("EvollaForProteinText2Text", "EvollaModel"), "it reads proteins, and looks at no images"),
+    **dict.fromkeys(("Mistral4ForCausalLM", "Mistral4Model"), "it reads text, and looks at no images"),
 }
 """Class name -> why there is no encoder to smooth, or none that could be."""
 
@@ -225,7 +255,7 @@ def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
 
 
 def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:
-    vision = getattr(module, "config", None) or config.vision_config
+    vision: Any = getattr(module, "config", None) or config.vision_config
     net = getattr(module, "timm_model", None)
     layout, argument = layout_of(vision)
     prefix = inputs[0].removesuffix(_IMAGES[0]) if inputs[0].endswith(_IMAGES[0]) else ""
@@ -234,7 +264,8 @@ def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs
     fixed = timm.image_size(net) if net is not None else None
     if isinstance(layout, Cubes):
         fixed = (layout.patch, layout.patch)
-    any_size = isinstance(layout, Packed | PatchRows) or vision.model_type.startswith(("idefics2", "step3"))
+    in_patches = isinstance(layout, Packed | PatchBatch | PatchRows)
+    any_size = in_patches or vision.model_type.startswith(("idefics2", "step3", "deepseek_ocr2"))
     deep = any(isinstance(step, Field) and step.name == "hidden_states" for r in readouts for step in r.path)
     return VisionCall(
         module=module,
@@ -242,22 +273,34 @@ def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs
         readouts=readouts,
         image_size=None if any_size else fixed or image_size(vision, space),
         architecture=architecture(vision, kind(whole, vision)) if net is None else timm.architecture(net),
-        kwargs={"output_hidden_states": True} if deep else {},
+        kwargs=_asked(config, deep),
         inputs=inputs,
     )
 
 
+def _asked(config: Any, deep: bool) -> dict[str, Any]:
+    """What the encoder is to be called with, where the model itself does not say."""
+    asked: dict[str, Any] = {"output_hidden_states": True} if deep else {}
+    if getattr(config, "downsample_mode", None) == "4x":  # MiniCPM-V
+        asked["use_vit_merger"] = False
+    return asked
+
+
 def _tower(whole: Any, name: str) -> nn.Module | None:
-    """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes; Git's model is ``git``."""
+    """``model.model.<name>``, or ``model.<name>`` on a core model and on older classes; Git's model is ``git``.
+
+    A name may be a path.
+    """
     core = getattr(whole, "model", None) or getattr(whole, whole.base_model_prefix, None)
-    inner = getattr(core, name, None)
-    return getattr(whole, name, None) if inner is None else inner
+    found = (reduce(lambda module, step: getattr(module, step, None), name.split("."), root) for root in (core, whole))
+    return next((tower for tower in found if tower is not None), None)
 
 
 def layout_of(vision: Any) -> tuple[Layout, str]:
     """How a vision configuration's encoder takes pixels, and the argument's name."""
-    if vision.model_type in LAYOUTS:
-        layout, argument = LAYOUTS[vision.model_type]
+    layouts = {**hf_patches.LAYOUTS, **hf_padded.LAYOUTS}
+    if vision.model_type in layouts:
+        layout, argument = layouts[vision.model_type]
         return layout(vision, channels_of(vision)), argument
     if hasattr(vision, "temporal_patch_size"):
         rows = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, channels_of(vision))

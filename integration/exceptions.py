@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gridded_families import GRIDDED_FAMILIES
 from packaging.version import Version
+from patched_families import PATCHED_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ ABSENT = {
     "Qianfan OCR layer -2": "the class came with transformers 5.6",
     "FastVLM": "the class came with transformers 5.0",
     **dict.fromkeys(
-        (family.name for family in GRIDDED_FAMILIES if family.since), "the class came with a transformers 5"
+        (family.name for family in (*GRIDDED_FAMILIES, *PATCHED_FAMILIES) if family.since),
+        "the class came with a transformers 5",
     ),
     "original LLaVA": "generate() of transformers 4.38 to 5.3 passes cache_position, which LLaVA's forward "
     "does not take",

@@ -40,6 +40,8 @@ CUT = (
     "Idefics resampled",
     "InstructBLIP video",
     "Video-LLaVA videos",
+    "Gemma 4 video",
+    "DeepSeek-OCR 2 tiles",
     "Idefics2",
     "Qwen2-VL video",
     "Mllama",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fs_plugins.adapters.hf_layouts import Packed, PatchBatch, PatchRows, Tiles
+from fs_plugins.adapters.hf_padded import PatchTokens, PooledPatches, Strips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MEAN, STD, randomise
@@ -88,6 +89,28 @@ def pixtral(images: list[Tensor]) -> dict[str, Tensor]:
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
     return {"pixel_values": torch.stack(padded), "image_sizes": torch.tensor([image.shape[1:] for image in images])}
+
+
+def minicpm(images: list[Tensor], patch: int) -> dict[str, Tensor]:
+    """reshape_by_patch: (C, H, W) -> (C, P, h w P), all of them side by side."""
+    strips = []
+    for image in images:
+        patches = F.unfold(image.unsqueeze(0), (patch, patch), stride=(patch, patch))
+        patches = patches.reshape(len(image), patch, patch, -1).permute(0, 1, 3, 2)
+        strips.append(patches.reshape(len(image), patch, -1))
+    grids = [[side // patch for side in image.shape[1:]] for image in images]
+    return {"pixel_values": torch.cat(strips, dim=-1).unsqueeze(0), "target_sizes": torch.tensor(grids).int()}
+
+
+def gemma4(images: list[Tensor], patch: int, longest: int) -> dict[str, Tensor]:
+    """SigLIP2's rows, and a meshgrid of columns and rows, with -1 where the padding is."""
+    rows, grids = [], []
+    for image in images:
+        row, _, (h, w) = siglip2(image, patch, longest)
+        grid = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"), dim=-1).reshape(-1, 2)
+        rows.append(row)
+        grids.append(F.pad(grid, (0, 0, 0, longest - h * w), value=-1))
+    return {"pixel_values": torch.stack(rows), "pixel_position_ids": torch.stack(grids)}
 
 
 # Encoders with a layout each. A token depends on its patch, its whole image and the image's companions,
@@ -171,6 +194,51 @@ class BatchEncoder(Encoder):
         return {"tokens": torch.stack(tokens)}
 
 
+class TokensEncoder(Encoder):
+    """Padding is seen by nobody, and its tokens are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(2 * 2 * 3)
+
+    def forward(self, pixel_values, pixel_attention_mask, spatial_shapes):
+        self.seen.append({"pixel_values": pixel_values, "mask": pixel_attention_mask, "spatial_shapes": spatial_shapes})
+        tokens = [
+            self.tokens(rows[mask.bool()], 1 + 0.1 * float(h))
+            for rows, mask, (h, _) in zip(pixel_values, pixel_attention_mask, spatial_shapes, strict=True)
+        ]
+        longest = pixel_values.shape[1]
+        return {"tokens": torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in tokens])}
+
+
+class PooledEncoder(Encoder):
+    """Tokens are means of 2 x 2 patches, those of all images below each other."""
+
+    def __init__(self) -> None:
+        super().__init__(2 * 2 * 3)
+
+    def forward(self, pixel_values, pixel_position_ids):
+        self.seen.append({"pixel_values": pixel_values, "places": pixel_position_ids})
+        pooled = []
+        for rows, places in zip(pixel_values, pixel_position_ids, strict=True):
+            real = (places >= 0).all(-1)
+            width, height = (places[real].amax(0) + 1).tolist()
+            tokens = self.tokens(rows[real], 1 + 0.1 * height)
+            pooled.append(tokens.view(height // 2, 2, width // 2, 2, WIDTH).mean((1, 3)).view(-1, WIDTH))
+        return {"tokens": torch.cat(pooled)}
+
+
+class StripsEncoder(Encoder):
+    def __init__(self) -> None:
+        super().__init__(3 * 2 * 2)
+
+    def forward(self, pixel_values, target_sizes):
+        self.seen.append({"pixel_values": pixel_values, "target_sizes": target_sizes})
+        rows = pixel_values[0].view(3, 2, -1, 2).permute(2, 0, 1, 3).reshape(-1, 12)
+        images = rows.split(target_sizes.prod(1).tolist())
+        tokens = [self.tokens(x, 1 + 0.1 * float(h)) for x, (h, _) in zip(images, target_sizes, strict=True)]
+        return {"tokens": torch.cat(tokens).unsqueeze(0)}
+
+
 def of_rows(images: list[Tensor]) -> dict[str, Tensor]:
     packed = [(qwen_still if image.ndim == 3 else qwen_film)(image, 2, 2, 2) for image in images]
     return {
@@ -186,6 +254,14 @@ def of_batch(images: list[Tensor], longest: int = 12) -> dict[str, Tensor]:
         "pixel_attention_mask": torch.stack(masks),
         "spatial_shapes": torch.tensor(shapes),
     }
+
+
+def of_pooled(images: list[Tensor], longest: int = 20) -> dict[str, Tensor]:
+    return gemma4(images, 2, longest)
+
+
+def of_strips(images: list[Tensor]) -> dict[str, Tensor]:
+    return minicpm(images, 2)
 
 
 def of_tiles(images: list[Tensor]) -> dict[str, Tensor]:
@@ -234,6 +310,11 @@ KINDS = {
         "hidden_states",
     ),
     "batch": Kind(PatchBatch(2), BatchEncoder, of_batch, ((3, 4, 6), (3, 6, 4), (3, 4, 6), (3, 4, 4))),
+    "tokens": Kind(PatchTokens(2), TokensEncoder, of_batch, ((3, 4, 6), (3, 6, 4), (3, 4, 6), (3, 4, 4))),
+    "pooled": Kind(
+        PooledPatches(2, block=2), PooledEncoder, of_pooled, ((3, 4, 8), (3, 8, 4), (3, 4, 8), (3, 4, 4), (3, 8, 8))
+    ),
+    "strips": Kind(Strips(2, 2), StripsEncoder, of_strips, ((3, 4, 6), (3, 6, 4), (3, 4, 6), (3, 4, 4))),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -262,9 +343,9 @@ def fields(output) -> dict[str, Tensor]:
 def parts(kind: Kind, output, images: list[Tensor]) -> list[Tensor]:
     """The tokens of each image of a call, (L, WIDTH)."""
     tokens = fields(output)["tokens"]
-    if isinstance(kind.layout, Packed | PatchRows):
+    if isinstance(kind.layout, Packed | PatchRows | PooledPatches):
         frames = [len(image) // 2 if image.ndim == 4 else 1 for image in images]
-        merged = 16 if isinstance(kind.layout, PatchRows) else 4  # pixels of a token
+        merged = 16 if isinstance(kind.layout, PatchRows | PooledPatches) else 4  # pixels of a token
         counts = [t * image.shape[-2] * image.shape[-1] // merged for t, image in zip(frames, images, strict=True)]
         return list(tokens.view(-1, WIDTH).split(counts))
     return [row.reshape(-1, WIDTH) for row in tokens]
@@ -472,6 +553,15 @@ def test_noise_reaches_no_padding_row():
     assert padding.any()
 
 
+@pytest.mark.parametrize("name", ["tokens", "pooled"])
+def test_padding_is_not_shown_where_every_token_is_consumed(manager, name):
+    kind, encoder = KINDS[name], KINDS[name].encoder()
+    run(kind, kind.images(), encoder, n0=2)
+    sizes = [height * width // 4 for _, height, width in kind.shapes]
+    shown = [seen["pixel_values"] for seen in encoder.seen]
+    assert sum(rows.shape[0] * rows.shape[1] for rows in shown) == 2 * sum(sizes)
+
+
 def test_noise_reaches_no_padding_tile():
     kind = KINDS["tiles"]
     arguments = of_tiles(kind.images())
@@ -566,7 +656,7 @@ def test_chunks_bound_the_rows_of_a_forward_and_never_change_a_result(manager, k
         after = fields(run(kind, images, encoder, n0=3, chunk_size=chunk_size)[0])
         for name, value in whole.items():
             assert torch.allclose(after[name], value, atol=1e-5), name
-        rows = [len(seen["grid_thw"] if "grid_thw" in seen else seen[kind.argument]) for seen in encoder.seen]
+        rows = [len(seen.get("grid_thw", seen.get("target_sizes", seen[kind.argument]))) for seen in encoder.seen]
         assert max(rows) <= chunk_size
         assert sum(rows) == 3 * len(images)
 
@@ -627,6 +717,9 @@ STILLS = {
     "packed": pixtral,
     "rows": of_rows,
     "batch": lambda images: of_batch(images, longest=8),
+    "tokens": lambda images: of_batch(images, longest=8),
+    "pooled": lambda images: of_pooled(images, longest=8),
+    "strips": of_strips,
 }
 
 
@@ -669,6 +762,13 @@ WRONG = [
     ("batch", changed("pixel_values", lambda x: x[0]), PixelError, r"must be \(images, patches, 12\)"),
     ("batch", changed("pixel_values", lambda x: x[..., 1:]), PixelError, r"must be \(images, patches, 12\)"),
     ("batch", without("spatial_shapes"), ModelError, "without spatial_shapes"),
+    ("tokens", without("pixel_attention_mask"), ModelError, "without pixel_attention_mask"),
+    ("pooled", without("pixel_position_ids"), ModelError, "without pixel_position_ids"),
+    ("pooled", changed("pixel_position_ids", lambda x: x.flip(1)), PixelError, "row by row"),
+    ("pooled", changed("pixel_position_ids", lambda x: x.flip(2)), PixelError, "row by row"),
+    ("strips", without("target_sizes"), ModelError, "without target_sizes"),
+    ("strips", changed("target_sizes", lambda x: x[1:]), PixelError, r"target_sizes speaks of \d+ patches, but"),
+    ("strips", changed("pixel_values", lambda x: x[..., 1:]), PixelError, r"\(1, 3, 2, a multiple of 2\)"),
 ]
 
 
@@ -701,6 +801,12 @@ INCONSISTENT = [
     ("batch", changed("spatial_shapes", lambda x: x * 5)),
     ("batch", changed("spatial_shapes", lambda x: x[:2])),
     ("batch", changed("spatial_shapes", lambda x: x.repeat(2, 1))),
+    ("tokens", changed("pixel_attention_mask", lambda x: x[:, 1:])),
+    ("tokens", changed("pixel_attention_mask", lambda x: x[:2])),
+    ("pooled", changed("pixel_position_ids", lambda x: x[:, :-1])),
+    ("pooled", changed("pixel_position_ids", lambda x: x[..., 0])),
+    ("pooled", changed("pixel_position_ids", lambda x: x.clamp(max=0))),
+    ("strips", changed("target_sizes", lambda x: x[0])),
     ("packed", changed("image_sizes", lambda x: x[:2])),
     ("packed", changed("image_sizes", lambda x: x.repeat(2, 1))),
     ("tiles", changed("aspect_ratio_mask", lambda x: x[:2])),
@@ -718,7 +824,7 @@ def test_companions_that_do_not_fit_the_pixels_are_refused_in_words(manager, nam
         encoder(**arguments)
 
 
-@pytest.mark.parametrize(("name", "block"), [("rows", 4), ("batch", 2)])
+@pytest.mark.parametrize(("name", "block"), [("rows", 4), ("batch", 2), ("pooled", 4), ("strips", 4)])
 def test_still_images_that_are_not_made_of_whole_patches_are_refused(name, block):
     kind = KINDS[name]
     for shape in ((1, 3, 9, 8), (1, 3, 8, 9)):
