@@ -200,7 +200,7 @@ FAMILIES = (
 OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
 """Models that also speak aloud; what sees in them is their thinker."""
 
-_CODES = "images become discrete codes, and neither an average of codes nor a feature between two is one"
+_CODES = "images become discrete codes, and an average of codes is no code"
 _STANDARDISED = (
     "its processor takes each picture's own mean from it and divides it by its own deviation, so nobody who sees the "
     "pixels knows how strong a noise is in the picture"
@@ -251,7 +251,7 @@ def fs_vision_call(model: nn.Module) -> list[VisionCall] | None:
     if family is None:
         return None
     towers = {name: tower for name in family.towers if (tower := _tower(seeing, name)) is not None}
-    return [_call(whole, seeing.config, tower, *family.towers[name]) for name, tower in towers.items()]
+    return [_call(whole, seeing.config, tower, *family.towers[name]) for name, tower in towers.items()] or None
 
 
 def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs: tuple[str, ...]) -> VisionCall:

@@ -309,6 +309,14 @@ def test_an_unknown_tower_is_content_with_its_checkpoints_processor(tmp_path):
 # A PSM for each encoder.
 
 
+def test_a_model_that_was_built_without_its_encoder_is_nobodys():
+    """Gemma 4 is, where its configuration has nothing about vision."""
+    model = llava({**SIGLIP, "vision_use_head": False})
+    model.model.vision_tower = None
+    with pytest.raises(ModelError, match="LlavaForConditionalGeneration"):
+        fs_plugins.enable(model, psm=None, sigma=0.25)
+
+
 def test_encoders_that_are_alike_are_warned_about_once():
     model = video_llava()
     with pytest.warns(fs_plugins.FSPluginsWarning) as told:
