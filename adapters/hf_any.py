@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from fs_plugins.adapters.hf import PACKAGES, architecture, image_size, pixel_space
-from fs_plugins.adapters.hf_multimodal import layers, layout_of, refusal
+from fs_plugins.adapters.hf_multimodal import layout_of, refusal
+from fs_plugins.adapters.hf_readouts import layers
 from torch import Tensor, nn
 
 from fs_plugins import ModelError, hookimpl
@@ -30,6 +31,7 @@ TOWERS = (
     "image_tower",
     "video_tower",
     "vision_encoder",
+    "image_encoder",
     "vision_embed_tokens",
 )
 """What transformers calls a model's vision encoder."""
