@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 
 import fs_plugins
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def mapping():
     """The conformance kit's models live beside the tests, not among them."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+    sys.path.insert(0, str(ROOT / "integration"))
     try:
         import mapping
     finally:
@@ -66,3 +69,14 @@ def test_a_model_that_speaks_aloud_is_smoothed_where_its_thinker_looks(mapping, 
             assert not torch.equal(thinker(**inputs).logits, before)
             assert handle.status().vision[0].calls == 1
         assert torch.equal(thinker(**inputs).logits, before)
+
+
+def test_the_readme_counts_what_the_pinned_transformers_has(mapping):
+    import transformers
+
+    (count, total, version) = re.search(
+        r"on (\d+) of the (\d+) classes that transformers ([\d.]+) lists", (ROOT / "README.md").read_text("utf-8")
+    ).groups()
+    if not transformers.__version__.startswith(f"{version}."):
+        pytest.skip("the README speaks of the pinned transformers")
+    assert (int(count), int(total)) == (len(mapping.claimed() & set(mapping.classes())), len(mapping.classes()))
