@@ -129,7 +129,7 @@ def card(
         "## Training",
         "",
         *data,
-        "Two stages: the purifier, then the mapper with the purifier frozen; the encoder frozen throughout. Settings:",
+        f"{_course(config)}; the encoder frozen throughout. Settings:",
         "",
         *(f"    {name}: {json.dumps(value)}" for name, value in config.as_json().items()),
         "",
@@ -148,6 +148,13 @@ def card(
         "",
     ])  # fmt: skip
     return headed(text, head(made.name, base_model=base_model, license=license, results=_figures(made, scores)))
+
+
+def _course(config: TrainingConfig) -> str:
+    """What was trained when."""
+    if config.adversarial is None:
+        return "Two stages: the purifier, then the mapper with the purifier frozen"
+    return "Three stages: the purifier, the mapper with the purifier frozen, both against an attacker who knows of them"
 
 
 def _figures(made: PSMConfig, scores: Scores) -> list[EvalResult]:

@@ -61,6 +61,7 @@ def test_a_classifier_is_held_to_its_own_classes_by_its_attacker(tmp_path):
     train_and_publish(work)
     rows = list(csv.DictReader((tmp_path / "mine" / "log.csv").read_text("utf-8").splitlines()))
     assert float(rows[-1]["l_say"]) > 0
+    assert "Three stages" in (tmp_path / "mine" / "README.md").read_text("utf-8")
     plain = Work.of(Settings(scenes=12, out=tmp_path / "plain", **SHORT), lambda: model, scenes=Scenes)
     assert not plain.answers, "without an attacker nobody is asked"
 
