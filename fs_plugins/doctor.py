@@ -6,6 +6,7 @@ import inspect
 import platform
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Any
 
 from torch import nn
 
@@ -89,11 +90,15 @@ def _plugin(point: EntryPoint) -> Plugin:
     return Plugin(point.name, origin, getattr(plugin, "__file__", None) or point.value, hooks, packages=packages)
 
 
-def diagnose(model: nn.Module) -> Diagnosis:
-    """Who claims this model, where its pixels' normalisation comes from, which PSM fits. Changes nothing."""
+def diagnose(model: nn.Module, adapter: str | None = None, processor: Any = None) -> Diagnosis:
+    """Who claims this model, where its pixels' normalisation comes from, which PSM fits. Changes nothing.
+
+    Args:
+        adapter, processor: as for ``enable``.
+    """
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     try:
-        answers = claims(model)
+        answers = claims(model, adapter, processor)
     except FSPluginsError as error:
         return Diagnosis(kind, {}, str(error))
     rules = {name: _rule(name) for name in answers}
@@ -101,6 +106,8 @@ def diagnose(model: nn.Module) -> Diagnosis:
         several = f"several adapters claim it; choose with enable(..., adapter=...) or {DISABLE}=<name>"
         return Diagnosis(kind, rules, several if answers else f"no adapter claims it. {unclaimed(model)}")
     (calls,) = answers.values()
+    if not all(call.tested for call in calls):
+        rules = {name: f"{rule} Untested family: a probe agreed." for name, rule in rules.items()}
     return Diagnosis(kind, rules, None, tuple(map(_encoder, calls)))
 
 

@@ -28,14 +28,10 @@ def claim(model: nn.Module, adapter: str | None = None, processor: Any = None) -
         ModelError: no adapter, or several, claim the model.
         PluginError: the adapter asked for does not exist, fails, or answers nonsense.
     """
-    manager = plugin_manager()
-    names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
-    if adapter is not None and adapter not in names:
-        raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(names)}.")
     found = claims(model, adapter, processor)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if not found:
-        asked = adapter or ", ".join(sorted(names))
+        asked = adapter or ", ".join(sorted(_names()))
         raise ModelError(f"No adapter claims {kind} (asked: {asked}). {unclaimed(model)}")
     if len(found) > 1:
         raise ModelError(
@@ -58,8 +54,10 @@ def claims(model: nn.Module, adapter: str | None = None, processor: Any = None) 
         adapter, processor: as for ``claim``.
 
     Raises:
-        PluginError: an adapter fails, or answers nonsense.
+        PluginError: the adapter asked for does not exist, fails, or answers nonsense.
     """
+    if adapter is not None and adapter not in _names():
+        raise PluginError(f"No plugin is called {adapter!r}; there are {', '.join(_names())}.")
     given = {"model": model, "named": adapter is not None, "processor": processor}
     answers = {
         one.plugin_name: _ask(one.plugin_name, partial(one.function, *(given[name] for name in one.argnames)), model)
@@ -67,6 +65,10 @@ def claims(model: nn.Module, adapter: str | None = None, processor: Any = None) 
         if adapter in (None, one.plugin_name)
     }
     return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def _names() -> list[str]:
+    return [name for name, plugin in plugin_manager().list_name_plugin() if plugin is not None]
 
 
 def _ask(name: str, claim: Callable[[], Any], model: nn.Module) -> tuple[VisionCall, ...] | None:

@@ -97,6 +97,21 @@ def test_doctor_on_a_model_that_nobody_claims():
     assert "no adapter claims it" in found.problem
 
 
+def test_one_adapter_can_be_asked_alone():
+    result = CliRunner().invoke(app, ["doctor", "demo", "--adapter", "hf_any"])
+    assert result.exit_code == 0
+    assert "Untested family: a probe agreed" in " ".join(result.output.split())
+    assert "hidden_states[-2][1:]" in result.output
+    result = CliRunner().invoke(app, ["doctor", "demo", "--adapter", "timm"])
+    assert result.exit_code == 2
+    assert "no adapter claims it" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["doctor", "demo", "--adapter", "hf_amy"])
+    assert result.exit_code == 2
+    assert "No plugin is called 'hf_amy'; there are hf_any" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["doctor", "--adapter", "hf_any"])
+    assert result.exit_code == 2
+
+
 def test_doctor_changes_nothing(images):
     from support import llava_inputs
 

@@ -16,6 +16,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(help='Folder or hub id of a transformers model; "demo" and "photo-vlm" ship.')
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help='Ask this one alone, such as "hf_any" about a family that nobody has tested.')
+    ] = None,
 ) -> None:
     """What is installed, which adapters loaded, and what enable would find in a model."""
     with errors_for_people():
@@ -32,12 +35,14 @@ def doctor(
             table.add_row(plugin.name, origin, provides)
         console.print(table)
         if model is None:
+            if adapter is not None:
+                raise errors.SettingError("--adapter is asked about a model: name one.")
             return
         needs("transformers")
-        from fs_plugins.hf.load import load_model, quieten
+        from fs_plugins.hf.load import load_model, load_processor, quieten
 
         quieten()
-        found = consulting.diagnose(load_model(model))
+        found = consulting.diagnose(load_model(model), adapter, load_processor(model) if adapter else None)
         lines = [("model", found.model)]
         lines += [("claimed by", f"{name}: {rule}") for name, rule in found.rules.items()]
         for encoder in found.encoders:
