@@ -11,7 +11,7 @@ TEST = -m pytest -n $(WORKERS) --dist worksteal
 VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
     tests/test_enable.py tests/test_vision.py
 
-.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms example clean
+.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms serve example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -94,6 +94,15 @@ $(VENV)-lmms/.ready: $(VENV)/.dev
 	$(VENV)-lmms/bin/pip install -q -c $(VENV)-lmms/constraints.txt -e ".[demo,testing]" lmms-eval==0.7.3
 	touch $@
 
+# A real server, asked over HTTP. Its packages are nobody else's here.
+serve: $(VENV)-serve/.ready
+	$(VENV)-serve/bin/python -m pytest integration/test_serve.py
+
+$(VENV)-serve/.ready: $(VENV)/.dev
+	$(call on_top,$(VENV)-serve)
+	$(VENV)-serve/bin/pip install -q -c constraints.txt -e ".[demo,serve,testing]"
+	touch $@
+
 # The adapter guide's own commands: a stranger's plugin, installed beside the package (not from the checkout).
 example: $(VENV)/.dev
 	rm -rf $(VENV)-example
@@ -127,4 +136,4 @@ $(VENV)-all/.ready: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-photos $(VENV)-example build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-serve $(VENV)-photos $(VENV)-example build dist site *.egg-info

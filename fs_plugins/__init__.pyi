@@ -14,6 +14,7 @@ from .api import vision_call as vision_call
 from .certificates import AnswerCertificate as AnswerCertificate
 from .certificates import Certificate as Certificate
 from .certificates import PredictionCertificate as PredictionCertificate
+from .errors import EndpointError as EndpointError
 from .errors import FSPluginsError as FSPluginsError
 from .errors import FSPluginsWarning as FSPluginsWarning
 from .errors import JudgeError as JudgeError

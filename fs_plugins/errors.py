@@ -38,6 +38,10 @@ class JudgeError(FSPluginsError, RuntimeError):
     """A judge gives no score: its model cannot be loaded, its endpoint not be reached, or what it says is no score."""
 
 
+class EndpointError(FSPluginsError, RuntimeError):
+    """A served model gives no answer: its server refuses, cannot be reached, or speaks another protocol."""
+
+
 class OutputError(SettingError, OSError):
     """A file, a folder or a repository of the hub cannot be written: it is in the way, protected, the disk is full, or
     the network is gone. What was there stays.

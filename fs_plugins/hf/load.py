@@ -83,12 +83,18 @@ def _carrying(model: Any, processor: str) -> nn.Module:
 
 
 def load_chat(
-    name: str, *, dtype: str = "auto", device: torch.device | str | None = None, device_map: str | None = None
+    name: str,
+    *,
+    processor: str | None = None,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """An image-text-to-text model in eval mode, and its processor.
 
     Args:
         name: folder, hub id, ``"demo"`` or ``"photo-vlm"``.
+        processor: folder or hub id of that, where none is beside the model.
         dtype, device_map: as ``from_pretrained`` takes them.
         device: where to put it, unless ``device_map`` says; ``place()`` if left out.
 
@@ -97,11 +103,11 @@ def load_chat(
     """
     from transformers import AutoModelForImageTextToText
 
-    processor = load_processor(name)
+    found = load_processor(processor or name)
     with _loading(f"{name!r} as an image-text-to-text model"):
         model: Any = AutoModelForImageTextToText.from_pretrained(source(name), dtype=dtype, device_map=device_map)
-    model.image_processor = getattr(processor, "image_processor", processor)
-    return (model if device_map else model.to(device or place())).eval(), processor
+    model.image_processor = getattr(found, "image_processor", found)
+    return (model if device_map else model.to(device or place())).eval(), found
 
 
 def load_processor(name: str) -> Any:

@@ -31,6 +31,7 @@ BASES = {
     "demo": ["--images", "2", "--steps", "1"],
     "photos": ["--images", "4", "--steps", "1"],  # where what it needs is not installed, it says that first
     "ask": ["demo", "{picture}", "what is it?"],
+    "serve": ["{fresh}"],  # no model is there, so that nothing is ever served
     "certify": ["{picture}", "--n", "8", "--model", "demo-clip"],
     "evaluate": ["--quick", "--data", "{data}", "--model", "demo-clip"],
     "train": ["{pictures}", "--out", "{fresh}", "--model", "demo-clip", "--steps", "1", "--mapper-steps", "1"],

@@ -13,9 +13,9 @@ import pytest
 from serving import SECRET, taken
 
 from fs_plugins import FSPluginsError, JudgeError, SettingError
-from fs_plugins.evaluation.judges import KEY, Endpoint, endpoint
-from fs_plugins.evaluation.judges.endpoint import _retry_after
+from fs_plugins.evaluation.judges import KEY, Endpoint, remote
 from fs_plugins.evaluation.judges.exchange import MOST
+from fs_plugins.evaluation.judges.remote import _retry_after
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 JSON = {"choices": [{"message": {"content": "0.5"}}]}
@@ -154,13 +154,13 @@ def dripping(start: bytes, drop: bytes = b" "):
     ids=["in the body", "after an answer that has no announced end", "in a header", "in the first line"],
 )
 def test_an_answer_that_drips_is_ended(raw, start, monkeypatch):
-    monkeypatch.setattr(endpoint, "_WHOLE", 0.05)
+    monkeypatch.setattr(remote, "_WHOLE", 0.05)
     raw.say = dripping(start)
     assert "no whole answer within 0.5 s" in refused(raw, timeout=10)
 
 
 def test_a_server_that_drips_once_is_asked_again(raw, monkeypatch):
-    monkeypatch.setattr(endpoint, "_WHOLE", 0.1)
+    monkeypatch.setattr(remote, "_WHOLE", 0.1)
 
     def say(send, gone):
         if len(raw.requests) == 1:

@@ -11,9 +11,9 @@ import torch
 from fs_plugins import FSPluginsError
 from fs_plugins.evaluation.datasets.dataset import Dataset, Prompts, Sample
 from fs_plugins.evaluation.judges import ExactMatch
-from fs_plugins.evaluation.judges.endpoint import _message, _retry_after, _text
 from fs_plugins.evaluation.judges.exchange import Answer
 from fs_plugins.evaluation.judges.prompt import number_in, question
+from fs_plugins.evaluation.judges.remote import _message, _retry_after, _text
 from fs_plugins.evaluation.suites import radius
 from fs_plugins.evaluation.tasks import TASKS
 from fs_plugins.files import parsed

@@ -1,0 +1,75 @@
+"""A model as somebody serves it, asked about pictures through its endpoint; what stands behind that is not seen."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from fs_plugins.errors import EndpointError
+from fs_plugins.evaluation.judges.remote import Messages, RemoteModel
+
+
+class Question(NamedTuple):
+    """What is asked about a picture, and the tokens that an answer may have."""
+
+    picture: Image.Image
+    text: str
+    max_new_tokens: int
+
+
+class ServedModel(RemoteModel[Question, str]):
+    """A model that looks at pictures behind any OpenAI-compatible chat-completions endpoint: ``fs-plugins serve``,
+    vLLM, others. ``each`` has its answers, greedy ones.
+
+    Pictures travel as PNG, in the size that they have.
+
+    Args:
+        url, model, api_key, timeout, retries, parallel, sleep: as for ``RemoteModel``; most servers say nothing until
+            an answer is whole, which a large model may take minutes for.
+
+    Raises:
+        SettingError: httpx is not installed, or an argument is out of range.
+    """
+
+    who = "Asking a served model"
+    failed = EndpointError
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600,
+        retries: int = 4,
+        parallel: int = 4,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        super().__init__(url, model, api_key=api_key, timeout=timeout, retries=retries, parallel=parallel, sleep=sleep)
+
+    def messages(self, asked: Question) -> Messages:
+        shown = {"type": "image_url", "image_url": {"url": _png(asked.picture)}}
+        return [{"role": "user", "content": [shown, {"type": "text", "text": asked.text}]}]
+
+    def settings(self, asked: Question) -> Mapping[str, Any]:
+        return {"max_tokens": asked.max_new_tokens}
+
+    def read(self, said: str) -> str:
+        return said.strip()
+
+    def failure(self, place: int, number: int, times: str, why: str) -> str:
+        return (
+            f"The model {self.model!r} at {self.where} gave no answer about picture {place} of {number} (asked "
+            f"{times}): {why}"
+        )
+
+
+def _png(picture: Image.Image) -> str:
+    """As an address that holds it whole."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
