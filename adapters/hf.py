@@ -21,6 +21,7 @@ CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNIT: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+FORMULAE: Normalisation = ((0.7931,) * 3, (0.1738,) * 3)
 
 # The image processor's own constants, by the vision configuration's model_type.
 DEFAULTS: dict[str, Normalisation] = {
@@ -34,8 +35,11 @@ DEFAULTS: dict[str, Normalisation] = {
     "git_vision_model": CLIP,
     "kosmos_2_vision_model": CLIP,
     "got_ocr2": CLIP,
+    "got_ocr2_vision": CLIP,
     "pp_chart2table": CLIP,
+    "pp_chart2table_vision": CLIP,
     "ovis2": CLIP,
+    "ovis2_vision": CLIP,
     "pixtral": CLIP,
     "idefics_vision": CLIP,
     "idefics2": HALF,
@@ -60,7 +64,8 @@ DEFAULTS: dict[str, Normalisation] = {
     "exaone4_5_vision": CLIP,
     "cohere_compass_vision": CLIP,
     "deepseek_ocr2_vision": HALF,
-    "pp_formulanet": ((0.7931,) * 3, (0.1738,) * 3),
+    "pp_formulanet": FORMULAE,
+    "pp_formulanet_vision": FORMULAE,
     "gemma4_vision": UNIT,
     "gemma4_unified_vision": UNIT,
     "minicpmv4_6_vision": HALF,
