@@ -93,7 +93,12 @@ GLM5_TEXT = {
     "linear_num_heads": 4,
     "hc_mult": 2,
 }
-EXAONE4 = {**LLAMA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+EXAONE4 = {
+    **LLAMA,
+    "model_type": "exaone4",
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 
 ROPE_3D = {"rope_type": "default", "mrope_section": [1, 1, 2]}
@@ -306,7 +311,13 @@ GRIDDED_FAMILIES: tuple[Family, ...] = (
         grid_images(CLIP_NORM),
         **gridded(GLM5_TEXT, image_size=32, projection_intermediate_size=48),
     ),
-    asks("EXAONE 4.5", "Exaone4_5_", grid_images(CLIP_NORM), **gridded(EXAONE4, **WINDOWED, num_key_value_heads=2)),
+    asks(
+        "EXAONE 4.5",
+        "Exaone4_5_",
+        grid_images(CLIP_NORM),
+        # Later releases of transformers 5 ask its text configuration for a model_type, and have no default.
+        **(gridded(EXAONE4, **WINDOWED, num_key_value_heads=2) | {"text_config": EXAONE4}),
+    ),
     asks(
         "Cosmos3-Omni",
         "Cosmos3Omni",

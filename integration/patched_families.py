@@ -5,6 +5,7 @@ As in ``families``, nothing here comes from the package or its adapters.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -192,16 +193,16 @@ def gemma4(patch: int, merge: int, extra: int = 0) -> Asking:
 
 
 def gemma4_film(model: nn.Module, images: Tensor) -> Inputs:
-    """Two frames, each with places of its own."""
-    film = frames_of(images, 2)
+    """Two frames, each with places of its own. Later releases of transformers 5 take all films' frames in a row."""
+    film = frames_of(images, 2).flatten(0, 1)
     count = images.shape[-2] * images.shape[-1] // 4**2
     text = prompt(images, VISION_START, *[VIDEO] * (2 * count // 4), VISION_END)
-    return {
-        **text,
-        "pixel_values_videos": patches(film.flatten(0, 1), UNIT_NORM, 4, count).unflatten(0, (len(images), 2)),
-        "video_position_ids": places(images, 4, count)[:, None].expand(-1, 2, -1, -1),
-        "mm_token_type_ids": (text["input_ids"] == VIDEO).int() * 2,
-    }
+    given = {"pixel_values_videos": patches(film, UNIT_NORM, 4, count), "video_position_ids": places(film, 4, count)}
+    if "num_frames_per_video" in inspect.signature(model.forward).parameters:
+        given["num_frames_per_video"] = sizes(images, 2)[:, 0]
+    else:
+        given = {name: value.unflatten(0, (len(images), 2)) for name, value in given.items()}
+    return {**text, **given, "mm_token_type_ids": (text["input_ids"] == VIDEO).int() * 2}
 
 
 def diffused(model: nn.Module, images: Tensor) -> Inputs:
