@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ Every family is a small, randomly initialised model of the framework's own class
 [conformance kit](../how-to/write-an-adapter.md#the-conformance-kit) on it. `make integration` builds the environments,
 runs the kit and writes this page.
 
-A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below. It is the
-whole kit but where it says *model only*: image models share one adapter, so the whole kit is run on all of them in one
-version of transformers, and in the others on one for each way through it, with the tests about the model itself on the
-rest.
+A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below, and
+`+2 (a)` is two such. It is the whole kit but where it says *model only*: image models share one adapter, so the whole
+kit is run on all of them in one version of transformers, and in the others on one for each way through it, with the
+tests about the model itself on the rest.
 """
 
 
@@ -89,7 +90,7 @@ def _cell(family: str, run: dict[str, Any], reasons: dict[str, str]) -> str:
     exempt = dict(kinds.get("expected", {}))
     known = {exemption.reason for exemption in EXEMPTIONS}
     exempt |= {test: why for test, why in kinds.get("skipped", {}).items() if why in known}
-    marks = "".join(f" +1 ({_mark(why, reasons)})" for why in exempt.values())
+    marks = "".join(f" +{count} ({_mark(why, reasons)})" for why, count in Counter(exempt.values()).items())
     return f"{len(kinds.get('passed', ()))}{' *model only*' * (family in run['brief'])}{marks}"
 
 
