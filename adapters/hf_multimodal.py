@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
-from fs_plugins.adapters import hf_padded, hf_patches, timm
+from fs_plugins.adapters import hf_flat, hf_padded, hf_patches, timm
 from fs_plugins.adapters.hf import PACKAGES, architecture, channels_of, find, image_size, kind, pixel_space
 from fs_plugins.adapters.hf_layouts import Packed, PatchBatch, PatchRows, Tiles
 from fs_plugins.adapters.hf_patches import Cubes
 from fs_plugins.adapters.hf_readouts import (
     Consumed,
+    adapted,
+    beside,
     deepstack,
+    dense,
     folded,
     internvl,
     last,
@@ -46,6 +49,9 @@ class Family:
     endings: tuple[str, ...] = ("ForConditionalGeneration", "Model")
 
 
+_ANY_SIZE = ("idefics2", "step3", "deepseek_ocr2", "unlimited_ocr")
+"""How the model types of encoders begin that take whole images of any size."""
+
 _IMAGES = ("pixel_values",)
 _BOTH = ("pixel_values", "pixel_values_videos")
 
@@ -53,7 +59,7 @@ FAMILIES = (
     Family(("Llava", "LlavaNext", "AyaVision"), {"vision_tower": (layers, _IMAGES)}),
     Family(("Granite4Vision",), {"vision_tower": (scattered, _IMAGES)}),
     Family(("VipLlava",), {"vision_tower": (partial(layers, strategy="default"), _IMAGES)}),
-    Family(("Mistral3", "Aria"), {"vision_tower": (partial(layers, strategy="full"), _IMAGES)}),
+    Family(("Mistral3", "MistralLarge4", "Aria"), {"vision_tower": (partial(layers, strategy="full"), _IMAGES)}),
     Family(("LlavaOnevision", "LlavaNextVideo"), {"vision_tower": (layers, _BOTH)}),
     Family(
         ("VideoLlava",),
@@ -69,7 +75,7 @@ FAMILIES = (
         endings=("ForConditionalGeneration", "ForQuestionAnswering", "ForImageTextRetrieval"),
     ),
     Family(("PaliGemma", "Gemma3", "Cohere2Vision", "Lfm2Vl"), {"vision_tower": (last, _IMAGES)}),
-    Family(("Gemma4", "MiniCPMV4_6"), {"vision_tower": (last, _BOTH)}),
+    Family(("Gemma4", "MiniCPMV4_6", "MiniCPMV4_7", "MiniCPMOcr"), {"vision_tower": (last, _BOTH)}),
     Family(("DiffusionGemma",), {"encoder.vision_tower": (last, _IMAGES)}, endings=("ForBlockDiffusion", "Model")),
     Family(("DiffusionGemmaEncoder",), {"vision_tower": (last, _IMAGES)}, endings=("Model",)),
     Family(
@@ -83,6 +89,7 @@ FAMILIES = (
     Family(("PPFormulaNet",), {"encoder": (projected, _IMAGES)}),
     Family(("VisionEncoderDecoder",), {"encoder": (last, _IMAGES)}, endings=("Model",)),
     Family(("DeepseekOcr2",), {"vision_tower": (last, ("pixel_values", "pixel_values_local"))}),
+    Family(("UnlimitedOcr",), {"vision_tower": (beside, ("pixel_values", "pixel_values_local"))}),
     Family(("Idefics2", "Idefics3", "SmolVLM", "Mllama"), {"vision_model": (last, _IMAGES)}),
     Family(("Llama4", "DeepseekVL", "Janus", "Kosmos2"), {"vision_model": (last, _IMAGES)}),
     Family(
@@ -100,14 +107,19 @@ FAMILIES = (
     Family(("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp"), {"visual": (merged, _BOTH)}),
     Family(("Glm4v", "Glm4vMoe", "Glm46V", "GlmOcr", "Glm5Next"), {"visual": (merged, _BOTH)}),
     Family(("Qwen3VL", "Qwen3VLMoe", "Qwen3OmniMoeThinker", "Cosmos3Omni"), {"visual": (deepstack, _BOTH)}),
-    Family(("Ernie4_5_VLMoe",), {"vision_tower": (last, _BOTH)}),
+    Family(("Ernie4_5_VLMoe", "Lfm3Vl"), {"vision_tower": (last, _BOTH)}),
     Family(("PaddleOCRVL", "Cosmos3Edge"), {"visual": (last, _BOTH)}),
-    Family(("Kimi_K25",), {"vision_tower": (merged, _BOTH)}),
-    Family(("HunYuanVL", "Inkling"), {"vision_tower": (projected, _IMAGES)}),
+    Family(("Kimi_K25", "Dots3Note"), {"vision_tower": (merged, _BOTH)}),
+    Family(("HyperCLOVAXVisionV2",), {"vision_model": (merged, _BOTH)}),
+    Family(("HunYuanVL", "Inkling", "Inkling2", "Inkling2Loop"), {"vision_tower": (projected, _IMAGES)}),
+    Family(("HYV4VL",), {"vision_tower": (projected, _BOTH)}),
     Family(("VideoLlama3",), {"vision_model": (last, _BOTH)}),
-    Family(("MuseGlimmer",), {"vision_tower": (folded, _BOTH)}),
+    Family(("MuseGlimmer", "MuseSpark"), {"vision_tower": (folded, _BOTH)}),
     Family(("Step3p7",), {"vision_model": (partial(last, times=4), _IMAGES)}),
     Family(("CohereCompass",), {"visual": (deepstack, _BOTH)}),
+    Family(("GraniteDocling",), {"vision_model": (deepstack, _IMAGES)}),
+    Family(("Molmo2",), {"vision_tower": (adapted, _BOTH)}),
+    Family(("NemotronH_Omni_Reasoning_V3",), {"vision_model": (dense, _BOTH)}, endings=("",)),
 )
 
 OMNI = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
@@ -128,6 +140,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3VLModel"), _MINGLED),
     **dict.fromkeys(("ChameleonForConditionalGeneration", "ChameleonModel"), _CODES),
     **dict.fromkeys(("Emu3ForConditionalGeneration", "Emu3Model"), _CODES),
+    **dict.fromkeys(("Apertus1p5ForConditionalGeneration", "Apertus1p5Model"), _CODES),
     **dict.fromkeys(
         ("UdopForConditionalGeneration", "UdopModel", "UdopEncoderModel"),
         "it has no vision encoder: one linear layer makes patches of a page into tokens, which the language encoder "
@@ -178,7 +191,7 @@ def _call(whole: Any, config: Any, module: nn.Module, consumed: Consumed, inputs
     if isinstance(layout, Cubes):
         fixed = (layout.patch, layout.patch)
     in_patches = isinstance(layout, Packed | PatchBatch | PatchRows)
-    any_size = in_patches or vision.model_type.startswith(("idefics2", "step3", "deepseek_ocr2"))
+    any_size = in_patches or vision.model_type.startswith(_ANY_SIZE)
     deep = any(isinstance(step, Field) and step.name == "hidden_states" for r in readouts for step in r.path)
     return VisionCall(
         module=module,
@@ -211,7 +224,7 @@ def _tower(whole: Any, name: str) -> nn.Module | None:
 
 def layout_of(vision: Any) -> tuple[Layout, str]:
     """How a vision configuration's encoder takes pixels, and the argument's name."""
-    layouts = {**hf_patches.LAYOUTS, **hf_padded.LAYOUTS}
+    layouts = {**hf_patches.LAYOUTS, **hf_padded.LAYOUTS, **hf_flat.LAYOUTS}
     if vision.model_type in layouts:
         layout, argument = layouts[vision.model_type]
         return layout(vision, channels_of(vision)), argument

@@ -174,5 +174,7 @@ LAYOUTS: Mapping[str, tuple[Callable[[Any, int], Layout], str]] = {
     "gemma4_vision": (_pooled, "pixel_values"),
     "gemma4_unified_vision": (_placed, "pixel_values"),
     "minicpmv4_6_vision": (_strips, "pixel_values"),
+    "minicpmv4_7_vision": (_strips, "pixel_values"),
+    "minicpm_ocr_vision": (_strips, "pixel_values"),
 }
 """By the vision configuration's model_type: the layout, and the name of the encoder's pixel argument."""

@@ -28,7 +28,7 @@ class Patches(PatchRows):
     Args:
         block: sides of images are multiples of so many patches; of ``merge`` if 0.
         inside: what goes before what in a patch: C, F, H (row of pixels) and W (column).
-        maps: whether a patch is (C, P, P), not flat.
+        maps: whether a patch is a small image, (C, P, P) or in the order of ``inside``, not flat.
         batched: whether the pixels (``"pixels"``), or the tokens that come out (``"tokens"``), are a batch of one.
     """
 
@@ -75,7 +75,9 @@ class Patches(PatchRows):
 
     def _shape(self, channels: int) -> tuple[int, ...]:
         """Of the pixel argument; -1 stands for the patches of all images."""
-        one = (channels, self.patch, self.patch) if self.maps else (channels * self.frames * self.patch**2,)
+        sides = {"C": channels, "H": self.patch, "W": self.patch}
+        one = tuple(sides[letter] for letter in self.inside if letter in sides)
+        one = one if self.maps else (channels * self.frames * self.patch**2,)
         return (1, -1, *one) if "pixels" in self.batched else (-1, *one)
 
     def _qwen(self, pixels: Tensor) -> Tensor:
@@ -182,6 +184,15 @@ def _video_llama(vision: Any, channels: int) -> Layout:
     return MergedRows(vision.patch_size, 1, 1, channels)
 
 
+def _lfm3(vision: Any, channels: int) -> Layout:
+    return PatchRows(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, channels)
+
+
+def _inkling2(vision: Any, channels: int) -> Layout:
+    side = vision.patch_size * vision.spatial_merge_size
+    return Patches(side, 1, 1, channels, "image_grid_thw", inside="HWCF", maps=True)
+
+
 def _inkling(vision: Any, channels: int) -> Layout:
     return Cubes(vision.patch_size, vision.temporal_patch_size, channels)
 
@@ -191,9 +202,14 @@ LAYOUTS: Mapping[str, tuple[Callable[[Any, int], Layout], str]] = {
     "kimi_k25_vision": (_kimi, "pixel_values"),
     "paddleocr_vl_vision": (_paddle, "pixel_values"),
     "hunyuan_vl_vision": (_hunyuan, "pixel_values"),
+    "hy_v4_vl_vision": (_hunyuan, "pixel_values"),
     "cosmos3_edge_vision": (_cosmos, "pixel_values"),
     "muse_glimmer_vision": (_muse, "pixel_values"),
+    "muse_spark_vision": (_muse, "pixel_values"),
+    "dots3_note_vision_encoder": (_ernie, "pixel_values"),
+    "lfm3_vl_vision": (_lfm3, "pixel_values"),
     "video_llama_3_vision": (_video_llama, "pixel_values"),
     "inkling_vision": (_inkling, "pixel_values"),
+    "inkling2_vision": (_inkling2, "pixel_values"),
 }
 """By the vision configuration's model_type: the layout, and the name of the encoder's pixel argument."""

@@ -43,6 +43,24 @@ def last(config: Any, vision: Any, *, times: int = 1) -> tuple[Readout, ...]:
     return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
 
 
+def beside(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Unlimited-OCR: tokens of an encoder behind an encoder, each beside the first one's of the same place."""
+    width = vision.encoder_config.hidden_size + vision.sam_config.downsample_channels[-1]
+    return (Readout("last_hidden_state", (Field("last_hidden_state", 0),), width=width, tokens=None),)
+
+
+def adapted(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Molmo 2: what comes out of the layers that its adapter pools, the first of which is layer 0."""
+    asked = [layer + 1 if layer >= 0 else layer for layer in config.adapter_config.vision_feature_layer]
+    each = {layer % (vision.num_hidden_layers + 1): layer for layer in asked}
+    return tuple(_layer(vision, layer, 0) for layer in each.values())
+
+
+def dense(config: Any, vision: Any) -> tuple[Readout, ...]:
+    """Nemotron's RADIO: tokens of patches, without those that sum up."""
+    return (Readout("features", (Field("features", 1),), width=vision.hidden_size, tokens=None),)
+
+
 def mapped(config: Any, vision: Any) -> tuple[Readout, ...]:
     """FastVLM, Gemma 3n, GOT-OCR and Florence: the last map that a tower makes, whose places are the tokens."""
     widths = (getattr(vision, name, None) for name in ("output_channels", "embed_dim", "hidden_size"))
@@ -83,8 +101,9 @@ def internvl(config: Any, vision: Any) -> tuple[Readout, ...]:
 
 
 def merged(config: Any, vision: Any) -> tuple[Readout, ...]:
-    """Qwen and GLM: tokens after the patch merger. Transformers 4 returns them bare, 5 as the pooler's output."""
-    width = getattr(vision, "out_hidden_size", None) or vision.hidden_size
+    """Qwen, GLM and kin: tokens after the patch merger. Transformers 4 returns them bare, 5 as the pooler's output."""
+    named = (getattr(vision, name, None) for name in ("out_hidden_size", "adapter_out_dim"))
+    width = next(filter(None, named), None) or vision.hidden_size
     return (Readout("pooler_output", (Field("pooler_output", _bare(0, 1)),), width=width, tokens=None),)
 
 

@@ -8,12 +8,19 @@ from families import FAMILIES
 from family import Family
 from fs_plugins.adapters import hf_multimodal
 from gridded_families import GRIDDED_FAMILIES
+from newest_families import NEWEST_FAMILIES
 from patched_families import PATCHED_FAMILIES
 from tower_families import TOWER_FAMILIES
 
 from fs_plugins.plugins import claims
 
-LANGUAGE_FAMILIES: tuple[Family, ...] = (*FAMILIES, *TOWER_FAMILIES, *GRIDDED_FAMILIES, *PATCHED_FAMILIES)
+LANGUAGE_FAMILIES: tuple[Family, ...] = (
+    *FAMILIES,
+    *TOWER_FAMILIES,
+    *GRIDDED_FAMILIES,
+    *PATCHED_FAMILIES,
+    *NEWEST_FAMILIES,
+)
 """Models of transformers whose language side looks at images, and a few bare encoders of theirs."""
 TIMM = {"FastVlmForConditionalGeneration", "Gemma3nForConditionalGeneration", "PerceptionLMForConditionalGeneration"}
 """Classes whose towers are timm's, which the kit knows where timm is installed."""

@@ -50,6 +50,10 @@ CUT = (
     "VideoLLaMA 3 video",
     "Step 3.7 tiles",
     "Inkling",
+    "Muse-Spark video",
+    "Molmo 2 crops",
+    "Molmo 2 video",
+    "Nemotron 3 Omni video",
 )
 
 
