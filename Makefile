@@ -100,7 +100,7 @@ serve: $(VENV)-serve/.ready
 
 $(VENV)-serve/.ready: $(VENV)/.dev
 	$(call on_top,$(VENV)-serve)
-	$(VENV)-serve/bin/pip install -q -c constraints.txt -e ".[demo,serve,testing]"
+	$(VENV)-serve/bin/pip install -q -c constraints.txt -e ".[evaluate,serve,testing]"
 	touch $@
 
 # The adapter guide's own commands: a stranger's plugin, installed beside the package (not from the checkout).

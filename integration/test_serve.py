@@ -33,6 +33,7 @@ from PIL import Image
 import fs_plugins
 from fs_plugins.attacks import attack
 from fs_plugins.demo import assets, world
+from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.served import Question, ServedModel
 from fs_plugins.hf import load_chat
 from fs_plugins.hf.chat import ask
@@ -204,6 +205,18 @@ def test_its_own_command_asks_it(server, tmp_path):
     told = subprocess.run([sys.executable, "-m", "fs_plugins.cli", *typed], capture_output=True, text=True)
     assert told.returncode == 0, told.stdout
     assert re.search(r"as served\s+\w+", told.stdout)
+
+
+def test_its_own_command_judges_it_from_outside(server, tmp_path):
+    before = images(server)
+    typed = ["evaluate", "--suite", "table3", "--quick", "--images", "4", "--steps", "5", "--out", str(tmp_path)]
+    typed += ["--endpoint", f"{server}/v1"]
+    told = subprocess.run([sys.executable, "-m", "fs_plugins.cli", *typed], capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
+    (table,) = Results(tmp_path).tables()
+    assert [row[1:3] for row in table.rows] == [("none", 4), ("as served", 4)] * 4
+    assert images(server) == before + 4 * 4
+    assert "as served" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

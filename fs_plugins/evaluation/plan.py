@@ -126,14 +126,14 @@ class Plan:
             return
         for defence in suite.defences:
             samples = self.pictures(suite, defence)
-            if suite.compared:
+            if suite.compared and not defence.served:
                 yield (defence, CLEAN), FEATURES, samples
             if suite.twice:
                 yield (defence, CLEAN), AGAIN, samples
             for condition in suite.asked:
                 if condition.through is not None and defence.smoothing is None:
                     continue
-                if condition != CLEAN:
+                if condition != CLEAN and not defence.served:
                     yield (defence, condition), FEATURES, samples
                 yield (defence, condition), suite.task, samples
         if suite.task == "captioning":  # what captions are compared with

@@ -268,6 +268,9 @@ class Results:
             success(answers),
         ]
         for of in ("cosine", "pooled"):
+            if defence.served:
+                line += ["", ""]
+                continue
             line.append("" if condition == CLEAN else self.cosine(defence, condition, samples, of=of))
             line.append(self.cosine(defence, CLEAN, samples, of=of))
         if suite.task == Captioning.name:
@@ -295,6 +298,11 @@ class Results:
             )
         if any(defence.smoothing and defence.smoothing.votes > 1 for defence in suite.defences):
             said += " A vote is adaptively attacked through single draws, fresh in each step; its FCS is of one draw."
+        if any(defence.served for defence in suite.defences):
+            said += (
+                " As served: the answers of an endpoint to pictures that were attacked on the open weights, in eight "
+                "bits. What withstands such a transfer may fall to an attack through the defence."
+            )
         if suite.timed:
             said += " Seconds are of pictures in batches."
         if suite.task == Captioning.name:

@@ -15,6 +15,7 @@ from fs_plugins.evaluation.judges import Judge
 from fs_plugins.evaluation.means import Means, Track
 from fs_plugins.evaluation.plan import SHOWN, Plan, attacked_key
 from fs_plugins.evaluation.record import Record
+from fs_plugins.evaluation.served import ServedModel
 from fs_plugins.evaluation.store import SHOWN as PICTURES
 from fs_plugins.evaluation.store import Store
 from fs_plugins.evaluation.subjects import Subject, size_of
@@ -36,6 +37,7 @@ class Evaluation:
         track: makes progress bars.
         batch_size, chunk_size, share: see ``Means``.
         wait: until all processes are here.
+        served: who answers for the defence ``SERVED``.
     """
 
     load: Callable[[str], Subject]
@@ -47,6 +49,7 @@ class Evaluation:
     chunk_size: int = DEFAULT_CHUNK_SIZE
     share: tuple[int, int] = (0, 1)
     wait: Callable[[], None] = lambda: None
+    served: ServedModel | None = None
 
     def run(self) -> None:
         """Do what is still to be done. ``Results`` then has something to show, also where a judge failed."""
@@ -63,7 +66,7 @@ class Evaluation:
             plan = replace(plan, tasks=subject.tasks)
             if tower == NONE.tower:
                 self._keep(plan, found)
-            Tower(tower, subject, plan, means, found).run()
+            Tower(tower, subject, plan, means, found, self.served).run()
             if self.share[0] == 0 and tower == NONE.tower:
                 self._show(plan, subject)
             del subject  # before the next one is loaded

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from fs_plugins.errors import EndpointError
+from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.judges.remote import Messages, RemoteModel
+from fs_plugins.evaluation.subjects import Subject
+from fs_plugins.evaluation.tasks import Task
 
 
 class Question(NamedTuple):
@@ -66,6 +71,26 @@ class ServedModel(RemoteModel[Question, str]):
             f"The model {self.model!r} at {self.where} gave no answer about picture {place} of {number} (asked "
             f"{times}): {why}"
         )
+
+
+class Elsewhere:
+    """A subject whose replies are a served model's: pictures are attacked on the subject and shown to the other.
+
+    They are rounded to eight bits, and resized by the server if its model sees another size.
+    """
+
+    most: Mapping[str, int] = {"captioning": 40, "classification": 8, "vqa": 12}
+    """The tokens of an answer, by task."""
+
+    def __init__(self, subject: Subject, served: ServedModel) -> None:
+        self.model, self.call, self.tasks = subject.model, subject.call, subject.tasks
+        self.served = served
+
+    def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
+        eight = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+        prompts = [task.prompt(sample, dataset) for sample in samples]
+        shown = zip(map(Image.fromarray, eight), prompts, strict=True)
+        return list(self.served.each([Question(*pair, self.most[task.name]) for pair in shown]))
 
 
 def _png(picture: Image.Image) -> str:

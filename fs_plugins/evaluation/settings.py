@@ -28,6 +28,13 @@ class Settings:
     processor: str | None = knob(
         None, "Folder or hub id of the model's processor, where none is beside the model.", panel=_RUN
     )
+    endpoint: str | None = knob(
+        None,
+        "A served model, in OpenAI's protocol: what it answers to pictures attacked on --model, the open weights. Its "
+        "key is read from OPENAI_API_KEY.",
+        panel=_RUN,
+    )
+    endpoint_model: str | None = knob(None, "The name that its server knows it by; --model if left out.", panel=_RUN)
     data: Path | None = knob(
         None,
         "A dataset (docs/reference/dataset-format.md); left out, held-out scenes of the embedded world.",

@@ -45,16 +45,19 @@ class Defence:
         name: in result files; also part of folders' names.
         title: in tables.
         tower: ``"none"`` for the model's own encoder, else a key of the run's robust towers.
+        served: whether the answers are those of an endpoint, whose encoder nobody sees.
     """
 
     name: str
     title: str
     tower: str = "none"
     smoothing: Smoothing | None = None
+    served: bool = False
 
 
 NONE = Defence("none", "none")
 FS_PSM = Defence("fs_psm", "FS-PSM", smoothing=Smoothing())
+SERVED = Defence("served", "as served", served=True)
 DEFENCES = (
     NONE,
     FS_PSM,
@@ -349,6 +352,21 @@ def chosen(names: Sequence[str], eps: str | None = None, attacks: str | None = N
         return suites
     scale = 255 * radius(eps) / FOA.eps255
     return tuple(replace(suite, conditions=tuple(_scaled(one, scale) for one in suite.conditions)) for suite in suites)
+
+
+def as_served(suites: Sequence[Suite]) -> tuple[Suite, ...]:
+    """The same suites on a model behind an endpoint, beside the open weights that the attacks are made on.
+
+    Raises:
+        SettingError: one of them is about more than answers to pictures that were attacked elsewhere.
+    """
+    fit = [name for name, one in SUITES.items() if one.defences == DEFENCES]
+    for suite in suites:
+        if suite.defences != DEFENCES:
+            raise SettingError(
+                f"The suite {suite.name!r} looks behind an endpoint. A served model can be asked for {', '.join(fit)}."
+            )
+    return tuple(replace(suite, defences=(NONE, SERVED)) for suite in suites)
 
 
 def _with_only(suites: tuple[Suite, ...], attacks: Sequence[str]) -> tuple[Suite, ...]:

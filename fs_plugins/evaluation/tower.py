@@ -24,6 +24,7 @@ from fs_plugins.evaluation.datasets import Sample
 from fs_plugins.evaluation.defended import Encoder, Options, asked_for, defended, options
 from fs_plugins.evaluation.means import Means
 from fs_plugins.evaluation.plan import Asked, Plan, answers_key, attacked_key
+from fs_plugins.evaluation.served import Elsewhere, ServedModel
 from fs_plugins.evaluation.subjects import Answering, Subject, size_of
 from fs_plugins.evaluation.suites import ANSWERS, AUTOATTACK, CLEAN, FS_PSM, TARGET, Condition, Defence, Smoothing
 from fs_plugins.evaluation.tables import title_of
@@ -59,10 +60,20 @@ class Tower:
         subject: the model with it.
         plan, means: of the evaluation.
         found: is added to.
+        served: who answers for the defence ``SERVED``.
     """
 
-    def __init__(self, name: str, subject: Subject, plan: Plan, means: Means, found: Found) -> None:
+    def __init__(
+        self,
+        name: str,
+        subject: Subject,
+        plan: Plan,
+        means: Means,
+        found: Found,
+        served: ServedModel | None = None,
+    ) -> None:
         self.name, self.subject, self.plan, self.means, self.found = name, subject, plan, means, found
+        self.served = served
         self.size = size_of(subject.call)
         self.store = means.store
         self.device = subject.call.device
@@ -87,7 +98,7 @@ class Tower:
         for defence, chosen in ready.items():
             asked = {condition: tasks for (other, condition), tasks in cells.items() if other == defence}
             with defended(self.subject, chosen) as encoder:
-                asking = Asking(self.subject, encoder, defence, self.plan, self.means)
+                asking = Asking(self._speaker(defence), encoder, defence, self.plan, self.means)
                 for condition, tasks in asked.items():
                     left = self._left(defence, condition, tasks)
                     if condition.adaptive:
@@ -101,6 +112,14 @@ class Tower:
                     self._search(encoder)
             self._certify(defence)
             self._certify_answers(defence, chosen)
+
+    def _speaker(self, defence: Defence) -> Subject:
+        """Who answers."""
+        if not defence.served:
+            return self.subject
+        assert self.served is not None
+        self.store.hold(defence.name, {"model": self.served.model, "endpoint": self.served.where})
+        return Elsewhere(self.subject, self.served)
 
     def _left(self, defence: Defence, condition: Condition, tasks: Asked) -> Asked:
         """What a condition is asked about: where only the worst case counts, the pictures that are right so far."""

@@ -19,10 +19,11 @@ from fs_plugins.evaluation.means import Track
 from fs_plugins.evaluation.plan import Plan, Setup, fixed
 from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
+from fs_plugins.evaluation.served import ServedModel
 from fs_plugins.evaluation.settings import Settings
 from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject
-from fs_plugins.evaluation.suites import AUTOATTACK, NONE, Suite, chosen
+from fs_plugins.evaluation.suites import AUTOATTACK, NONE, Suite, as_served, chosen
 from fs_plugins.files import locked, unused
 from fs_plugins.settings import build
 
@@ -76,7 +77,9 @@ def evaluate(
         autoattack.package()
     if settings.sigma is not None:
         checks.sigma(settings.sigma)
-    compares = _judge(settings)
+    compares, served = _judge(settings), _served(settings)
+    if served is not None:
+        suites = as_served(suites)
     with ExitStack() as held:
         data = settings.data or _scenes(settings, scenes, held if first else None, wait)
         dataset = _dataset(settings, data, suites)
@@ -98,6 +101,7 @@ def evaluate(
             chunk_size=settings.chunk_size,
             share=share,
             wait=wait,
+            served=served,
         )
         failed = None
         try:
@@ -128,6 +132,19 @@ def _judge(settings: Settings) -> Judge:
         raise SettingError("--judge endpoint needs --judge-url, such as http://localhost:8000/v1, and --judge-model.")
     told = {"model": settings.judge_model, "url": settings.judge_url}
     return judge(settings.judge, **{name: value for name, value in told.items() if value is not None})
+
+
+def _served(settings: Settings) -> ServedModel | None:
+    if settings.endpoint is None:
+        if settings.endpoint_model is not None:
+            raise SettingError("--endpoint-model names a model at an --endpoint, and none is given.")
+        return None
+    if (settings.psm, settings.sigma, settings.n0) != ("auto", None, 4):
+        raise SettingError(
+            "--psm, --sigma and --n0 smooth a model in this process. What an --endpoint serves is smoothed by its "
+            "server or not at all; give them to fs-plugins serve."
+        )
+    return ServedModel(settings.endpoint, settings.endpoint_model or settings.model)
 
 
 def _scenes(settings: Settings, scenes: Scenes | None, held: ExitStack | None, wait: Callable[[], None]) -> Path:
@@ -161,6 +178,8 @@ def _dataset(settings: Settings, folder: Path, suites: tuple[Suite, ...]) -> Dat
 
 def _towers(settings: Settings, robust: Mapping[str, str]) -> dict[str, str]:
     """Names of towers -> what ``swap_encoder`` is told; the model's own first."""
+    if settings.endpoint is not None:
+        return {NONE.tower: ""}
     given = {"fare": settings.fare, "tecoa": settings.tecoa}
     found = {name: given.get(name) or usual for name, usual in robust.items()}
     return {NONE.tower: "", **{name: what for name, what in found.items() if what != "none"}}

@@ -6,17 +6,22 @@ import base64
 import io
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from PIL import Image, ImageChops
+import torch
+from painting import SUITE
+from PIL import Image, ImageChops, ImageStat
 from serving import SECRET
 from typer.testing import CliRunner
 
-from fs_plugins import EndpointError
+from fs_plugins import EndpointError, SettingError
 from fs_plugins.cli import app
+from fs_plugins.evaluation import Results, Settings, evaluate
 from fs_plugins.evaluation.judges import KEY
 from fs_plugins.evaluation.served import Question, ServedModel
+from fs_plugins.evaluation.suites import DEFENCES, SUITES, as_served, chosen
 from fs_plugins.pictures import rgb
 
 QUESTION = "What is it?"
@@ -136,3 +141,85 @@ def test_smoothing_is_the_servers_affair(server, picture, smoothing):
     assert answered.exit_code == 2
     assert "give them to fs-plugins serve" in " ".join(answered.output.split())
     assert server.requests == []
+
+
+# A whole evaluation, from outside
+
+
+SHAPES = replace(SUITE, defences=DEFENCES)
+
+
+def strongest_colour(picture: Image.Image) -> str:
+    """The number of the class, of red, green and blue."""
+    return str(max(range(3), key=ImageStat.Stat(picture).sum.__getitem__))
+
+
+def test_a_served_model_is_shown_what_was_attacked_on_the_open_weights(server, start):
+    server.answer = strongest_colour
+    evaluation = replace(start(*as_served([SHAPES])), served=ServedModel(server.url, "painter"))
+    evaluation.run()
+    (painter,) = evaluation.load.painters
+    assert len(painter.asked) == 2 * 5, "the open weights, clean and attacked"
+    assert len(server.requests) == 2 * 5
+    assert {body["max_tokens"] for _, _, body in server.requests} == {8}
+    store = evaluation.store
+    attacked = [store.attacked("none/attackvlm-16", f"{i}.png") for i in range(5)]
+    eight = [(one * 255).round().to(torch.uint8).permute(1, 2, 0).numpy().tobytes() for one in attacked]
+    shown = [seen(body).tobytes() for _, _, body in server.requests]
+    assert sorted(shown[5:]) == sorted(eight)
+    said = store.rows("served/attackvlm-16")
+    assert {key: row["reply"] for key, row in said.items()} == {
+        (f"{i}.png", "classification"): strongest_colour(Image.frombytes("RGB", (16, 16), pixels))
+        for i, pixels in enumerate(eight)
+    }
+    assert store.made_of("served") == {"model": "painter", "endpoint": f"{server.url}/chat/completions"}
+    (table,) = Results(store.folder).tables()
+    assert [row[:3] for row in table.rows] == [
+        (pictures, defence, 5) for pictures in ("clean", "AttackVLM 16/255") for defence in ("none", "as served")
+    ]
+    assert [row[5:9] for row in table.rows if row[1] == "as served"] == [("", "", "", "")] * 2
+    assert "attacked on the open weights" in table.note
+
+
+def test_an_endpoint_that_goes_away_is_an_error_and_the_same_run_goes_on(server, start):
+    def answer(picture):
+        return strongest_colour(picture) if len(server.requests) <= 4 else (401, {"detail": "no more"})
+
+    server.answer = answer
+    client = ServedModel(server.url, "painter", parallel=1)
+    with pytest.raises(EndpointError, match="picture 1 of 1"):
+        replace(start(*as_served([SHAPES])), served=client).run()
+    server.answer = strongest_colour
+    before = len(server.requests)
+    resumed = replace(start(*as_served([SHAPES])), served=client)
+    resumed.run()
+    assert len(server.requests) == before + 6, "four of ten were kept"
+    assert resumed.load.painters[0].asked == []
+
+
+def test_a_folder_is_of_one_endpoint(server, start):
+    server.answer = strongest_colour
+    replace(start(*as_served([SHAPES])), served=ServedModel(server.url, "painter")).run()
+    with pytest.raises(SettingError, match="another-model"):
+        replace(start(*as_served([SHAPES])), served=ServedModel(server.url, "another-model")).run()
+
+
+def test_suites_that_look_behind_an_endpoint_are_refused():
+    assert [suite.name for suite in as_served(chosen(["table1", "table3", "table4", "s7"]))]
+    for name in SUITES.keys() - {"table1", "table3", "table4", "s7"}:
+        with pytest.raises(SettingError, match="can be asked for table1, table3, table4, s7"):
+            as_served(chosen([name]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"endpoint_model": "llava"}, "none is given"),
+        ({"endpoint": "http://127.0.0.1:9/v1", "n0": 2}, "smoothed by its server"),
+        ({"endpoint": "127.0.0.1:9"}, "url must be an http or https address"),
+        ({"endpoint": "http://127.0.0.1:9/v1", "suite": ("adaptive",)}, "looks behind an endpoint"),
+    ],
+)
+def test_settings_that_do_not_go_with_an_endpoint_are_refused_before_anything_is_loaded(settings, says):
+    with pytest.raises(SettingError, match=says):
+        evaluate(Settings(**settings), lambda tower, dataset: pytest.fail("it loads"))
