@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from fs_plugins.cli.base import console, errors_for_people, needs
 from fs_plugins.errors import SettingError
+
+TRIED = "5.17"
+"""The version of transformers whose server ours is made on."""
 
 
 def serve(
@@ -33,12 +37,13 @@ def serve(
     """One smoothed model behind OpenAI's protocol, on transformers' own server. It starts protected or not at all."""
     with errors_for_people():
         needs("transformers", "fastapi", "uvicorn", "openai", extra="serve")
-        try:
-            from fs_plugins.hf import serving
-        except ImportError as error:
+        found = version("transformers")
+        if not found.startswith(f"{TRIED}."):
             raise SettingError(
-                f'transformers has another server, or none, in this version: {error}. pip install "fs-plugins[serve]".'
-            ) from None
+                f"This stands inside transformers' server, which changes with its versions and might find another way "
+                f'to a model: it is tried with {TRIED}, and {found} is installed. pip install "fs-plugins[serve]".'
+            )
+        from fs_plugins.hf import serving
         from fs_plugins.hf.load import quieten
 
         quieten()

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import fs_plugins
 from fs_plugins import ModelError, PSMError, SettingError
 from fs_plugins.cli import app
+from fs_plugins.cli.serve import TRIED
 from fs_plugins.demo import assets
 
 pytest.importorskip("transformers.cli.serving")
@@ -127,6 +128,23 @@ def test_addresses():
     if socket.has_ipv6:
         with serving.bound("::1", 0) as at:
             assert serving.address(at).startswith("http://[::1]:")
+
+
+def test_the_command_refuses_a_server_that_nobody_tried(monkeypatch):
+    command = sys.modules["fs_plugins.cli.serve"]  # the package has the function under this name
+    monkeypatch.setattr("fs_plugins.cli.base.missing", lambda *packages: [])
+    for found in ("5.24.0", "4.57.6", "5.170.0"):
+        monkeypatch.setattr(command, "version", lambda name, found=found: found)
+        answered = CliRunner().invoke(app, ["serve", "demo"], env={"COLUMNS": "400"})
+        assert answered.exit_code == 2
+        assert f"it is tried with {TRIED}, and {found} is installed" in answered.output
+
+
+def test_the_version_that_is_tried_is_the_one_of_the_extra_and_of_the_constraints():
+    root = Path(__file__).parents[2]
+    major, minor = map(int, TRIED.split("."))
+    assert f'"transformers[serving]>={TRIED},<{major}.{minor + 1}"' in (root / "pyproject.toml").read_text("utf-8")
+    assert f"\ntransformers=={TRIED}." in (root / "constraints.txt").read_text("utf-8")
 
 
 def test_the_command_says_what_it_needs(monkeypatch):
