@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fs_plugins.adapters.hf_layouts import PatchRows
+from fs_plugins.adapters.hf_layouts import PatchRows, is_still
 from torch import Tensor
 
 from fs_plugins import PixelError
@@ -128,7 +128,7 @@ class RowsOrTubelets(PatchRows):
 
     def _tubelets(self, frames: Tensor) -> list[Group]:
         groups = []
-        for still, units in alike([bool((one[1:] == one[:1]).all()) for one in frames]).items():
+        for still, units in alike([is_still(one) for one in frames]).items():
             shown = frames[list(units)]
             groups.append(Group(units, shown[:, 0] if still else shown, {}, partial(_stacked, frames.shape[1])))
         return groups

@@ -111,8 +111,20 @@ OF_GRIDS = frozenset(
 """What encoders derive from ``grid_thw`` where they are not given it, as for an exported graph."""
 
 
+class Listed(Layout):
+    """Tokens of all images come out below each other, (sum of L, D)."""
+
+    def opened(self, output: Any, rows: int) -> Any:
+        return map_tensors(
+            [output], lambda one: one[0].reshape(rows, -1, one[0].shape[-1]) if one[0].ndim == 2 else one[0]
+        )
+
+    def closed(self, outputs: Sequence[Any], units: Sequence[int], pixels: Tensor) -> Any:
+        return map_tensors(outputs, lambda parts: joined(units, parts) if parts[0].ndim == 3 else parts[0])
+
+
 @dataclass(frozen=True)
-class PatchRows(Layout):
+class PatchRows(Listed):
     """Qwen and GLM: (sum of t h w, C * frames * P * P) patches in blocks of merge x merge, with ``grid_thw``.
 
     Two equal frames of a temporal patch are a still image: it gets one noise, copied.
@@ -139,7 +151,7 @@ class PatchRows(Layout):
                 f"{self.grid} must have heights and widths that are multiples of {self.merge}, got {grids}."
             )
         images = [self._images(rows, grid) for rows, grid in zip(pixels.split(counts), grids, strict=True)]
-        stills = [tuple(_is_still(pair) for pair in frames) for frames in images]
+        stills = [tuple(is_still(pair) for pair in frames) for frames in images]
         groups = []
         for (grid, still), units in alike(list(zip(grids, stills, strict=True))).items():
             kept = [
@@ -151,22 +163,11 @@ class PatchRows(Layout):
         return groups
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        height, width = pixels.shape[-2:]
-        block = self.patch * self.merge
-        if height % block or width % block:
-            raise PixelError(f"Images for this encoder have sides that are multiples of {block}, got {height}x{width}.")
+        height, width = sides(pixels, self.patch * self.merge)
         grid = torch.tensor(
             [[1, height // self.patch, width // self.patch]] * len(pixels), dtype=torch.long, device=pixels.device
         )
         return self._pack((True,), pixels), {self.grid: grid}
-
-    def opened(self, output: Any, rows: int) -> Any:
-        return map_tensors(
-            [output], lambda one: one[0].reshape(rows, -1, one[0].shape[-1]) if one[0].ndim == 2 else one[0]
-        )
-
-    def closed(self, outputs: Sequence[Any], units: Sequence[int], pixels: Tensor) -> Any:
-        return map_tensors(outputs, lambda parts: joined(units, parts) if parts[0].ndim == 3 else parts[0])
 
     def _images(self, rows: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(t h w, C f P P) rows of one image -> (t, frames, C, h P, w P)."""
@@ -217,11 +218,7 @@ class PatchBatch(Layout):
         return groups
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        height, width = pixels.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise PixelError(
-                f"Images for this encoder have sides that are multiples of {self.patch}, got {height}x{width}."
-            )
+        height, width = sides(pixels, self.patch)
         h, w = height // self.patch, width // self.patch
         mask = torch.ones(len(pixels), h * w, dtype=torch.long, device=pixels.device)
         shapes = torch.tensor([[h, w]] * len(pixels), dtype=torch.long, device=pixels.device)
@@ -236,7 +233,20 @@ class PatchBatch(Layout):
         return torch.cat([rows, template[:, h * w :].to(rows.dtype)], dim=1)
 
 
-def _is_still(frames: Tensor) -> bool:
+def sides(pixels: Tensor, block: int) -> tuple[int, int]:
+    """The sides of (..., H, W) still images, which an encoder takes in blocks.
+
+    Raises:
+        PixelError: they are no multiples of a block's.
+    """
+    height, width = pixels.shape[-2:]
+    if height % block or width % block:
+        raise PixelError(f"Images for this encoder have sides that are multiples of {block}, got {height}x{width}.")
+    return height, width
+
+
+def is_still(frames: Tensor) -> bool:
+    """Whether all (F, ...) frames are equal."""
     return bool((frames[1:] == frames[:1]).all())
 
 

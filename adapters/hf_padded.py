@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from fs_plugins.adapters.hf_layouts import Packed, PatchBatch
+from fs_plugins.adapters.hf_layouts import Listed, Packed, PatchBatch, sides
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fs_plugins import PixelError
-from fs_plugins.layouts import Group, Layout, alike, companion, joined, shaped
+from fs_plugins.layouts import Group, Layout, alike, companion, shaped
 from fs_plugins.outputs import map_tensors
 
 
@@ -66,24 +66,14 @@ class PlacedPatches(PatchTokens):
         return [_without_shapes(group) for group in super().groups(pixels, {**others, "spatial_shapes": shapes})]
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        block, (height, width) = self.patch * self.block, pixels.shape[-2:]
-        if height % block or width % block:
-            raise PixelError(f"Images for this encoder have sides that are multiples of {block}, got {height}x{width}.")
+        height, width = sides(pixels, self.patch * self.block)
         grid = _grid(height // self.patch, width // self.patch, pixels.device)
         return super().still(pixels)[0], {self.mask: grid.repeat(len(pixels), 1, 1)}
 
 
 @dataclass(frozen=True)
-class PooledPatches(PlacedPatches):
-    """Gemma 4's encoder: tokens of all images below each other come out."""
-
-    def opened(self, output: Any, rows: int) -> Any:
-        return map_tensors(
-            [output], lambda one: one[0].reshape(rows, -1, one[0].shape[-1]) if one[0].ndim == 2 else one[0]
-        )
-
-    def closed(self, outputs: Sequence[Any], units: Sequence[int], pixels: Tensor) -> Any:
-        return map_tensors(outputs, lambda parts: joined(units, parts) if parts[0].ndim == 3 else parts[0])
+class PooledPatches(Listed, PlacedPatches):
+    """Gemma 4's encoder: padding is left out of what comes out, too."""
 
 
 class Strips(Packed):
@@ -120,9 +110,7 @@ class Strips(Packed):
         return groups
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        block, (height, width) = self.patch * self.block, pixels.shape[-2:]
-        if height % block or width % block:
-            raise PixelError(f"Images for this encoder have sides that are multiples of {block}, got {height}x{width}.")
+        height, width = sides(pixels, self.patch * self.block)
         size = torch.tensor([[height // self.patch, width // self.patch]], dtype=torch.int32, device=pixels.device)
         return self._pack(pixels), {"target_sizes": size.repeat(len(pixels), 1)}
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fs_plugins.adapters.hf_layouts import PatchRows
+from fs_plugins.adapters.hf_layouts import PatchRows, is_still, sides
 from torch import Tensor
 
 from fs_plugins import PixelError
@@ -50,10 +50,8 @@ class Patches(PatchRows):
         return [replace(group, pack=partial(self._packed, group.pack)) for group in groups]
 
     def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        height, width = pixels.shape[-2:]
-        side = self.patch * self.block
-        if side and (height % side or width % side):
-            raise PixelError(f"Images for this encoder have sides that are multiples of {side}, got {height}x{width}.")
+        if self.block:
+            sides(pixels, self.patch * self.block)
         rows, others = super().still(pixels)
         return self._own(rows), others
 
@@ -139,7 +137,7 @@ class Cubes(Layout):
     def groups(self, pixels: Tensor, others: Mapping[str, Any]) -> list[Group]:
         frames = pixels.permute(0, 1, 4, 2, 3)
         groups = []
-        for still, units in alike([bool((one[1:] == one[:1]).all()) for one in frames]).items():
+        for still, units in alike([is_still(one) for one in frames]).items():
             shown = frames[list(units)]
             groups.append(Group(units, shown[:, 0] if still else shown, {}, self._pack))
         return groups
