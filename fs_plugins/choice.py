@@ -12,7 +12,7 @@ from torch import nn
 
 from fs_plugins import checks
 from fs_plugins.errors import ModelError, PluginError, PSMError, SettingError, warn
-from fs_plugins.identity import fingerprint, has_adapters, is_readable, same_encoder
+from fs_plugins.identity import has_adapters, same_encoder
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.plugins import claim, known_encoders, plugin_parts
 from fs_plugins.psm import PSM
@@ -208,16 +208,20 @@ def find_psm(
             f"The vision encoder carries LoRA weights; PSM {found.config.name!r} was trained for the weights beneath "
             "them."
         )
-    if (
-        psm != "auto"
-        and is_readable(call.module)
-        and not same_encoder(found.config.fingerprint, fingerprint(call.module))
-    ):
+    if psm != "auto" and not _may_be(call, found):
         notices.append(
             f"PSM {found.config.name!r} was trained for {found.config.encoder}, and this encoder's weights are "
             "others. It may still help (FARE and TeCoA encoders use the vanilla one's PSM); measure it."
         )
     return found, notices
+
+
+def _may_be(call: VisionCall, psm: PSM) -> bool:
+    """Whether the encoder is the one that the PSM was trained for, as far as anybody can tell."""
+    try:
+        return same_encoder(psm.config.fingerprint, call.fingerprint())
+    except ModelError:  # quantised, sharded or offloaded
+        return True
 
 
 def named_psm(psm: str | os.PathLike[str], purifier: Callable[[str], PSM] | None = None) -> PSM:

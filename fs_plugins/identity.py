@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ _SKETCH_TOLERANCE = 0.004
 _WRAPPERS = ("base_layer", "_orig_mod", "vision_model", "timm_model")
 
 
-def fingerprint(module: nn.Module) -> tuple[float, ...]:
+def fingerprint(encoder: nn.Module | Mapping[str, Tensor]) -> tuple[float, ...]:
     """Sixteen numbers that say whose weights these are, the same in fp32, fp16 and bf16.
 
     Random signed sums of up to 16,384 evenly spaced weights of every tensor, each tensor at unit length.
@@ -28,17 +28,21 @@ def fingerprint(module: nn.Module) -> tuple[float, ...]:
     weights.
     An identity for look-ups, not a checksum: it does not detect a malicious change of few weights.
 
+    Args:
+        encoder: the module, or its weights by name.
+
     Raises:
         ModelError: weights on the meta device (offloaded), quantised or sharded ones cannot be read.
     """
-    if hidden := _hidden(module):
+    if hidden := _hidden(encoder) if isinstance(encoder, nn.Module) else []:
         raise ModelError(
             f"The encoder's weights are quantised or sharded ({hidden[0]}), so it cannot be recognised. "
             "Pass psm=<a PSM or its folder>, or keep the encoder out of the quantisation."
         )
     total = torch.zeros(_SKETCH_LENGTH, dtype=torch.float64, device="cpu")
     count = 0
-    for name, tensor in sorted(_canonical(module).items()):
+    state = encoder.state_dict() if isinstance(encoder, nn.Module) else encoder
+    for name, tensor in sorted(_canonical(state).items()):
         if tensor.is_meta:
             raise ModelError(
                 f"{name} is on the meta device (offloaded?), so the encoder cannot be recognised. "
@@ -110,10 +114,10 @@ def has_adapters(module: nn.Module) -> bool:
     return any("lora_" in name for name, _ in module.named_parameters())
 
 
-def _canonical(module: nn.Module) -> dict[str, Tensor]:
+def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's own floating-point weights by the names they have without wrappers."""
     found = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in state.items():
         if "lora_" in name or "original_module." in name or _is_extra(name) or not tensor.is_floating_point():
             continue
         parts = [part for part in name.split(".") if part not in _WRAPPERS]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fs_plugins.errors import ModelError, PixelError
 from fs_plugins.outputs import map_tensors
 
-Pack = Callable[[Tensor, Any], Tensor]
+Pack = Callable[[Tensor, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class Layout:
 
     derived: frozenset[str] = frozenset()
     """Arguments that the module derives from the others if they are missing; dropped, since rows change."""
+    listed = False
+    """Whether the argument is a list of (C, H, W) images, each of a size of its own."""
 
     def check(self, pixels: Tensor, channels: int) -> str | None:
-        """What is wrong with the shape of the pixel argument, in words."""
+        """What is wrong with the shape of the pixel argument, or of one in a list of them, in words."""
         if pixels.ndim < 4 or pixels.shape[-3] != channels:
             return f"must be (images, {channels}, height, width)"
         return None
@@ -60,9 +62,13 @@ class Layout:
         companions = {name: value for name, value in others.items() if goes_with(value, pixels)}
         return [Group(tuple(range(len(pixels))), pixels, companions)]
 
-    def still(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def still(self, pixels: Tensor) -> tuple[Any, dict[str, Any]]:
         """(N, C, H, W) still images -> the module's pixel argument, and the other arguments it needs with it."""
         return pixels, {}
+
+    def taken(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A pass's arguments by name, in the form in which the module takes them."""
+        return arguments
 
     def opened(self, output: Any, rows: int) -> Any:
         """The module's output with one row per (draw, image) in front of every field."""

@@ -75,27 +75,33 @@ class NoiseSource(Pickled):
     model at will can then also search it, so prefer ``"call"`` unless the caller recomputes the tower.
     ``seed`` makes either reproducible (the k-th call after construction, or the key); without it
     the entropy comes from the operating system, not from torch's global generator. Mind that torch's CPU generator
-    keeps 32 bits of a seed, so an image's draws are one of 2^32 sets there.
+    keeps 32 bits of a seed, so an image's draws are one of 2^32 sets there. ``key`` is a secret of several processes
+    that share the work, in place of either: they draw the same noise for an image that all of them have at their k-th
+    call, and other noise for images that only one of them has.
     """
 
     _fresh = (("_lock", threading.Lock),)
 
-    def __init__(self, scope: NoiseScope = "call", seed: int | None = None) -> None:
+    def __init__(self, scope: NoiseScope = "call", seed: int | None = None, key: bytes | None = None) -> None:
         self.scope = scope
         self.seed = seed
-        self._key = secrets.token_bytes(32) if seed is None else f"seed {seed}".encode()
+        self._key = key or (secrets.token_bytes(32) if seed is None else f"seed {seed}".encode())
+        self._shared = key is not None
         self._calls = 0
         self._lock = threading.Lock()
 
     def generators(self, images: Sequence[Tensor] | Tensor) -> list[torch.Generator]:
         """One seeded generator for each image of a vision call, on the images' device."""
         if self.scope == "image":
-            marks = [b"image" + image.detach().float().cpu().contiguous().numpy().tobytes() for image in images]
+            marks = [b"image" + _content(image) for image in images]
         else:
             with self._lock:
                 call = self._calls
                 self._calls += 1
-            marks = [f"call {call} image {i}".encode() for i in range(len(images))]
+            marks = [
+                f"call {call} image {i}".encode() + (_content(image) if self._shared else b"")
+                for i, image in enumerate(images)
+            ]
         return [seeded(self._key + mark, image.device) for mark, image in zip(marks, images, strict=True)]
 
     def __getstate__(self) -> dict[str, object]:
@@ -104,3 +110,7 @@ class NoiseSource(Pickled):
         if self.seed is None:
             state["_key"] = secrets.token_bytes(32)
         return state
+
+
+def _content(image: Tensor) -> bytes:
+    return image.detach().float().cpu().contiguous().numpy().tobytes()

@@ -214,7 +214,7 @@ class SmoothingHook(_Hook):
                 "model.eval().",
             )
         tally, began = Tally(), time.perf_counter()
-        passes = self.smoother.passes(groups, pixels.dtype, tally)
+        passes = self.smoother.passes(groups, pixels[0].dtype, tally)
         units = [unit for group in groups for unit in group.units]
         return _Call(passes, next(passes), (names, given, len(args)), (units, pixels), tally, began)
 
@@ -237,7 +237,7 @@ class SmoothingHook(_Hook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The encoder's own arguments with the pass's in their place, each as it was passed."""
         call = self.smoother.call
-        changed = {**given, **step.arguments(call.pixels.argument)}
+        changed = {**given, **call.pixels.layout.taken(step.arguments(call.pixels.argument))}
         for name, value in call.kwargs.items():
             if not changed.get(name):
                 changed[name] = value

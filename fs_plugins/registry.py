@@ -17,7 +17,6 @@ from torch import nn
 from fs_plugins import sources
 from fs_plugins.errors import FSPluginsError, ModelError, PSMError, RegistryError
 from fs_plugins.files import filling, writing
-from fs_plugins.identity import fingerprint
 from fs_plugins.psm import PSM, Part, PSMConfig
 from fs_plugins.psm.diffusion import load_guided_diffusion
 from fs_plugins.registry_entries import Entry, Families, PSMEntry, PurifierEntry, Trained
@@ -164,7 +163,7 @@ class Registry:
             name for name, entry in self.entries.items() if entry.architecture.model_dump() == dict(call.architecture)
         ]
         if any(self.entries[name].verified for name in alike):
-            own = fingerprint(call.module)
+            own = call.fingerprint()
             if same := [name for name in alike if self.entries[name].has(own)]:
                 return same
         return [name for name in alike if not self.entries[name].verified]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fs_plugins.checks import number, settle
 from fs_plugins.errors import ModelError, PixelError, SettingError
 from fs_plugins.head import Head
+from fs_plugins.identity import fingerprint
 from fs_plugins.layouts import Layout
 from fs_plugins.outputs import Field, Readout, map_tensors
 from fs_plugins.pictures import Picture, batch
@@ -137,6 +138,13 @@ class PixelSpace:
         Raises:
             PixelError: wrong type, shape or dtype.
         """
+        if self.layout.listed and isinstance(pixels, list | tuple):
+            for one in pixels:
+                self._check(one)
+        else:
+            self._check(pixels)
+
+    def _check(self, pixels: Any) -> None:
         if not isinstance(pixels, Tensor):
             raise PixelError(f"{self.argument} must be a tensor, got {type(pixels).__name__}.")
         if wrong := self.layout.check(pixels, len(self.mean)):
@@ -261,6 +269,8 @@ class VisionCall:
             inputs require a gradient, they stay on.
         head: a classifier's own, on the embedded feature; None for models that have none.
         tested: whether somebody has tested models of this class; ``status`` and ``doctor`` say where nobody has.
+        weights: the encoder's weights by the names that its checkpoint has for them, where the module holds them in
+            another form (fused, sharded, some left out); it is recognised by these then.
     """
 
     module: nn.Module
@@ -274,6 +284,15 @@ class VisionCall:
     grad_scope: nn.Module | None = None
     head: Head | None = None
     tested: bool = True
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
+
+    def fingerprint(self) -> tuple[float, ...]:
+        """Whose weights the encoder has, see ``identity.fingerprint``.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+        return fingerprint(self.module if self.weights is None else self.weights())
 
     def features(self, output: Any) -> Features:
         """The consumed features out of the module's output, one row per image (see ``Layout.opened``)."""

@@ -24,11 +24,11 @@ FLOORS = (
     ("training",),
     ("api",),
     ("doctor", "evaluation"),
-    ("testing", "hf", "demo", "photos"),
+    ("testing", "hf", "demo", "photos", "vllm"),
     ("cli",),
 )
 """From the ground up; a room may know those on its own floor and below."""
-FRAMEWORKS = {"transformers", "open_clip", "open_flamingo", "llava", "timm", "lmms_eval"}
+FRAMEWORKS = {"transformers", "open_clip", "open_flamingo", "llava", "timm", "lmms_eval", "vllm"}
 
 
 @cache
@@ -101,9 +101,9 @@ def test_a_module_is_in_no_import_circle(name):
 
 
 @pytest.mark.parametrize("name", modules())
-def test_only_the_rooms_for_hugging_face_and_for_photographs_know_a_framework(name):
+def test_only_rooms_made_for_it_know_a_framework(name):
     named = {one for one in known(name) if one in FRAMEWORKS}
-    assert not named or name.split(".")[0] in {"hf", "photos"}
+    assert not named or name.split(".")[0] in {"hf", "photos", "vllm"}
 
 
 @pytest.mark.parametrize("name", modules())
