@@ -118,6 +118,7 @@ def _call(whole: Any, family: Family) -> VisionCall:
         readouts=(_bare(family.consumed(whole.config, vision), family.drops),),
         image_size=None if isinstance(layout, Rows | Pictures) else image_size(vision, space),
         architecture=architecture(vision, kind(whole, vision)),
+        kwargs={"feature_select_strategy": whole.config.vision_feature_select_strategy} if family.drops else {},
         weights=_kept(whole.config, family.tower),
     )
 

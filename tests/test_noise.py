@@ -80,3 +80,20 @@ def test_copies_share_a_seed_but_never_a_secret_key(duplicate):
     seeded, secret = NoiseSource("image", seed=1), NoiseSource("image")
     assert torch.equal(first_draws(duplicate(seeded), images), first_draws(seeded, images))
     assert not torch.equal(first_draws(duplicate(secret), images), first_draws(secret, images))
+
+
+def test_processes_that_share_a_key_draw_the_same_noise_for_what_all_of_them_have():
+    one, other = (NoiseSource(key=b"secret") for _ in range(2))
+    images = torch.rand(3, 3, 4, 4)
+    first = first_draws(one, images)
+    assert torch.equal(first, first_draws(other, images))
+    assert torch.equal(first_draws(one, images), first_draws(other, images))
+    assert not torch.equal(first, first_draws(one, images)), "calls are fresh"
+    assert not torch.equal(first_draws(NoiseSource(key=b"other"), images), first)
+
+
+def test_processes_that_share_a_key_draw_other_noise_for_images_of_their_own():
+    one, other = (NoiseSource(key=b"secret") for _ in range(2))
+    assert not torch.equal(first_draws(one, torch.zeros(1, 3, 4, 4)), first_draws(other, torch.ones(1, 3, 4, 4)))
+    with_seed = (first_draws(NoiseSource(seed=0), torch.full((1, 3, 4, 4), value)) for value in (0.0, 1.0))
+    assert torch.equal(*with_seed), "a seed alone does not look at the images"

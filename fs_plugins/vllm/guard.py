@@ -16,8 +16,7 @@ from typing import Any
 import wrapt
 
 from fs_plugins.errors import ModelError, SettingError
-from fs_plugins.vllm import counts
-from fs_plugins.vllm import VARIABLE
+from fs_plugins.vllm import VARIABLE, counts
 from fs_plugins.vllm.settings import Settings, parsed
 from fs_plugins.vllm.worker import is_protected, protect
 

@@ -16,8 +16,8 @@ from fs_plugins.hooks import plugin_manager
 from fs_plugins.noise import NoiseSource
 from fs_plugins.patch import hooks_of
 from fs_plugins.vision import PixelSpace, VisionCall
-from fs_plugins.vllm.counts import Tally
 from fs_plugins.vllm import VARIABLE
+from fs_plugins.vllm.counts import Tally
 from fs_plugins.vllm.settings import Settings
 
 _COUNTING = "fs_plugins.vllm"
