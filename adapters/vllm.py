@@ -28,13 +28,14 @@ from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, unwr
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its classes, the encoder's place in them, what is consumed, and whether the encoder itself drops the
-    class token."""
+    """A family: its classes, the encoder's place in them, what is consumed, whether the encoder itself drops the class
+    token, and whether somebody has tested it."""
 
     models: tuple[str, ...]
     tower: str
     consumed: Consumed
     drops: bool = False
+    tested: bool = True
 
 
 FAMILIES = (
@@ -42,7 +43,6 @@ FAMILIES = (
         (
             "LlavaForConditionalGeneration",
             "LlavaNextForConditionalGeneration",
-            "LlavaNextVideoForConditionalGeneration",
             "LlavaOnevisionForConditionalGeneration",
         ),
         "vision_tower",
@@ -54,7 +54,6 @@ FAMILIES = (
         (
             "Gemma3ForConditionalGeneration",
             "PaliGemmaForConditionalGeneration",
-            "Cohere2VisionForConditionalGeneration",
         ),
         "vision_tower",
         last,
@@ -71,8 +70,10 @@ FAMILIES = (
     ),
     Family(("Qwen3VLForConditionalGeneration",), "visual", deepstack),
     Family(("InternS1ForConditionalGeneration",), "vision_tower", internvl),
-    Family(("InternVLChatModel",), "vision_model", lambda config, vision: _without_class_token(vision)),
-    Family(("Phi4MMForCausalLM",), "vision_encoder.img_processor", last),
+    Family(("LlavaNextVideoForConditionalGeneration",), "vision_tower", layers, drops=True, tested=False),
+    Family(("Cohere2VisionForConditionalGeneration",), "vision_tower", last, tested=False),
+    Family(("InternVLChatModel",), "vision_model", lambda config, vision: without_class_token(vision), tested=False),
+    Family(("Phi4MMForCausalLM",), "vision_encoder.img_processor", last, tested=False),
 )
 """A class that derives from one of these is of its family too: SmolVLM of Idefics 3, Qwen 3.5 of Qwen3-VL."""
 
@@ -119,6 +120,7 @@ def _call(whole: Any, family: Family) -> VisionCall:
         image_size=None if isinstance(layout, Rows | Pictures) else image_size(vision, space),
         architecture=architecture(vision, kind(whole, vision)),
         kwargs={"feature_select_strategy": whole.config.vision_feature_select_strategy} if family.drops else {},
+        tested=family.tested,
         weights=_kept(whole.config, family.tower),
     )
 
@@ -132,6 +134,7 @@ def _mistral(whole: Any) -> VisionCall:
         readouts=(readout,),
         image_size=None,
         architecture={"family": "pixtral", "hidden_size": said.hidden_size, "patch_size": said.patch_size},
+        tested=False,
         weights=_kept(whole.config, "vision_encoder"),
     )
 
@@ -151,7 +154,8 @@ def _bare(readouts: Sequence[Readout], dropped: bool) -> Readout:
     return replace(readouts[0], name=names, path=(Field("last_hidden_state", 0),), width=width, skip=skip)
 
 
-def _without_class_token(vision: Any) -> tuple[Readout, ...]:
+def without_class_token(vision: Any) -> tuple[Readout, ...]:
+    """InternVL in its own format: the last hidden state, whose class token the model drops."""
     path = (Field("last_hidden_state", 0),)
     return (Readout("last_hidden_state[1:]", path, width=vision.hidden_size, tokens=None, skip=1),)
 
