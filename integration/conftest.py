@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from fs_plugins import torchvision_schemas  # noqa: F401  (before anything that imports torchvision)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(
+    str(Path(__file__).parents[1])
+)  # for benchmarks; last, so that an installed fs_plugins is the one tested
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     torch.set_num_threads(1)
 

@@ -5,24 +5,14 @@ Runs in an environment that has vLLM; elsewhere it is skipped.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -31,6 +21,7 @@ pytest.importorskip("vllm")
 from PIL import Image
 
 import fs_plugins
+from benchmarks.vllm_load import MINUTES, Server, environment, load
 from fs_plugins.attacks import attack
 from fs_plugins.demo import assets, world
 from fs_plugins.hf import load_chat
@@ -38,22 +29,11 @@ from fs_plugins.hf.chat import ask
 from fs_plugins.pictures import to_unit
 
 COUNT, SEED = 16, 3
-SCENES = [one for one in (world.scene("heldout", i) for i in range(40)) if one.shape is not None][:COUNT]
+HELD_OUT = [world.scene("heldout", i) for i in range(60)]
+SCENES = [one for one in HELD_OUT if one.shape and one.shape in one.question("shape").prompt.split(": ")[1]][:COUNT]
 CLEAN = [scene.draw() for scene in SCENES]
 QUESTIONS = [scene.question("shape") for scene in SCENES]
 SESSION = Path(__file__).with_name("vllm_session.py")
-MINUTES = 10 * 60
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FS_PLUGINS")}
-    small = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    return {**kept, **small, **more}
 
 
 def session(folder: Path, options: dict[str, Any], **more: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +68,7 @@ def folder(pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory
     for i, picture in enumerate(pictures):
         picture.save(made / f"{i}.png")
     rows = [{"picture": f"{i}.png", "prompt": question.prompt} for i, question in enumerate(QUESTIONS * 2)]
-    (made / "asked.json").write_text(json.dumps(rows))
+    (made / "asked.json").write_text(json.dumps(rows), "utf-8")
     return made
 
 
@@ -149,86 +129,9 @@ def test_what_cannot_be_protected_is_not_served(settings, engine, says, folder):
     assert "TOLD" not in done.stdout
 
 
-def shown(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-class Server:
-    """vLLM's own server of the demo's model."""
-
-    def __init__(self, log: Path, **settings: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        typed = [
-            "--model",
-            str(assets.LLAVA),
-            "--served-model-name",
-            "demo",
-            "--port",
-            str(port),
-            "--host",
-            "127.0.0.1",
-        ]
-        typed += ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
-        typed += ["--kv-cache-memory-bytes", str(64 << 20), "--limit-mm-per-prompt", '{"image": 1}']
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *typed],
-            stdout=log.open("w", encoding="utf-8"),
-            stderr=subprocess.STDOUT,
-            env=environment(FS_PLUGINS=json.dumps(settings)),
-        )
-
-    def wait(self) -> None:
-        until = time.monotonic() + MINUTES
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-        pytest.fail(self.log.read_text()[-6000:])
-
-    def ask(self, picture: Image.Image, prompt: str, **more: Any) -> tuple[int, str]:
-        parts = [{"type": "image_url", "image_url": {"url": shown(picture)}}, {"type": "text", "text": prompt}]
-        body = {
-            "model": "demo",
-            "messages": [{"role": "user", "content": parts}],
-            "temperature": 0,
-            "max_tokens": 8,
-            **more,
-        }
-        request = urllib.request.Request(
-            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return 200, json.load(answer)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def metrics(self) -> dict[str, float]:
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=60).read().decode()
-        return {name: float(value) for name, value in re.findall(r"^fs_plugins_(\w+)_total (\S+)$", text, re.MULTILINE)}
-
-    def memory(self) -> int:
-        """Bytes that the server and all it has started hold."""
-        root = psutil.Process(self.process.pid)
-        return sum(one.memory_info().rss for one in [root, *root.children(recursive=True)])
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server") / "log", share_draws=False)
+    made = Server(tmp_path_factory.mktemp("server") / "log", {"share_draws": False})
     try:
         made.wait()
         yield made
@@ -237,7 +140,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_server_says_that_it_smooths(server):
-    log = server.log.read_text()
+    log = server.log.read_text("utf-8")
     assert "fs_plugins: enabled on CLIPVisionModel through vllm" in log
     assert "PSM       demo-psm-llava; purifier unet" in log
     assert set(server.metrics()) == {"smoothed_images", "draws", "smoothing_seconds", "non_finite_draws"}
@@ -247,16 +150,10 @@ def test_attacked_pictures_are_answered_right_under_load(server, pictures):
     """200 requests of 8 clients; pictures come again, and each time they get draws of their own."""
     before = server.metrics()
 
-    def asked(i: int) -> tuple[int, str]:
-        at = i % len(pictures)
-        return server.ask(pictures[at], QUESTIONS[at % COUNT].prompt)
-
-    with ThreadPoolExecutor(8) as clients:
-        begun = time.monotonic()
-        first = list(clients.map(asked, range(100)))
-        held = server.memory()
-        rest = list(clients.map(asked, range(100, 200)))
-    print(f"200 requests in {time.monotonic() - begun:.0f} s")
+    asked = [(pictures[i % len(pictures)], QUESTIONS[i % COUNT].prompt) for i in range(200)]
+    first = load(server, asked[:100])
+    held = server.memory()
+    rest = load(server, asked[100:])
     assert {status for status, _ in first + rest} == {200}
     assert server.memory() < held * 1.05
     _, attacked = right([said for _, said in first[: 2 * COUNT]])

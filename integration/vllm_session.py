@@ -56,7 +56,7 @@ def main(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 def conversations(folder: Path) -> list[list[dict[str, Any]]]:
     """A question about a picture each."""
     made = []
-    for one in json.loads((folder / "asked.json").read_text()):
+    for one in json.loads((folder / "asked.json").read_text("utf-8")):
         shown = base64.b64encode((folder / one["picture"]).read_bytes()).decode()
         parts = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{shown}"}},
