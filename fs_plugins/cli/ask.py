@@ -11,7 +11,6 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 
 from fs_plugins.cli.base import console, errors_for_people, needs
-from fs_plugins.errors import SettingError
 
 
 def ask(
@@ -43,11 +42,9 @@ def ask(
     """The answer without and with smoothing, side by side, with the time each took; or that of a served model."""
     with errors_for_people():
         if endpoint is not None:
-            if (psm, sigma, n0, seed) != ("auto", None, 4, None):
-                raise SettingError(
-                    "--psm, --sigma, --n0 and --seed smooth a model in this process. What an --endpoint serves is "
-                    "smoothed by its server or not at all; give them to fs-plugins serve."
-                )
+            from fs_plugins.evaluation.served import refuse_smoothing
+
+            refuse_smoothing(psm, sigma, n0, seed)
             _ask_served(endpoint, model, image, question, max_new_tokens)
             return
         needs("transformers")

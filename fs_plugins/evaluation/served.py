@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fs_plugins.errors import EndpointError
+from fs_plugins.errors import EndpointError, SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.judges.remote import Messages, RemoteModel
 from fs_plugins.evaluation.subjects import Subject
-from fs_plugins.evaluation.tasks import Task
+from fs_plugins.evaluation.tasks import TOKENS, Task
 
 
 class Question(NamedTuple):
@@ -73,14 +73,28 @@ class ServedModel(RemoteModel[Question, str]):
         )
 
 
+def refuse_smoothing(*given: object) -> None:
+    """Refuse settings of smoothing beside an endpoint, where they are not those that nobody gave.
+
+    Args:
+        given: psm, sigma, n0 and, where there is one, seed.
+
+    Raises:
+        SettingError: one of them was given.
+    """
+    if given != ("auto", None, 4, None)[: len(given)]:
+        options = ", ".join(("--psm", "--sigma", "--n0", "--seed")[: len(given)])
+        raise SettingError(
+            f"{options} smooth a model in this process. What an --endpoint serves is smoothed by its server or not at "
+            "all; give them to fs-plugins serve."
+        )
+
+
 class Elsewhere:
     """A subject whose replies are a served model's: pictures are attacked on the subject and shown to the other.
 
     They are rounded to eight bits, and resized by the server if its model sees another size.
     """
-
-    most: Mapping[str, int] = {"captioning": 40, "classification": 8, "vqa": 12}
-    """The tokens of an answer, by task."""
 
     def __init__(self, subject: Subject, served: ServedModel) -> None:
         self.model, self.call, self.tasks = subject.model, subject.call, subject.tasks
@@ -90,7 +104,7 @@ class Elsewhere:
         eight = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
         prompts = [task.prompt(sample, dataset) for sample in samples]
         shown = zip(map(Image.fromarray, eight), prompts, strict=True)
-        return list(self.served.each([Question(*pair, self.most[task.name]) for pair in shown]))
+        return list(self.served.each([Question(*pair, TOKENS[task.name]) for pair in shown]))
 
 
 def _png(picture: Image.Image) -> str:

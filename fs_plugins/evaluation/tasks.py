@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -155,6 +156,8 @@ class VQA:
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Captioning(), Classification(), VQA())}
+TOKENS: Mapping[str, int] = {"captioning": 40, "classification": 8, "vqa": 12}
+"""How many an answer may have, by task."""
 """The paper's three, by the names that ``Dataset.tasks`` gives."""
 
 

@@ -19,7 +19,7 @@ from fs_plugins.evaluation.means import Track
 from fs_plugins.evaluation.plan import Plan, Setup, fixed
 from fs_plugins.evaluation.results import ROWS, Results
 from fs_plugins.evaluation.run import Evaluation
-from fs_plugins.evaluation.served import ServedModel
+from fs_plugins.evaluation.served import ServedModel, refuse_smoothing
 from fs_plugins.evaluation.settings import Settings
 from fs_plugins.evaluation.store import SETTINGS, Store
 from fs_plugins.evaluation.subjects import Subject
@@ -139,11 +139,7 @@ def _served(settings: Settings) -> ServedModel | None:
         if settings.endpoint_model is not None:
             raise SettingError("--endpoint-model names a model at an --endpoint, and none is given.")
         return None
-    if (settings.psm, settings.sigma, settings.n0) != ("auto", None, 4):
-        raise SettingError(
-            "--psm, --sigma and --n0 smooth a model in this process. What an --endpoint serves is smoothed by its "
-            "server or not at all; give them to fs-plugins serve."
-        )
+    refuse_smoothing(settings.psm, settings.sigma, settings.n0)
     return ServedModel(settings.endpoint, settings.endpoint_model or settings.model)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from fs_plugins.choice import PSMChoice
 from fs_plugins.errors import SettingError
 from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.subjects import size_of
-from fs_plugins.evaluation.tasks import Task
+from fs_plugins.evaluation.tasks import TOKENS, Task
 from fs_plugins.hf.dialogue import about, dialogue, encode, generate, pixels_of
 from fs_plugins.hf.replies import Replier
 from fs_plugins.hf.speech import Speech
@@ -98,7 +98,6 @@ class Chat:
     """An image-text-to-text model of transformers whose encoder takes pictures of one size, one a question."""
 
     tasks = ("captioning", "classification", "vqa")
-    max_new_tokens: Mapping[str, int] = {"captioning": 40, "classification": 8, "vqa": 12}
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -107,16 +106,16 @@ class Chat:
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
         prompts = [task.prompt(sample, dataset) for sample in samples]
-        return self.say(images, prompts, self.max_new_tokens[task.name])
+        return self.say(images, prompts, TOKENS[task.name])
 
     def answers(self, task: Task, samples: Sequence[Sample], dataset: Dataset) -> Answers:
         """What the model says to each sample's question, by its image's name."""
         questions = {sample.image: task.prompt(sample, dataset) for sample in samples}
-        most = self.max_new_tokens[task.name]
+        most = TOKENS[task.name]
         return Speech(self.model, self.processor, questions.__getitem__, max_new_tokens=most, call=self.call)
 
     def asker(self, task: Task) -> Replier:
-        most = self.max_new_tokens[task.name]
+        most = TOKENS[task.name]
         return Replier(self.model, self.processor, max_new_tokens=most, call=self.call)
 
     def say(self, images: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

@@ -221,12 +221,12 @@ def test_the_suite_is_asked_for_by_name_and_has_each_defence_once():
 
 
 def test_a_language_model_is_asked_as_the_task_asks_it():
-    from fs_plugins.evaluation.tasks import TASKS
+    from fs_plugins.evaluation.tasks import TASKS, TOKENS
     from fs_plugins.hf.subjects import loader
 
     subject = loader("demo")("", None)
     assert isinstance(subject, Speaking)
     asker = subject.asker(TASKS["classification"])
-    assert asker.max_new_tokens == subject.max_new_tokens["classification"] == 8
+    assert asker.max_new_tokens == TOKENS["classification"] == 8
     assert asker.call is subject.call
     assert not isinstance(Painter(subject.model), Speaking)

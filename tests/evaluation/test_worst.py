@@ -173,7 +173,7 @@ def test_conditions_have_names_and_titles_of_their_own():
 def test_the_language_models_own_answers_are_what_is_attacked():
     from fs_plugins.demo import dataset, world
     from fs_plugins.evaluation.subjects import Answering as Protocol
-    from fs_plugins.evaluation.tasks import TASKS
+    from fs_plugins.evaluation.tasks import TASKS, TOKENS
     from fs_plugins.hf.subjects import loader
 
     assert isinstance(Answering(make_llava()), Protocol)
@@ -184,7 +184,7 @@ def test_the_language_models_own_answers_are_what_is_attacked():
     data = type("Data", (), {"prompts": dataset.PROMPTS, "offered": lambda self, one: list(world.CLASSES)})()
     answers = subject.answers(TASKS["classification"], [sample], data)
     assert "What is the main shape" in answers.question(sample.image)
-    assert answers.max_new_tokens == subject.max_new_tokens["classification"]
+    assert answers.max_new_tokens == TOKENS["classification"]
 
 
 def test_curves_show_what_is_left_and_what_is_proven(found, tmp_path):
