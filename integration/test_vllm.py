@@ -105,7 +105,11 @@ def test_offline_it_answers_as_smoothed_transformers_does(impl, folder, model, p
 @pytest.mark.parametrize("mode", ["weights", "data"])
 def test_two_ranks_draw_the_same_noise_and_other_noise_at_every_call(mode, folder):
     options = {"engine": {"tensor_parallel_size": 2, "mm_encoder_tp_mode": mode}, "ranks": True}
-    got = told(session(folder, options, FS_PLUGINS="{}", VLLM_ALLOW_INSECURE_SERIALIZATION="1"))
+    got = told(
+        session(
+            folder, options, FS_PLUGINS="{}", VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_CPU_OMP_THREADS_BIND="0|1"
+        )
+    )
     first, second = (torch.tensor(call) for call in got["ranks"])
     assert len(first) == 2
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-5)
