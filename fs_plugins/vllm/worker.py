@@ -11,10 +11,11 @@ from torch import nn
 
 from fs_plugins.api import SmoothingHandle, enable
 from fs_plugins.choice import calls_of
-from fs_plugins.errors import ModelError
+from fs_plugins.errors import ModelError, PSMError
 from fs_plugins.hooks import plugin_manager
 from fs_plugins.noise import NoiseSource
 from fs_plugins.patch import hooks_of
+from fs_plugins.smoothing import FeatureSmoother
 from fs_plugins.vision import PixelSpace, VisionCall
 from fs_plugins.vllm import VARIABLE
 from fs_plugins.vllm.counts import Tally
@@ -28,7 +29,8 @@ def protect(worker: Any, settings: Settings) -> SmoothingHandle:
 
     Raises:
         ModelError: nobody claims it, or its encoder is quantised.
-        SettingError, PSMError, RegistryError, PluginError: see ``fs_plugins.enable``.
+        PSMError: the PSM does not fit it, or not everything that requests may show it.
+        SettingError, RegistryError, PluginError: see ``fs_plugins.enable``.
     """
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -54,6 +56,7 @@ def protect(worker: Any, settings: Settings) -> SmoothingHandle:
         adapter=settings.adapter,
     )
     for smoother in handle.smoothers:
+        check_sizes(smoother)
         smoother.source = NoiseSource(settings.noise_scope, settings.seed, key)
     return handle
 
@@ -91,6 +94,20 @@ def check_plain(call: VisionCall) -> None:
                 "one that is. Keep it out of the quantisation (the checkpoint's quantization_config lists modules to "
                 f"ignore), or unset {VARIABLE} to serve without smoothing."
             )
+
+
+def check_sizes(smoother: FeatureSmoother) -> None:
+    """Refuse a PSM that would have to refuse some pictures: vLLM answers that by ending the engine, for all requests.
+
+    Raises:
+        PSMError: it has a mapper, which knows pictures of one size, and the encoder takes any.
+    """
+    if smoother.call.image_size is None and smoother.psm is not None and smoother.psm.mapped:
+        raise PSMError(
+            f"PSM {smoother.psm.config.name!r} has a mapper for pictures of one size, and this encoder takes any, and "
+            "films: a request with another would end the whole engine. Save it without its mapper "
+            "(psm.only(mapper=False).save_pretrained(FOLDER)), and name that folder as psm."
+        )
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from fs_plugins.patch import SmoothingEvent
 from fs_plugins.vllm import VARIABLE, counts
 from fs_plugins.vllm.guard import Guard, check, install, normalising
 from fs_plugins.vllm.settings import Settings, parsed
-from fs_plugins.vllm.worker import check_plain
+from fs_plugins.vllm.worker import check_plain, check_sizes
 
 
 def test_without_settings_nothing_is_said_and_left_out_they_are_those_of_enable():
@@ -273,3 +273,17 @@ def test_a_quantised_encoder_is_refused_by_name():
     tower[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="quantised"):
         check_plain(call)
+
+
+@pytest.mark.parametrize(
+    ("size", "mapped", "fits"), [(None, ("tokens",), False), (None, (), True), ((64, 64), ("tokens",), True)]
+)
+def test_a_psm_that_would_have_to_refuse_pictures_is_refused_itself(size, mapped, fits):
+    psm = SimpleNamespace(mapped=mapped, config=SimpleNamespace(name="mine"))
+    smoother = SimpleNamespace(call=SimpleNamespace(image_size=size), psm=psm)
+    if fits:
+        check_sizes(smoother)
+        check_sizes(SimpleNamespace(call=smoother.call, psm=None))
+        return
+    with pytest.raises(PSMError, match="would end the whole engine"):
+        check_sizes(smoother)
