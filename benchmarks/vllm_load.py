@@ -69,6 +69,7 @@ class Server:
         ]
         typed += ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
         typed += ["--kv-cache-memory-bytes", str(64 << 20), "--limit-mm-per-prompt", '{"image": 1}']
+        typed += ["--trust-request-mm-kwargs"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *typed],
             stdout=log.open("w", encoding="utf-8"),

@@ -1,17 +1,20 @@
 """What stands between vLLM and an image that goes around smoothing.
 
 vLLM is several processes: one that takes requests, one for each engine, and workers that hold the model. Each calls
-``install``, and in each it takes effect where that process comes by: settings are checked and dangerous options refused
-before a worker starts, workers smooth what they load, engines ask their workers whether they did.
+``install``, and in each it takes effect where that process comes by afterwards: settings are checked and dangerous
+options refused before a worker starts, workers smooth what they load, engines ask their workers whether they did, and
+so does, before the first request, whoever takes requests: it knows that smoothing was asked for, whatever the others
+have been told.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import wrapt
 
@@ -24,6 +27,9 @@ Original = Callable[..., Any]
 
 NORMALISING = ("do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor")
 """Words of processors that change what a pixel means."""
+ASKED = "fs_plugins_protected"
+"""What a worker is asked by name."""
+_WHERE = f"Is {VARIABLE} set on every machine, and fs-plugins installed there?"
 _RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
@@ -40,8 +46,10 @@ def install(text: str) -> None:
     guard = Guard(settings)
     for module, name, wrapper in (
         ("vllm.engine.arg_utils", "EngineArgs.create_engine_config", guard.configured),
-        ("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_worker", guard.loading),
-        ("vllm.v1.engine.core", "EngineCore.__init__", guard.asking),
+        ("vllm.v1.worker.worker_base", "WorkerBase.__init__", guard.made),
+        ("vllm.v1.executor.abstract", "Executor.__init__", guard.started),
+        ("vllm.v1.engine.llm_engine", "LLMEngine.get_supported_tasks", guard.opening),
+        ("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", guard.opening_server),
         ("vllm.v1.engine.input_processor", "InputProcessor._get_mm_identifier", guard.named),
         ("vllm.multimodal.processing.inputs", "ProcessorInputs.__init__", guard.processed),
     ):
@@ -60,6 +68,8 @@ class Guard:
         self.settings = settings
         self.normalising: Mapping[str, Any] | None = None
         """What the server's own options say of it; None in processes that take no requests."""
+        self.asked: WeakSet[Any] = WeakSet()
+        """Engines whose workers have said that they smooth."""
 
     def configured(self, original: Original, args: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """The engine's whole configuration, before there is a worker."""
@@ -70,11 +80,11 @@ class Guard:
         self.normalising = normalising(multimodal.mm_processor_kwargs or {})
         return config
 
-    def loading(self, original: Original, wrapper: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def made(self, original: Original, worker: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A worker has been made; what it loads will be smoothed."""
-        result = original(*given, **named)
-        wrapper.worker.load_model = partial(self._load, wrapper.worker, wrapper.worker.load_model)
-        return result
+        original(*given, **named)
+        worker.load_model = partial(self._load, worker, worker.load_model)
+        setattr(worker, ASKED, partial(is_protected, worker))
 
     def _load(self, worker: Any, load: Original, *given: Any, **named: Any) -> None:
         from vllm.logger import init_logger
@@ -84,15 +94,34 @@ class Guard:
         handle = protect(worker, self.settings)
         init_logger("vllm.plugins.fs_plugins").info("%s", handle.status())
 
-    def asking(self, original: Original, engine: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """An engine is ready to take requests, if all of its workers smooth."""
+    def started(self, original: Original, executor: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """An engine's workers have loaded the model."""
         original(*given, **named)
-        told = engine.model_executor.collective_rpc(is_protected)
-        if not told or not all(told):
-            raise ModelError(
-                f"{told.count(False)} of {len(told)} workers of vLLM hold a model that is not smoothed, though "
-                f"{VARIABLE} is set here. Is {VARIABLE} set on every machine, and fs-plugins installed there?"
-            )
+        agreed(executor.collective_rpc(ASKED))
+
+    def opening(self, original: Original, engine: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Requests are about to be taken, by an engine that was made in Python."""
+        if engine not in self.asked:
+            try:
+                told = engine.collective_rpc(ASKED)
+            except Exception as error:
+                raise ModelError(_silent(error)) from error
+            agreed(told)
+            self.asked.add(engine)
+        return original(*given, **named)
+
+    async def opening_server(
+        self, original: Original, engine: Any, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
+        """Requests are about to be taken, by a server."""
+        if engine not in self.asked:
+            try:
+                told = await engine.collective_rpc(ASKED)
+            except Exception as error:
+                raise ModelError(_silent(error)) from error
+            agreed(told)
+            self.asked.add(engine)
+        return await original(*given, **named)
 
     def named(self, original: Original, processor: Any, given: tuple[Any, ...], named: dict[str, Any]) -> str:
         """What a picture's features are kept under: apart from those made otherwise, or from all others."""
@@ -108,6 +137,22 @@ class Guard:
                 f"mm_processor_kwargs of a request may not change how pixels are normalised ({', '.join(told)}): sigma "
                 "would mean something else. Give such words to the server (--mm-processor-kwargs), for all requests."
             )
+
+
+def agreed(told: Sequence[bool]) -> None:
+    """Refuse to go on unless all workers smooth.
+
+    Raises:
+        ModelError: one does not, or there is none.
+    """
+    if not told or not all(told):
+        raise ModelError(
+            f"{told.count(False)} of {len(told)} workers of vLLM hold a model that is not smoothed. {_WHERE}"
+        )
+
+
+def _silent(error: Exception) -> str:
+    return f"The workers of vLLM do not say whether they smooth ({type(error).__name__}: {error}). {_WHERE}"
 
 
 def normalising(told: Mapping[str, Any]) -> dict[str, Any]:

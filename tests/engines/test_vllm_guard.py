@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
@@ -213,16 +214,74 @@ def test_words_of_normalisation_are_found_at_every_depth():
     assert normalising(told) == {"do_normalize": True, "images_kwargs.rescale_factor": 1}
 
 
-@pytest.mark.parametrize("told", [[True, False], [False], []])
-def test_an_engine_whose_workers_do_not_smooth_takes_no_requests(told):
-    engine = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda ask: told))
-    with pytest.raises(ModelError, match="not smoothed"):
-        Guard(Settings()).asking(lambda: None, engine, (), {})
+class Asked:
+    """An engine, or what runs its workers: what these say when they are asked."""
+
+    def __init__(self, told: list[bool] | Exception) -> None:
+        self.told, self.times = told, 0
+
+    def collective_rpc(self, method: str) -> list[bool]:
+        assert method == "fs_plugins_protected"
+        self.times += 1
+        if isinstance(self.told, Exception):
+            raise self.told
+        return self.told
 
 
-def test_an_engine_whose_workers_all_smooth_does():
-    engine = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda ask: [True, True]))
-    Guard(Settings()).asking(lambda: None, engine, (), {})
+class AskedLater(Asked):
+    async def collective_rpc(self, method: str) -> list[bool]:
+        return super().collective_rpc(method)
+
+
+def opened(guard: Guard, told: list[bool] | Exception, *, times: int = 1, later: bool = False) -> Asked:
+    async def tasks() -> tuple[str, ...]:
+        return ("generate",)
+
+    engine = AskedLater(told) if later else Asked(told)
+    for _ in range(times):
+        if later:
+            assert asyncio.run(guard.opening_server(tasks, engine, (), {})) == ("generate",)
+        else:
+            assert guard.opening(lambda: ("generate",), engine, (), {}) == ("generate",)
+    return engine
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("told", [[True, False], [False], [], NotImplementedError("no such method")])
+def test_an_engine_whose_workers_do_not_smooth_takes_no_requests(told, later):
+    with pytest.raises(ModelError, match="Is FS_PLUGINS set on every machine"):
+        opened(Guard(Settings()), told, later=later)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_engine_whose_workers_all_smooth_does_and_is_asked_once(later):
+    assert opened(Guard(Settings()), [True, True], times=3, later=later).times == 1
+
+
+def test_an_engine_does_not_start_whose_workers_do_not_smooth():
+    guard = Guard(Settings())
+    guard.started(lambda: None, Asked([True]), (), {})
+    with pytest.raises(ModelError, match="1 of 2 workers of vLLM hold a model that is not smoothed"):
+        guard.started(lambda: None, Asked([True, False]), (), {})
+
+
+def test_a_worker_smooths_what_it_loads_and_says_so(monkeypatch):
+    """Whatever it loads, and however often; a worker that is not made by vLLM's own code is asked in vain."""
+    loaded = []
+    worker = SimpleNamespace(load_model=lambda **options: loaded.append(options), vllm_config=config())
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    logger = types.ModuleType("vllm.logger")
+    logger.init_logger = lambda name: SimpleNamespace(info=lambda *told: None)
+    monkeypatch.setitem(sys.modules, "vllm.logger", logger)
+    monkeypatch.setattr("fs_plugins.vllm.guard.protect", lambda worker, settings: loaded.append(settings) or worker)
+    monkeypatch.setattr("fs_plugins.vllm.guard.is_protected", lambda worker: len(loaded) == 2)
+    worker.status = lambda: "enabled"
+    guard = Guard(Settings(n0=2))
+    guard.made(lambda: None, worker, (), {})
+    assert not worker.fs_plugins_protected()
+    worker.load_model(load_dummy_weights=True)
+    assert loaded == [{"load_dummy_weights": True}, Settings(n0=2)]
+    assert worker.fs_plugins_protected()
 
 
 def test_it_stands_where_vllm_comes_by_as_soon_as_that_is_imported(monkeypatch):
