@@ -133,6 +133,13 @@ def test_what_cannot_be_protected_is_not_served(settings, engine, says, folder):
     assert "TOLD" not in done.stdout
 
 
+def test_workers_that_nobody_told_to_smooth_are_found_out_before_the_first_request(folder):
+    done = session(folder, {"forget": True}, FS_PLUGINS="{}")
+    assert done.returncode != 0
+    assert "The workers of vLLM do not say whether they smooth" in done.stderr
+    assert "TOLD" not in done.stdout
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("server") / "log", {"share_draws": False})

@@ -3,7 +3,8 @@
     python integration/vllm_session.py FOLDER OPTIONS
 
 FOLDER has the questions (``asked.json``) and pictures; OPTIONS is JSON: ``engine``, what ``vllm.LLM`` takes; ``bare``,
-whether to ask without smoothing as well; ``ranks``, whether to ask every rank what its encoder says of one picture.
+whether to ask without smoothing as well; ``ranks``, whether to ask every rank what its encoder says of one picture;
+``forget``, whether the processes that this one starts are to know nothing of smoothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def main(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     from fs_plugins.demo import assets
 
+    if options.get("forget"):
+        _forget()
     llm = LLM(str(assets.LLAVA), **{**SMALL, **options.get("engine", {})})
     if options.get("ranks"):
         told = [llm.collective_rpc(features) for _ in range(2)]
@@ -51,6 +54,21 @@ def main(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         llm.llm_engine.reset_encoder_cache()
         found["bare"] = answers()
     return found
+
+
+def _forget() -> None:
+    """Once this process has its guard, take the variable away."""
+    import os
+
+    from fs_plugins.vllm import VARIABLE, guard
+
+    install = guard.install
+
+    def installed(text: str) -> None:
+        install(text)
+        del os.environ[VARIABLE]
+
+    guard.install = installed
 
 
 def conversations(folder: Path) -> list[list[dict[str, Any]]]:
