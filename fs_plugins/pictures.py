@@ -7,6 +7,7 @@ say, and PIL images of every mode, as ``to_rgb`` shows them. What verbs are give
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import os
@@ -161,15 +162,36 @@ def read(path: Path, size: tuple[int, int], **fit: Any) -> Tensor:
         return fitted(image, size, **fit)
 
 
-def rgb(path: Path) -> Image.Image:
+def rgb(path: Path, *, most: int | None = None) -> Image.Image:
     """A PNG or JPEG as ``to_rgb`` shows it.
 
+    Args:
+        most: pixels that it may have; refused before any is decoded.
+
     Raises:
-        SettingError: no such file, none that is a whole PNG or JPEG, or one of more pixels than twice
+        SettingError: no such file, none that is a whole PNG or JPEG, or one of more pixels than ``most`` or than twice
             ``PIL.Image.MAX_IMAGE_PIXELS``, where Pillow draws the line (179 million).
     """
-    with _opened(path) as image:
+    with _opened(path, most) as image:
         return to_rgb(image)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W), clipped to [0, 1] -> a PIL image in 8-bit RGB, rounded."""
+    eight = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return Image.fromarray(eight.permute(1, 2, 0).numpy())
+
+
+def png(image: Image.Image) -> bytes:
+    """A PNG file of a picture."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def address(data: bytes, kind: str = "image/png") -> str:
+    """A data: address that holds a file whole."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -195,7 +217,7 @@ _OPENERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": jpeg_factory}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, most: int | None = None) -> Iterator[Image.Image]:
     """Not by ``Image.open``: that warns of pictures from half the limit on, before anyone can look at their size."""
     if not os.path.isfile(path):  # to open a pipe would wait for who writes into it
         if os.path.exists(path):
@@ -209,6 +231,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             if opener is None:
                 raise ValueError("its content is neither PNG nor JPEG, whatever it is called. Convert it.")
             with opener(file) as image:
+                if most is not None and image.width * image.height > most:
+                    raise ValueError(f"it has {image.width} x {image.height} pixels, and {most:,} is the limit here.")
                 limit = Image.MAX_IMAGE_PIXELS
                 if limit is not None and image.width * image.height > 2 * limit:
                     raise ValueError(

@@ -25,6 +25,7 @@ FLOORS = (
     ("api",),
     ("doctor", "evaluation"),
     ("testing", "hf", "demo", "photos", "vllm"),
+    ("playground",),
     ("cli",),
 )
 """From the ground up; a room may know those on its own floor and below."""

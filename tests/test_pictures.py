@@ -505,3 +505,18 @@ def test_nothing_but_the_one_reader_opens_or_converts_pictures():
                 source = path.read_text(encoding="utf-8")
                 for call in ("Image.open(", '.convert("RGB")'):
                     assert call not in source, f"{path} has {call}"
+
+
+def test_a_tensor_is_rounded_to_eight_bits_and_a_png_keeps_them():
+    image = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    eight = pictures.to_pil(image)
+    assert torch.equal(to_unit(eight), (image.clamp(0, 1) * 255).round() / 255)
+    assert np.array_equal(np.array(Image.open(BytesIO(pictures.png(eight)))), np.array(eight))
+    assert pictures.address(b"hi", "text/plain") == "data:text/plain;base64,aGk="
+
+
+def test_a_picture_of_more_pixels_than_wanted_is_refused(tmp_path):
+    photo().save(tmp_path / "photo.png")
+    assert rgb(tmp_path / "photo.png", most=48 * 32).size == (48, 32)
+    with pytest.raises(SettingError, match="1,000 is the limit"):
+        rgb(tmp_path / "photo.png", most=1000)

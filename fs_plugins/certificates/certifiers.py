@@ -91,11 +91,13 @@ class Features(OneEach):
         smoother: vision call, PSM and sigma. Its n0 and its noise play no part.
         plan: see Plan.
         background: images for ``Certificate.unrelated``, (C, H, W) in [0, 1].
+        watch: see ``certify_image``.
     """
 
     smoother: FeatureSmoother
     plan: Plan
     background: Sequence[Tensor] = ()
+    watch: Callable[[Certificate], object] | None = None
 
     kind: ClassVar[type[Certificate]] = Certificate
     settings: ClassVar[Mapping[str, object]] = {}
@@ -106,7 +108,8 @@ class Features(OneEach):
         return unrelated_cosine(self.smoother, [self.smoother.call.beside(image) for image in self.background])
 
     def __call__(self, image: Tensor, **drawing: Unpack[Drawing]) -> Sequence[Certificate]:
-        return (certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, **drawing),)
+        found = certify_image(self.smoother, image, self.plan, unrelated=self.unrelated, watch=self.watch, **drawing)
+        return (found,)
 
     def trial(self, draws: int) -> Features:
         return replace(self, plan=replace(self.plan, n=min(draws, self.plan.n), target=None), background=())

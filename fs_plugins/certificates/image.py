@@ -31,6 +31,7 @@ def certify_image(
     encoder: tuple[float, ...] | None = None,
     seed: str = FRESH,
     unrelated: float | None = None,
+    watch: Callable[[Certificate], object] | None = None,
 ) -> Certificate:
     """One image's certificate.
 
@@ -42,6 +43,8 @@ def certify_image(
         rows: draws per forward of the encoder.
         advance: told of draws as they are made.
         encoder, seed, unrelated: fields of the certificate.
+        watch: shown what the draws so far would certify if the plan had ended there, after each forward of the encoder.
+            Whoever picks one of these, or stops at one, has no certificate: only what is returned is one.
 
     Raises:
         SettingError: sigma is 0.
@@ -67,6 +70,10 @@ def certify_image(
             **_about(smoother, image),
         )
 
+    if watch is not None:
+        for _ in range(0, plan.looks[0], rows):
+            sampler.extend(min(rows, plan.looks[0] - len(sampler.scores)))
+            watch(certificate(0))
     return _draw(sampler, plan, certificate, lambda found: found.radius(plan.threshold))
 
 

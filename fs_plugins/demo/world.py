@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fs_plugins.errors import SettingError
+
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "crescent", "ring", "arrow", "hourglass")
 TARGET_SHAPE = "bolt"
@@ -136,6 +138,23 @@ def scene(split: Split, index: int) -> Scene:
     radius = float(rng.uniform(*SIZES[size]))
     centre = (float(rng.uniform(*PLACES[side])), float(rng.uniform(21, 43)))
     return Scene(split, index, shape, colour, size, side, radius, centre, float(rng.uniform(-25, 25)))
+
+
+def drawn(shape: str, colour: str, size: str, side: str, background: int = 0) -> Scene:
+    """A scene of these attributes, upright and in the middle of what their names allow, on that held-out background.
+
+    Args:
+        shape, colour, size, side: of CLASSES, COLOURS, SIZES and PLACES.
+        background: number of the held-out scene whose background and shade it has.
+
+    Raises:
+        SettingError: one that there is not.
+    """
+    for (about, known), value in zip(_VALUES.items(), (shape, colour, size, side), strict=True):
+        if value not in known:
+            raise SettingError(f"There is no {about} {value!r} in this world. There are: {', '.join(known)}.")
+    radius, across = sum(SIZES[size]) / 2, sum(PLACES[side]) / 2
+    return Scene("heldout", background, shape, colour, size, side, radius, (across, IMAGE_SIZE / 2), 0.0)
 
 
 def scenes(split: Split, count: int, start: int = 0) -> list[Scene]:

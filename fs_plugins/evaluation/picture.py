@@ -130,7 +130,7 @@ def draw(drawn: Sequence[Panel], title: str, path: Path) -> None:
     )  # fmt: skip
     figure.suptitle(title, fontsize=12.5, x=0.01, ha="left", color=_INK)
     for i, panel in enumerate(drawn):
-        images = (panel.clean, panel.attacked, 0.5 + 8 * (panel.attacked - panel.clean), panel.noisy, panel.purified)
+        images = (panel.clean, panel.attacked, difference(panel.clean, panel.attacked), panel.noisy, panel.purified)
         for j, image in enumerate(images):
             axes = figure.add_subplot(grid[i, j])
             axes.imshow(_pixels(image), interpolation="nearest")
@@ -141,6 +141,11 @@ def draw(drawn: Sequence[Panel], title: str, path: Path) -> None:
         axes.set_axis_off()
         _say(axes, panel)
     atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fs-plugins"}))
+
+
+def difference(clean: Tensor, attacked: Tensor) -> Tensor:
+    """What an attack changed, eight times as much, around mid grey; pictures (..., H, W) in [0, 1]."""
+    return 0.5 + 8 * (attacked - clean)
 
 
 def _say(axes: Axes, panel: Panel) -> None:

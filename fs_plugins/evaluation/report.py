@@ -5,8 +5,6 @@ The same rows give the same bytes, so that two reports can be compared: it bears
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from fs_plugins.errors import SettingError
@@ -31,6 +27,7 @@ from fs_plugins.evaluation.tables import Table, parted, title_of
 from fs_plugins.evaluation.tasks import TASKS, VQA, Choice, Verdict
 from fs_plugins.files import replace
 from fs_plugins.kept import flat
+from fs_plugins.pictures import address, png, to_pil
 
 if TYPE_CHECKING:
     from fs_plugins.evaluation.results import Answer, Results
@@ -328,7 +325,4 @@ def _asked(said: _Said, suite: Suite) -> dict[str, Any] | None:
 
 def _png(image: Tensor) -> str:
     """(3, H, W), clipped to [0, 1] -> a data: address."""
-    pixels = image.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return address(png(to_pil(image)))

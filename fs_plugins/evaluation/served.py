@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +13,7 @@ from fs_plugins.evaluation.datasets import Dataset, Sample
 from fs_plugins.evaluation.judges.remote import Messages, RemoteModel
 from fs_plugins.evaluation.subjects import Subject
 from fs_plugins.evaluation.tasks import TOKENS, Task
+from fs_plugins.pictures import address, png, to_pil
 
 
 class Question(NamedTuple):
@@ -57,7 +55,7 @@ class ServedModel(RemoteModel[Question, str]):
         super().__init__(url, model, api_key=api_key, timeout=timeout, retries=retries, parallel=parallel, sleep=sleep)
 
     def messages(self, asked: Question) -> Messages:
-        shown = {"type": "image_url", "image_url": {"url": _png(asked.picture)}}
+        shown = {"type": "image_url", "image_url": {"url": address(png(asked.picture))}}
         return [{"role": "user", "content": [shown, {"type": "text", "text": asked.text}]}]
 
     def settings(self, asked: Question) -> Mapping[str, Any]:
@@ -101,14 +99,6 @@ class Elsewhere:
         self.served = served
 
     def reply(self, task: Task, images: Tensor, samples: Sequence[Sample], dataset: Dataset) -> list[str]:
-        eight = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
         prompts = [task.prompt(sample, dataset) for sample in samples]
-        shown = zip(map(Image.fromarray, eight), prompts, strict=True)
+        shown = zip(map(to_pil, images), prompts, strict=True)
         return list(self.served.each([Question(*pair, TOKENS[task.name]) for pair in shown]))
-
-
-def _png(picture: Image.Image) -> str:
-    """As an address that holds it whole."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

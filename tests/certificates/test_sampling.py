@@ -8,6 +8,8 @@ import torch
 from support import TinyEncoder, make_psm, tiny_call
 
 from fs_plugins import FeatureSmoother, ModelError
+from fs_plugins.certificates.image import certify_image
+from fs_plugins.certificates.plan import Plan
 from fs_plugins.certificates.sampling import Sampler
 
 SIGMA = 0.25
@@ -123,3 +125,13 @@ def test_an_image_without_a_clean_feature_is_an_error(image):
 
     with pytest.raises(ModelError, match="no direction"):
         Sampler(FeatureSmoother(tiny_call(Dead()), psm=None, sigma=SIGMA), image, key=b"")
+
+
+@pytest.mark.parametrize("target", [None, 0.01])
+def test_whoever_watches_sees_the_certificate_come_and_changes_nothing(smoother, image, target):
+    plan, seen = Plan(n=40, target=target), []
+    alone = certify_image(smoother, image, plan, key=b"key", rows=16)
+    watched = certify_image(smoother, image, plan, key=b"key", rows=16, watch=seen.append)
+    assert watched == alone
+    assert [one.n for one in seen] == ([16, 32, 40] if target is None else [5])
+    assert seen[-1] == (alone if target is None else seen[-1])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fs_plugins import SettingError
 from fs_plugins.demo import text, world
 
 INDEX = st.integers(0, 100_000)
@@ -86,3 +87,19 @@ def test_the_class_question_lists_the_classes_in_order():
 @pytest.mark.parametrize("words", ["a photo of a cat", ""])
 def test_unknown_words_are_no_error(words):
     assert text.build_tokenizer(append_eos=True).encode(words).ids[-1] == text.SPECIAL.index(text.EOS)
+
+
+def test_a_drawn_scene_has_what_was_asked_for_before_a_held_out_background():
+    scene = world.drawn("ring", "blue", "small", "left", 7)
+    assert scene.caption == "a small blue ring on the left"
+    assert scene.split == "heldout"
+    other = world.drawn("star", "blue", "small", "left", 7)
+    corner = (slice(0, 8), slice(56, 64))
+    assert np.array_equal(np.array(scene.draw())[corner], np.array(other.draw())[corner])
+    assert not np.array_equal(np.array(scene.draw()), np.array(other.draw()))
+
+
+@pytest.mark.parametrize("wrong", [("cube", "red", "small", "left"), ("star", "red", "huge", "left")])
+def test_what_the_world_lacks_is_not_drawn(wrong):
+    with pytest.raises(SettingError, match=r"There are: "):
+        world.drawn(*wrong)
