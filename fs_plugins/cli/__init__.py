@@ -24,6 +24,7 @@ from fs_plugins.cli.demo import demo
 from fs_plugins.cli.doctor import doctor
 from fs_plugins.cli.evaluate import evaluate
 from fs_plugins.cli.photos import photos
+from fs_plugins.cli.playground import playground
 from fs_plugins.cli.registry import app as registry
 from fs_plugins.cli.serve import serve
 from fs_plugins.cli.train import train
@@ -31,7 +32,7 @@ from fs_plugins.cli.train import train
 app = typer.Typer(
     help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (demo, photos, ask, serve, certify, evaluate, train, doctor):
+for command in (demo, photos, playground, ask, serve, certify, evaluate, train, doctor):
     app.command()(command)
 app.add_typer(registry, name="registry")
 

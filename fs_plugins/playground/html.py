@@ -67,3 +67,11 @@ def download(name: str, data: bytes, kind: str, text: str) -> Markup:
 def links(several: Iterable[Markup]) -> Markup:
     """Links side by side."""
     return Markup('<p class="fs-links">{}</p>').format(Markup(" ").join(several))
+
+
+def heading() -> Markup:
+    """The page's title, and what it is."""
+    return Markup(
+        "<h1>fs-plugins playground</h1><p>A model is shown a picture, an attacker moves it, and the same model answers "
+        "without and with feature-space smoothing. The proof says how far anyone may move the picture.</p>"
+    )
