@@ -69,6 +69,13 @@ def links(several: Iterable[Markup]) -> Markup:
     return Markup('<p class="fs-links">{}</p>').format(Markup(" ").join(several))
 
 
+def link(base: str, query: str) -> Markup:
+    """The address of a state, in full to be copied."""
+    there = f"?{query}" if query else ""
+    anchor = Markup('<a href="{}">{}</a>').format(there or "./", base + there)
+    return Markup('<p class="fs-table">Link to this state: {}</p>').format(anchor)
+
+
 def heading() -> Markup:
     """The page's title, and what it is."""
     return Markup(

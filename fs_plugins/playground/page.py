@@ -104,7 +104,7 @@ class Page:
         first = self.models.about("")
         self.visit = gr.State(Visit(), time_to_live=KEPT)
         gr.HTML(html.heading())
-        self.status = gr.HTML(html.status("Ready."), elem_id="status")
+        self.status = gr.HTML(html.status("The page is coming."), elem_id="status")
         self.controls: dict[str, Any] = {}
         self._model()
         with gr.Row(equal_height=False):
@@ -230,7 +230,7 @@ class Page:
 
     def _share_panel(self) -> None:
         gr.Markdown("## Share and reproduce")
-        self.link = gr.Textbox(label="Link to this state", interactive=False, buttons=["copy"], elem_id="link")
+        self.link = gr.HTML(elem_id="link")
         self.saves = gr.HTML(elem_id="saves")
         with gr.Accordion("The same in Python and on the command line", open=False):
             self.python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
@@ -474,7 +474,7 @@ class Page:
         news |= {
             self.visit: visit,
             self.picture: html.image(clean.shown, clean.about, clean.about),
-            self.link: f"{str(request.request.base_url).rstrip('/')}/?{state.query()}".rstrip("?"),
+            self.link: html.link(str(request.request.base_url), state.query()),
             **self._programs(visit, state, clean),
         }
         if visit.moved(state) is None:

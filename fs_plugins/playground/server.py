@@ -13,6 +13,8 @@ from fs_plugins.playground.models import Models
 from fs_plugins.playground.pictures import MOST_BYTES
 
 DEFAULT_MODELS = ("demo", "demo-clip")
+SESSIONS = 100
+"""Visitors that are remembered; of more, those who came first are forgotten."""
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; worker-src 'self' blob:; connect-src 'self'; object-src 'none'; "
@@ -106,7 +108,7 @@ def _launched(blocks: Any, host: str | None, port: int | None, share: bool) -> s
             quiet=True,
             prevent_thread_lock=True,
             max_file_size=MOST_BYTES,
-            state_session_capacity=256,
+            state_session_capacity=SESSIONS,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,

@@ -32,6 +32,7 @@ BASES = {
     "photos": ["--images", "4", "--steps", "1"],  # where what it needs is not installed, it says that first
     "ask": ["demo", "{picture}", "what is it?"],
     "serve": ["{fresh}"],  # no model is there, so that nothing is ever served
+    "playground": ["{fresh}"],
     "certify": ["{picture}", "--n", "8", "--model", "demo-clip"],
     "evaluate": ["--quick", "--data", "{data}", "--model", "demo-clip"],
     "train": ["{pictures}", "--out", "{fresh}", "--model", "demo-clip", "--steps", "1", "--mapper-steps", "1"],
