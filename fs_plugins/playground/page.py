@@ -145,9 +145,9 @@ class Page:
             add["background"] = gr.Number(
                 0, label="Background number", minimum=0, maximum=MOST["background"], precision=0, elem_id="background"
             )
-        choices = [(named(one), name) for name, one in known.items()]
+        listed = [(named(one), name) for name, one in known.items()]
         add["photo"] = gr.Dropdown(
-            [("Choose one", ""), *choices], value="", label="Photograph", visible=False, elem_id="photo"
+            [("Choose one", ""), *listed], value="", label="Photograph", visible=False, elem_id="photo"
         )
         self.upload = gr.UploadButton(
             "Choose a PNG or JPEG, at most 10 MB",
