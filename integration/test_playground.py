@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
@@ -26,6 +27,7 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from fs_plugins.playground.models import Facts
 from fs_plugins.playground.server import SESSIONS
 
 SHOTS = Path(__file__).parents[1] / "runs" / "playground"
@@ -287,6 +289,31 @@ def test_the_first_paint_is_soon(opened):
         page = opened()
         paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     assert min(paints) < 2000
+
+
+def test_a_fault_of_a_run_is_a_message(caplog):
+    from fs_plugins.playground.page import Page, Visit
+
+    class Faulty:
+        """A page's engine that has something wrong."""
+
+        def __init__(self) -> None:
+            facts = Facts("demo", True, (64, 64), 0.25, (0.25, 0.5))
+            self.models = SimpleNamespace(
+                names=("demo",), psm="auto", about=lambda name: facts, sigma=lambda state: 0.25
+            )
+
+        def picture(self, state, sent=None):
+            raise RuntimeError("a secret of the server")
+
+    page = Page(Faulty())
+    values = [control.value for control in page.controls.values()]
+    request = SimpleNamespace(session_hash="tab", client=SimpleNamespace(host="here"))
+    for run in (page._attack, page._ask, page._certify):
+        told = str(list(run(request, Visit(), *values))[-1][page.status])
+        assert "failed on the server; the page goes on" in told
+        assert "secret" not in told
+    assert "a secret of the server" in caplog.text
 
 
 def resident(process: int) -> float:

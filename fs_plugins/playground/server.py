@@ -32,7 +32,8 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .fs-table th, .fs-table td { text-align: left; vertical-align: top; padding: .3rem .5rem; overflow-wrap: anywhere;
   border-bottom: 1px solid var(--border-color-primary); }
 .fs-plot { width: 100%; max-width: 40rem; height: auto; background: white; border-radius: 4px; }
-.fs-status { font-weight: 600; margin: 0; }
+#status { position: sticky; top: 0; z-index: 5; background: var(--body-background-fill); }
+.fs-status { font-weight: 600; margin: 0; padding: .4rem 0; }
 .fs-wrong { color: var(--error-text-color, #b3261e); }
 .fs-progress progress { width: 100%; }
 .fs-links a { margin-right: 1rem; text-decoration: underline; }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from fs_plugins.cli import app
@@ -19,6 +21,18 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     answered = CliRunner().invoke(app, ["playground"], env={"COLUMNS": "200"})
     assert answered.exit_code == 2
     assert 'pip install "fs-plugins[playground]"' in answered.stdout
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_visitors_of_a_space_are_told_apart_by_its_proxy(monkeypatch, space):
+    monkeypatch.setattr("fs_plugins.playground.__main__.serve", lambda ready: ready("http://here"))
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "")  # restored afterwards, whoever sets it
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS")
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    if space:
+        monkeypatch.setenv("SPACE_ID", "owner/name")
+    main()
+    assert os.environ.get("FORWARDED_ALLOW_IPS") == ("*" if space else None)
 
 
 def test_the_space_is_the_module():
