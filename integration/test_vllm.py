@@ -123,7 +123,7 @@ def test_two_ranks_draw_the_same_noise_and_other_noise_at_every_call(mode, folde
         ('{"psm": "auto", "n": 4}', {}, "there is no setting 'n'. The settings are: psm, sigma"),
         (json.dumps({"psm": str(assets.PSM_CLIP)}), {}, "PSMError"),
         ("{}", {"enable_mm_embeds": True}, "--enable-mm-embeds lets a request bring embeddings of its own"),
-        ("{}", {"limit_mm_per_prompt": {"image": 0}}, "looks at no images"),
+        ("{}", {"limit_mm_per_prompt": {"image": 0}}, "There is nothing to smooth: allow images"),
     ],
 )
 def test_what_cannot_be_protected_is_not_served(settings, engine, says, folder):

@@ -22,6 +22,8 @@ from fs_plugins.vllm.counts import Tally
 from fs_plugins.vllm.settings import Settings
 
 _COUNTING = "fs_plugins.vllm"
+LEFT_OUT = "StageMissingLayer"
+"""What vLLM has in the place of a module that it does not need."""
 
 
 def protect(worker: Any, settings: Settings) -> SmoothingHandle:
@@ -81,11 +83,16 @@ def normalisation(model_config: Any) -> PixelSpace | None:
 
 
 def check_plain(call: VisionCall) -> None:
-    """Refuse an encoder whose weights are not the checkpoint's own numbers.
+    """Refuse an encoder whose weights are not the checkpoint's own numbers, or that has been left out.
 
     Raises:
-        ModelError: they are quantised.
+        ModelError: they are quantised, or there is none, because requests may show it nothing.
     """
+    if type(call.module).__name__ == LEFT_OUT:
+        raise ModelError(
+            "By --limit-mm-per-prompt this model is shown none of what its vision encoder takes, and vLLM has left the "
+            f"encoder out. There is nothing to smooth: allow images, or unset {VARIABLE}."
+        )
     for name, module in call.module.named_modules():
         method = type(getattr(module, "quant_method", None)).__name__
         if (method != "NoneType" and not method.startswith("Unquantized")) or _is_packed(module):

@@ -334,6 +334,15 @@ def test_a_quantised_encoder_is_refused_by_name():
         check_plain(call)
 
 
+class StageMissingLayer(nn.Module):
+    """vLLM's own is called so."""
+
+
+def test_an_encoder_that_vllm_left_out_is_no_encoder():
+    with pytest.raises(ModelError, match="nothing to smooth: allow images"):
+        check_plain(SimpleNamespace(module=StageMissingLayer()))
+
+
 @pytest.mark.parametrize(
     ("size", "mapped", "fits"), [(None, ("tokens",), False), (None, (), True), ((64, 64), ("tokens",), True)]
 )
