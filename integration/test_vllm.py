@@ -102,6 +102,15 @@ def test_offline_it_answers_as_smoothed_transformers_does(impl, folder, model, p
         assert attacked <= 1
 
 
+def test_in_half_precision_attacked_pictures_are_answered_right_too(folder):
+    options = {"engine": {"dtype": "bfloat16"}}
+    got = told(session(folder, options, FS_PLUGINS='{"n0": 8}', VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    clean, attacked = right(got["answers"])
+    assert clean >= COUNT - 1
+    assert attacked >= COUNT - 1
+    assert f"{2 * COUNT * 8} draws, 0 not finite" in got["status"][0]
+
+
 @pytest.mark.parametrize("mode", ["weights", "data"])
 def test_two_ranks_draw_the_same_noise_and_other_noise_at_every_call(mode, folder):
     options = {"engine": {"tensor_parallel_size": 2, "mm_encoder_tp_mode": mode}, "ranks": True}
