@@ -10,8 +10,6 @@ that no cache answers. Needs an environment that has vLLM (``make vllm`` makes o
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import os
 import re
@@ -32,6 +30,7 @@ import psutil
 from PIL import Image
 
 from fs_plugins.demo import assets, world
+from fs_plugins.pictures import address, png
 
 MINUTES = 10 * 60
 CLIENTS = 8
@@ -42,12 +41,6 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FS_PLUGINS")}
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     return {**kept, **small, **more}
-
-
-def _shown(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 class Server:
@@ -88,7 +81,7 @@ class Server:
         raise RuntimeError(self.log.read_text("utf-8")[-6000:])
 
     def ask(self, picture: Image.Image, prompt: str, **more: Any) -> tuple[int, str]:
-        parts = [{"type": "image_url", "image_url": {"url": _shown(picture)}}, {"type": "text", "text": prompt}]
+        parts = [{"type": "image_url", "image_url": {"url": address(png(picture))}}, {"type": "text", "text": prompt}]
         body = {
             "model": "demo",
             "messages": [{"role": "user", "content": parts}],

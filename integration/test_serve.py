@@ -5,8 +5,6 @@ Runs in an environment that has what transformers' server needs; elsewhere it is
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import re
@@ -37,7 +35,7 @@ from fs_plugins.evaluation import Results
 from fs_plugins.evaluation.served import Question, ServedModel
 from fs_plugins.hf import load_chat
 from fs_plugins.hf.chat import ask
-from fs_plugins.pictures import to_unit
+from fs_plugins.pictures import address, png, to_pil, to_unit
 
 COUNT, SEED = 6, 3
 PROMPT = world.scene("heldout", 0).question("shape").prompt
@@ -87,9 +85,7 @@ def post(url: str, body: dict) -> tuple[int, str]:
 
 
 def shown(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return address(png(picture))
 
 
 def asked(picture: Image.Image, **more: Any) -> dict:
@@ -116,8 +112,7 @@ def attacked(model) -> list[Image.Image]:
     call = fs_plugins.vision_call(model[0])
     images = torch.stack([to_unit(picture) for picture in CLEAN])
     found = attack(call, images, images.roll(1, 0), method="attackvlm", eps=16 / 255, steps=60, seed=0)
-    eight = (found.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(one.numpy()) for one in eight]
+    return [*map(to_pil, found)]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from fs_plugins.attacks import attack
 from fs_plugins.demo import assets, world
 from fs_plugins.hf import load_chat
 from fs_plugins.hf.chat import ask
-from fs_plugins.pictures import to_unit
+from fs_plugins.pictures import to_pil, to_unit
 
 COUNT, SEED = 16, 3
 HELD_OUT = [world.scene("heldout", i) for i in range(60)]
@@ -58,8 +58,7 @@ def pictures(model: Any) -> list[Image.Image]:
     call = fs_plugins.vision_call(model[0])
     images = torch.stack([to_unit(picture) for picture in CLEAN])
     found = attack(call, images, images.roll(5, 0), method="attackvlm", eps=16 / 255, steps=60, seed=0)
-    eight = (found.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [*CLEAN, *(Image.fromarray(one.numpy()) for one in eight)]
+    return [*CLEAN, *map(to_pil, found)]
 
 
 @pytest.fixture(scope="module")

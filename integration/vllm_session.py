@@ -9,7 +9,6 @@ whether to ask without smoothing as well; ``ranks``, whether to ask every rank w
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from pathlib import Path
@@ -73,11 +72,13 @@ def _forget() -> None:
 
 def conversations(folder: Path) -> list[list[dict[str, Any]]]:
     """A question about a picture each."""
+    from fs_plugins.pictures import address
+
     made = []
     for one in json.loads((folder / "asked.json").read_text("utf-8")):
-        shown = base64.b64encode((folder / one["picture"]).read_bytes()).decode()
+        shown = address((folder / one["picture"]).read_bytes())
         parts = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{shown}"}},
+            {"type": "image_url", "image_url": {"url": shown}},
             {"type": "text", "text": one["prompt"]},
         ]
         made.append([{"role": "user", "content": parts}])
