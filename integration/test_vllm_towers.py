@@ -78,7 +78,7 @@ def pair(request: pytest.FixtureRequest, world: None, tmp_path_factory: pytest.T
         dtype="float32",
         enforce_eager=True,
         max_model_len=64,
-        hf_overrides=OVERRIDES.get(name),
+        hf_overrides=OVERRIDES.get(name, {}),
     ).create_engine_config()
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized() or not _parallel():
