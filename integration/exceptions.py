@@ -44,6 +44,13 @@ EXEMPTIONS = (
         "change its precision",
     ),
     Exemption(
+        ("LevitForImageClassification", "LevitForImageClassificationWithTeacher", "LevitModel"),
+        "test_chunks_never_change_a_result",
+        "a small LeViT of random weights magnifies rounding, and some processors round a batch of another size "
+        "otherwise: by up to 1.5e-4 of the largest number in single precision, by 1e-14 in double",
+        now_and_then=True,
+    ),
+    Exemption(
         ("LLaVA SigLIP full -1", "LLaVA-OneVision", "AyaVision", "Cohere 2 Vision", "Aria", "DeepSeek-VL hybrid"),
         "test_threads_do_not_disturb_each_other",
         "transformers 4 collects hidden states by replacing the layers' forward for the duration of a call "
