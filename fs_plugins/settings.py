@@ -10,7 +10,7 @@ Light on purpose: the command line reads these before anything that takes long i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -70,11 +70,23 @@ def read(kind: type, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise SettingError(f"{path} must hold names and values, such as `seed: 1`; it holds a {type(data).__name__}.")
-    known = [one.name for one, _ in knobs(kind)]
-    for name in data:
-        if name not in known:
-            raise SettingError(f"{path}: there is no setting {name!r}. The settings are: {', '.join(known)}.")
+    only(kind, data, str(path))
     return data
+
+
+def only(kind: type, names: Iterable[object], where: str) -> None:
+    """Refuse names that are no knobs of a settings dataclass.
+
+    Args:
+        where: they were found.
+
+    Raises:
+        SettingError: one is none, with those that are.
+    """
+    known = [one.name for one, _ in knobs(kind)]
+    for name in names:
+        if name not in known:
+            raise SettingError(f"{where}: there is no setting {name!r}. The settings are: {', '.join(known)}.")
 
 
 def build(kind: type[S], given: Mapping[str, Any], origin: str = "the settings") -> S:

@@ -13,7 +13,7 @@ from fs_plugins.choice import named_psm
 from fs_plugins.errors import SettingError
 from fs_plugins.noise import Noise, NoiseScope
 from fs_plugins.plugins import known_encoders
-from fs_plugins.settings import build, knob, knobs
+from fs_plugins.settings import build, knob, only
 from fs_plugins.smoothing import DEFAULT_CHUNK_SIZE
 from fs_plugins.vllm import VARIABLE
 
@@ -54,10 +54,7 @@ def parsed(text: str) -> Settings:
         raise SettingError(f'{VARIABLE} is JSON, such as {{"psm": "auto", "n0": 4}}; {error}.') from None
     if not isinstance(given, dict):
         raise SettingError(f'{VARIABLE} is a JSON object, such as {{"psm": "auto", "n0": 4}}, got {text}.')
-    known = [one.name for one, _ in knobs(Settings)]
-    for name in given:
-        if name not in known:
-            raise SettingError(f"{VARIABLE}: there is no setting {name!r}. The settings are: {', '.join(known)}.")
+    only(Settings, given, VARIABLE)
     made = build(Settings, given, VARIABLE)
     if made.sigma is not None:
         checks.sigma(made.sigma, noisy=True)
