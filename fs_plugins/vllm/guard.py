@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -102,12 +103,8 @@ class Guard:
     def opening(self, original: Original, engine: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Requests are about to be taken, by an engine that was made in Python."""
         if engine not in self.asked:
-            try:
-                told = engine.collective_rpc(ASKED)
-            except Exception as error:
-                raise ModelError(_silent(error)) from error
-            agreed(told)
-            self.asked.add(engine)
+            with self._hearing(engine):
+                agreed(engine.collective_rpc(ASKED))
         return original(*given, **named)
 
     async def opening_server(
@@ -115,13 +112,22 @@ class Guard:
     ) -> Any:
         """Requests are about to be taken, by a server."""
         if engine not in self.asked:
-            try:
-                told = await engine.collective_rpc(ASKED)
-            except Exception as error:
-                raise ModelError(_silent(error)) from error
-            agreed(told)
-            self.asked.add(engine)
+            with self._hearing(engine):
+                agreed(await engine.collective_rpc(ASKED))
         return await original(*given, **named)
+
+    @contextmanager
+    def _hearing(self, engine: Any) -> Iterator[None]:
+        """Around a question to an engine's workers: whatever keeps them from answering is a refusal."""
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"The workers of vLLM do not say whether they smooth ({type(error).__name__}: {error}). {_WHERE}"
+            ) from error
+        self.asked.add(engine)
 
     def named(self, original: Original, processor: Any, given: tuple[Any, ...], named: dict[str, Any]) -> str:
         """What a picture's features are kept under: apart from those made otherwise, or from all others."""
@@ -149,10 +155,6 @@ def agreed(told: Sequence[bool]) -> None:
         raise ModelError(
             f"{told.count(False)} of {len(told)} workers of vLLM hold a model that is not smoothed. {_WHERE}"
         )
-
-
-def _silent(error: Exception) -> str:
-    return f"The workers of vLLM do not say whether they smooth ({type(error).__name__}: {error}). {_WHERE}"
 
 
 def normalising(told: Mapping[str, Any]) -> dict[str, Any]:
