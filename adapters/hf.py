@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Normalisation] = {
     "idefics3_vision": HALF,
     "smolvlm_vision": HALF,
     "internvl_vision": IMAGENET,
+    "intern_vit_6b": IMAGENET,
     "qwen2_vl": CLIP,
     "qwen2_vl_vision": CLIP,
     "qwen2_5_vl": CLIP,

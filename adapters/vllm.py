@@ -28,14 +28,13 @@ from fs_plugins.vision import Field, PixelSpace, Readout, VisionCall, is_a, unwr
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its classes, the encoder's place in them, what is consumed, whether the encoder itself drops the class
-    token, and whether somebody has tested it."""
+    """A family: its classes, the encoder's place in them, what is consumed, and whether the encoder itself drops the
+    class token."""
 
     models: tuple[str, ...]
     tower: str
     consumed: Consumed
     drops: bool = False
-    tested: bool = True
 
 
 FAMILIES = (
@@ -70,10 +69,10 @@ FAMILIES = (
     ),
     Family(("Qwen3VLForConditionalGeneration",), "visual", deepstack),
     Family(("InternS1ForConditionalGeneration",), "vision_tower", internvl),
-    Family(("LlavaNextVideoForConditionalGeneration",), "vision_tower", layers, drops=True, tested=False),
-    Family(("Cohere2VisionForConditionalGeneration",), "vision_tower", last, tested=False),
-    Family(("InternVLChatModel",), "vision_model", lambda config, vision: without_class_token(vision), tested=False),
-    Family(("Phi4MMForCausalLM",), "vision_encoder.img_processor", last, tested=False),
+    Family(("LlavaNextVideoForConditionalGeneration",), "vision_tower", layers, drops=True),
+    Family(("Cohere2VisionForConditionalGeneration",), "vision_tower", last),
+    Family(("InternVLChatModel",), "vision_model", lambda config, vision: without_class_token(vision)),
+    Family(("Phi4MMForCausalLM",), "vision_encoder.img_processor", last),
 )
 """A class that derives from one of these is of its family too: SmolVLM of Idefics 3, Qwen 3.5 of Qwen3-VL."""
 
@@ -120,7 +119,6 @@ def _call(whole: Any, family: Family) -> VisionCall:
         image_size=None if isinstance(layout, Rows | Pictures) else image_size(vision, space),
         architecture=architecture(vision, kind(whole, vision)),
         kwargs={"feature_select_strategy": whole.config.vision_feature_select_strategy} if family.drops else {},
-        tested=family.tested,
         weights=_kept(whole.config, family.tower),
     )
 
@@ -134,7 +132,6 @@ def _mistral(whole: Any) -> VisionCall:
         readouts=(readout,),
         image_size=None,
         architecture={"family": "pixtral", "hidden_size": said.hidden_size, "patch_size": said.patch_size},
-        tested=False,
         weights=_kept(whole.config, "vision_encoder"),
     )
 

@@ -15,13 +15,18 @@ import torch
 
 pytest.importorskip("vllm")
 
-from families import FAMILIES
+from families import FAMILIES, LLAMA
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vllm.config import set_current_vllm_config
+from tower_families import TOWER_FAMILIES
+from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.models import phi4mm
+from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionTransformer
 
 import fs_plugins
 from fs_plugins import VisionCall
@@ -30,12 +35,14 @@ from fs_plugins.vllm.worker import check_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nobody knows how this model's pixels are normalised")
 
-BY_NAME = {family.name: family for family in FAMILIES}
+BY_NAME = {family.name: family for family in (*FAMILIES, *TOWER_FAMILIES)}
 KINDS = (
     "LLaVA CLIP -2 default",
     "LLaVA SigLIP full -1",
     "LLaVA Pixtral",
     "LLaVA-NeXT",
+    "LLaVA-NeXT-Video",
+    "Cohere 2 Vision",
     "LLaVA-OneVision",
     "PaliGemma",
     "Gemma 3",
@@ -64,26 +71,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def pair(request: pytest.FixtureRequest, world: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def pair(request: pytest.FixtureRequest, world: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model of transformers, and vLLM's of the same checkpoint."""
     name = request.param
     original = BY_NAME[name].build().eval()
     folder = tmp_path_factory.mktemp("checkpoint")
     original.save_pretrained(folder)
     as_on_the_hub(folder / "model.safetensors", original)
-    # vLLM's configuration of a checkpoint, which has no tokenizer.
-    config = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=64,
-        hf_overrides=OVERRIDES.get(name, {}),
-    ).create_engine_config()
+    return original, loaded(configured(folder, hf_overrides=OVERRIDES.get(name, {})))
+
+
+def configured(folder: Path, **options: Any) -> VllmConfig:
+    """vLLM's configuration of a checkpoint, which has no tokenizer."""
+    how: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 64}
+    return EngineArgs(model=str(folder), **how, **options).create_engine_config()
+
+
+def loaded(config: VllmConfig) -> nn.Module:
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized() or not _parallel():
             initialize_model_parallel(1, 1)
-        yield original, get_model(vllm_config=config)
+        return get_model(vllm_config=config)
 
 
 def _parallel() -> bool:
@@ -205,4 +213,145 @@ def test_what_vllm_itself_asks_for_is_smoothed_and_given_back_bit_for_bit(pair, 
     assert not torch.equal(first, second), "every call has noise of its own"
     assert torch.equal(embedded(), bare)
     with fs_plugins.enable(served, psm=None, sigma=1e-7, n0=2):  # the whole road and its packing
+        close(embedded(), bare)
+
+
+# Formats of their own, which transformers has no classes for: nothing to compare with but the model itself.
+
+TEXT = LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"], dtype="float32")
+VISION_SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def internvl_chat() -> PreTrainedConfig:
+    vision = {
+        **VISION_SMALL,
+        "image_size": 28,
+        "patch_size": 14,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+        "initializer_factor": 0.1,
+        "model_type": "intern_vit_6b",
+    }
+    return PreTrainedConfig.from_dict(
+        {
+            "model_type": "internvl_chat",
+            "architectures": ["InternVLChatModel"],
+            "vision_config": PreTrainedConfig.from_dict(vision),
+            "text_config": TEXT,
+            "force_image_size": 28,
+            "downsample_ratio": 0.5,
+            "ps_version": "v2",
+            "select_layer": -1,
+        }
+    )
+
+
+def pixtral() -> PreTrainedConfig:
+    vision = {
+        **VISION_SMALL,
+        "image_size": 64,
+        "patch_size": 8,
+        "num_channels": 3,
+        "rope_theta": 1e4,
+        "image_token_id": 9,
+    }
+    return PreTrainedConfig.from_dict(
+        {
+            "model_type": "pixtral",
+            "architectures": ["PixtralForConditionalGeneration"],
+            "vision_config": PreTrainedConfig.from_dict(vision),
+            "text_config": TEXT,
+        }
+    )
+
+
+def phi4mm_config() -> PreTrainedConfig:
+    audio = {"audio_embd_layer": {"embedding_cls": "audio"}}
+    return LlamaConfig(
+        **LLAMA, architectures=["Phi4MMForCausalLM"], dtype="float32", img_processor=None, embd_layer=audio
+    )
+
+
+def small_phi4_encoder(layer_idx: int) -> nn.Module:
+    """Phi-4-MM's encoder has its size in the code, 400 million weights."""
+    config = SiglipVisionConfig(**VISION_SMALL, image_size=448, patch_size=14)
+    layers = config.num_hidden_layers + layer_idx + 1
+    return Idefics2VisionTransformer(config=config, require_post_norm=False, num_hidden_layers_override=layers)
+
+
+def random_weights(loader: DummyModelLoader, model: nn.Module, config: Any) -> None:
+    """vLLM's own are so small that a model says the same of everything."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.3, generator=generator)
+
+
+def tiles(call: VisionCall) -> Shown:
+    """Two pictures, of one tile and of two."""
+    pixels = call.pixels.from_unit(pictures(call, 3), torch.float32)
+    return {"pixel_values_flat": pixels, "image_num_patches": torch.tensor([1, 2]), "image_token_id": 9}
+
+
+def listed_pictures(call: VisionCall) -> Shown:
+    pixels = call.pixels.from_unit(pictures(call), torch.float32)
+    return {"images": [pixels[0], pixels[1][:, :16]]}
+
+
+def crops(call: VisionCall) -> Shown:
+    """Two pictures: the whole and one crop; the whole and two crops, of which the second is half padding."""
+    pixels = call.pixels.from_unit(pictures(call, 5), torch.float32)
+    seen = torch.ones(5, 32, 32)
+    seen[4, :, 16:] = 0
+    return {
+        "input_image_embeds": [pixels[:2], pixels[2:]],
+        "image_sizes": torch.tensor([[448, 448], [448, 896]]),
+        "image_attention_mask": [seen[:2], seen[2:]],
+        "num_img_tokens": torch.tensor([1, 1]),
+    }
+
+
+FORMATS: dict[str, tuple[Callable[[], PreTrainedConfig], Callable[[VisionCall], Shown], int]] = {
+    "InternVL": (internvl_chat, tiles, 3),
+    "Pixtral": (pixtral, listed_pictures, 2),
+    "Phi-4-MM": (phi4mm_config, crops, 6),
+}
+"""How each is made, what its processor asks with, and how many images the encoder sees then (it fills up crops)."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_of_its_own_is_smoothed_and_given_back_bit_for_bit(name, world, tmp_path, monkeypatch):
+    make, ask, images = FORMATS[name]
+    monkeypatch.setattr(phi4mm, "get_navit_vision_model", small_phi4_encoder)
+    monkeypatch.setattr(phi4mm, "AudioEmbedding", lambda *args, **kwargs: nn.Identity())
+    monkeypatch.setattr(DummyModelLoader, "load_weights", random_weights)
+    BY_NAME["LLaVA CLIP -2 default"].build().save_pretrained(tmp_path)  # its engine settings are all that is taken
+    config = make()
+    served = loaded(configured(tmp_path, load_format="dummy").with_hf_config(config, config.architectures))
+    call = fs_plugins.vision_call(served)
+    assert call.tested
+    (readout,) = call.readouts
+    images_seen = pictures(call)
+    with torch.no_grad():
+        features = call.encode(images_seen)[readout.name]
+    assert features.shape[0] == 2
+    assert features.shape[-1] == readout.width
+    shown = ask(call)
+
+    def embedded() -> Tensor:
+        with torch.no_grad():
+            return torch.cat([one.flatten(0, -2) for one in served.embed_multimodal(**shown)])
+
+    bare = embedded()
+    with fs_plugins.enable(served, psm=None, sigma=0.25, n0=2, noise="iid", seed=0) as handle:
+        first, second = embedded(), embedded()
+        (vision,) = handle.status().vision
+    assert (vision.images, vision.draws) == (2 * images, 4 * images)
+    assert not torch.allclose(first, bare, atol=1e-3)
+    assert not torch.equal(first, second), "every call has noise of its own"
+    assert torch.equal(embedded(), bare)
+    with fs_plugins.enable(served, psm=None, sigma=1e-7, n0=2):
         close(embedded(), bare)
