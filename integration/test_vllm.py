@@ -110,6 +110,20 @@ def test_in_half_precision_attacked_pictures_are_answered_right_too(folder):
     assert f"{2 * COUNT * 8} draws, 0 not finite" in got["status"][0]
 
 
+def test_an_engine_that_only_encodes_keeps_smoothed_features_apart_from_others(folder, tmp_path):
+    """It measures first what memory encoding takes, with pictures of its own."""
+    place = {"shared_storage_path": str(tmp_path)}
+    keeps = {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer", "ec_connector_extra_config": place}
+    options = {"engine": {"ec_transfer_config": keeps, "kv_cache_memory_bytes": None}}
+    got = told(
+        session(folder, options, FS_PLUGINS="{}", VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    )
+    assert "PSM       demo-psm-llava;" in got["status"][0]
+    kept = {path.parent.name for path in tmp_path.rglob("*.safetensors")}
+    assert len(kept) == 2 * COUNT
+    assert all(re.fullmatch(r"fs-[0-9a-f]+:[0-9a-f]+", name) for name in kept)
+
+
 @pytest.mark.parametrize("mode", ["weights", "data"])
 def test_two_ranks_draw_the_same_noise_and_other_noise_at_every_call(mode, folder):
     options = {"engine": {"tensor_parallel_size": 2, "mm_encoder_tp_mode": mode}, "ranks": True}

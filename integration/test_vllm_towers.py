@@ -19,7 +19,7 @@ from families import FAMILIES, LLAMA
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tower_families import TOWER_FAMILIES
-from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, SiglipVisionConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -29,8 +29,9 @@ from vllm.model_executor.models import phi4mm
 from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionTransformer
 
 import fs_plugins
-from fs_plugins import VisionCall
+from fs_plugins import ModelError, SettingError, VisionCall
 from fs_plugins.identity import same_encoder
+from fs_plugins.vllm.guard import check
 from fs_plugins.vllm.worker import check_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:Nobody knows how this model's pixels are normalised")
@@ -355,3 +356,32 @@ def test_a_format_of_its_own_is_smoothed_and_given_back_bit_for_bit(name, world,
     assert torch.equal(embedded(), bare)
     with fs_plugins.enable(served, psm=None, sigma=1e-7, n0=2):
         close(embedded(), bare)
+
+
+CONSUMER = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+"""An engine whose pictures another one encodes."""
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, SettingError, "enable_tower_connector_lora runs"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, SettingError, "compile_mm_encoder runs"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, SettingError, "cudagraph_mm_encoder runs"),
+        ({"ec_transfer_config": CONSUMER}, SettingError, "only consumes .ec_role ec_consumer."),
+        ({"enable_mm_embeds": True}, SettingError, "--enable-mm-embeds lets a request bring"),
+        ({"enable_prompt_embeds": True}, SettingError, "--enable-prompt-embeds lets a request bring"),
+        ({"limit_mm_per_prompt": {"image": 0, "video": 0}}, ModelError, "is shown none"),
+        ({"model": "text"}, ModelError, "reads text alone"),
+    ],
+)
+def test_the_real_options_of_vllm_that_go_around_smoothing_are_refused(options, error, says, world, tmp_path):
+    folder = tmp_path / "model"
+    if options == {"model": "text"}:
+        LlamaForCausalLM(TEXT).save_pretrained(folder)
+    else:
+        BY_NAME["LLaVA CLIP -2 default"].build().save_pretrained(folder)
+        check(configured(folder))
+    config = configured(folder, **{name: value for name, value in options.items() if name != "model"})
+    with pytest.raises(error, match=says):
+        check(config)

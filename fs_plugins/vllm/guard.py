@@ -184,7 +184,10 @@ def check(config: Any) -> None:
             f"{model.model!r} looks at no images ({why}), so there is nothing to smooth. Unset {VARIABLE} to serve it."
         )
     compilation, lora = config.compilation_config, config.lora_config
+    kept = getattr(config, "ec_transfer_config", None)
+    given = kept is not None and kept.is_ec_consumer and not kept.is_ec_producer
     goes_around = {
+        "An engine that only consumes (ec_role ec_consumer), whose --enable-mm-embeds vLLM switches on,": given,
         "--enable-mm-embeds": multimodal.enable_mm_embeds,
         "--enable-prompt-embeds": getattr(model, "enable_prompt_embeds", False),
     }
