@@ -27,7 +27,7 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from fs_plugins.pictures import rgb
+from fs_plugins.pictures import png, rgb
 from fs_plugins.playground.models import Facts
 from fs_plugins.playground.server import SESSIONS
 
@@ -136,6 +136,7 @@ def test_somebody_draws_attacks_asks_certifies_and_shares(opened, server):
     expected = {"draws": ["60"], "shape": ["ring"], "choices": [""]}
     assert parse_qs(urlsplit(link).query, keep_blank_values=True) == expected
     assert page.locator("#link a").inner_text() == server[0] + link
+    expect(page).to_have_url(server[0] + link)
     other = opened(link)
     expect(other.locator("#picture img")).to_have_attribute("alt", re.compile("yellow ring"))
     assert other.locator("#draws input[type=number]").input_value() == "60"
@@ -183,6 +184,28 @@ def test_a_photograph_from_a_phone_stands_upright_and_is_not_kept(opened, server
     assert min(pixels) > 180  # blue above, red below
     assert not left_behind(server[2])
     shot(page, "5-upload")
+
+
+def test_a_file_that_nobody_reads_is_gone_after_a_while(monkeypatch, tmp_path):
+    """An hour, of which this is a second."""
+    from fs_plugins.playground import page
+    from fs_plugins.playground.server import _launched
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(page, "KEPT", 1)
+    monkeypatch.setattr(page, "SWEPT", 1)
+    blocks = page.Page(SimpleNamespace(models=models())).blocks
+    try:
+        address = _launched(blocks, "127.0.0.1", None, False)
+        content = {"files": ("seen.png", png(Image.new("RGB", (8, 8))), "image/png")}
+        (path,) = httpx.post(f"{address}gradio_api/upload", files=content, timeout=60).json()
+        assert Path(path).is_relative_to(tmp_path)
+        deadline = time.monotonic() + 30
+        while Path(path).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not Path(path).exists()
+    finally:
+        blocks.close(verbose=False)
 
 
 @pytest.mark.parametrize("name", ["drawing.png", "page.jpg"])
@@ -291,6 +314,12 @@ def test_the_first_paint_is_soon(opened):
     assert min(paints) < 2000
 
 
+def models() -> SimpleNamespace:
+    """Of a page that asks none."""
+    facts = Facts("demo", True, (64, 64), 0.25, (0.25, 0.5))
+    return SimpleNamespace(names=("demo",), psm="auto", about=lambda name: facts, sigma=lambda state: 0.25)
+
+
 def test_a_fault_of_a_run_is_a_message(caplog):
     from fs_plugins.playground.page import Page, Visit
 
@@ -298,10 +327,7 @@ def test_a_fault_of_a_run_is_a_message(caplog):
         """A page's engine that has something wrong."""
 
         def __init__(self) -> None:
-            facts = Facts("demo", True, (64, 64), 0.25, (0.25, 0.5))
-            self.models = SimpleNamespace(
-                names=("demo",), psm="auto", about=lambda name: facts, sigma=lambda state: 0.25
-            )
+            self.models = models()
 
         def picture(self, state, sent=None):
             raise RuntimeError("a secret of the server")

@@ -29,6 +29,13 @@ from fs_plugins.settings import build
 
 KEPT = 3600
 """Seconds after which what somebody has uploaded is forgotten, once they have left."""
+SWEPT = 600
+"""Seconds between looks for files that nobody has read."""
+FOLLOW = """(made) => {
+    const found = /href="([^"]*)"/.exec(made);
+    if (found) history.replaceState(null, "", found[1].replaceAll("&amp;", "&"));
+}"""
+"""What a browser does with a new link: its address bar has it too, so that a reload comes back to the same state."""
 _ATTACKED_BY = ("model", "source", "shape", "colour", "size", "side", "background", "photo", "upload", "attack",
                 "adaptive", "eps", "steps", "target", "sigma", "n0", "seed")  # fmt: skip
 """What an attacked picture depends on."""
@@ -94,7 +101,9 @@ class Page:
     def __init__(self, playground: Playground) -> None:
         self.playground, self.runs = playground, Runs()
         self.models = playground.models
-        with gr.Blocks(title="fs-plugins playground", analytics_enabled=False, delete_cache=(600, KEPT)) as self.blocks:
+        with gr.Blocks(
+            title="fs-plugins playground", analytics_enabled=False, delete_cache=(SWEPT, KEPT)
+        ) as self.blocks:
             self._lay_out()
             self._connect()
         # Runs wait in a line of their own, which knows people; gradio's only carries them.
@@ -265,6 +274,7 @@ class Page:
         ):
             button.click(run, self._set, [*kept, shown], show_progress="hidden", **private)
             stop.click(self._stop, None, None, **quick)
+        self.link.change(None, self.link, None, js=FOLLOW, **quick)
         self.blocks.unload(self.runs.stop)
 
     # What happens.
