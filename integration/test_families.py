@@ -7,10 +7,12 @@ import importlib.util
 from functools import cache
 
 import exceptions
+from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
 from image_families import IMAGE_FAMILIES, ONE_OF_EACH_KIND
 from mapping import LANGUAGE_FAMILIES, forgotten
+from packaging.version import Version
 from versions import INSTALLED, PINNED
 
 from fs_plugins.testing import AdapterConformance
@@ -58,8 +60,10 @@ CUT = (
 
 
 def is_brief(family: Family) -> bool:
-    """Whether only those are asked: image models have one adapter, so off the pinned version some stand for all."""
-    return INSTALLED != PINNED and family in IMAGE_FAMILIES and family.name not in ONE_OF_EACH_KIND
+    """Whether only those are asked: off the pinned version, those that are asked most stand for all that it has."""
+    if INSTALLED == PINNED or (family.since is not None and Version(family.since) > PINNED):
+        return False
+    return family not in FAMILIES and family.name not in ONE_OF_EACH_KIND
 
 
 def brief() -> list[str]:
