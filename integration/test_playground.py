@@ -174,6 +174,8 @@ def test_a_photograph_from_a_phone_stands_upright_and_is_not_kept(opened, server
     send(page, tmp_path / "phone.jpg")
     says(page, "Uploaded")
     expect(page.locator("#picture img")).to_have_attribute("alt", re.compile("Uploaded"))
+    assert page.locator("#question textarea").input_value() == "What is in this image?"
+    assert page.locator("#choices textarea").input_value() == ""
     pixels = page.evaluate(
         """async () => {
             const image = document.querySelector('#picture img'); await image.decode();
@@ -184,6 +186,8 @@ def test_a_photograph_from_a_phone_stands_upright_and_is_not_kept(opened, server
     assert min(pixels) > 180  # blue above, red below
     assert not left_behind(server[2])
     shot(page, "5-upload")
+    page.locator("#source").get_by_label("Draw").check()
+    expect(page.locator("#question textarea")).to_have_value("Which shape is in this image?", timeout=PATIENCE)
 
 
 def test_a_file_that_nobody_reads_is_gone_after_a_while(monkeypatch, tmp_path):

@@ -40,6 +40,9 @@ _ATTACKED_BY = ("model", "source", "shape", "colour", "size", "side", "backgroun
                 "adaptive", "eps", "steps", "target", "sigma", "n0", "seed")  # fmt: skip
 """What an attacked picture depends on."""
 
+OF_ANY_PICTURE = ("What is in this image?", "")
+"""Question and choices, where the picture is none of the drawn ones."""
+
 News = Mapping[Any, Any]
 """Components of the page and what they are to show."""
 
@@ -263,7 +266,7 @@ class Page:
         self.blocks.load(self._arrive, None, self._shown, **quick)
         for name, control in self.controls.items():
             if name != "upload":
-                change = self._switch if name == "model" else self._change
+                change = {"model": self._switch, "source": self._turn}.get(name, self._change)
                 control.input(change, self._set, self._shown, trigger_mode="always_last", **quick)
         self.upload.upload(self._receive, [self.upload, *self._set], self._shown, **quick)
         kept = [self.visit, self.status, self.saves, self.python, self.shell]
@@ -296,15 +299,24 @@ class Page:
         except FSPluginsError as error:
             return {self.status: html.status(str(error), "wrong")}
 
+    def _turn(self, request: gr.Request, visit: Visit, *values: Any) -> News:
+        """Pictures of another kind: unless somebody has asked something else, another question fits them."""
+        given = dict(zip(self.controls, values, strict=True))
+        drawn = (State().question, State().choices)
+        old, new = (drawn, OF_ANY_PICTURE) if given["source"] != "scene" else (OF_ANY_PICTURE, drawn)
+        if (given["question"], given["choices"]) != old:
+            return self._change(request, visit, *values)
+        given["question"], given["choices"] = new
+        changed = {self.controls[name]: given[name] for name in ("question", "choices")}
+        return {**self._change(request, visit, *given.values()), **changed}
+
     def _switch(self, request: gr.Request, visit: Visit, *values: Any) -> News:
         """Another model: other noise levels, and another way to be asked."""
         try:
             given = dict(zip(self.controls, values, strict=True))
             facts = self.models.about(given["model"])
             state = self._state(visit, list({**given, "sigma": None}.values()))
-            caption = world.drawn(state.shape, state.colour, state.size, state.side).caption
-            question = State().question if facts.talks else caption.replace(state.shape, "{}")
-            return self._settled(visit, replace(state, question=question), request)
+            return self._settled(visit, replace(state, question=_usual_question(state, facts.talks)), request)
         except FSPluginsError as error:
             return {self.status: html.status(str(error), "wrong")}
 
@@ -546,6 +558,15 @@ class Page:
         told = "nowhere at least .5" if reached is None else f"at least .5 up to an l2 distance of {reached:.3f}"
         alt = f"The certified cosine against the l2 distance: {told}. The paper's estimate is beside it."
         return html.plot(proving.curve(certificate, limit), alt)
+
+
+def _usual_question(state: State, talks: bool) -> str:
+    """Of a picture's kind, or the sentence that choices are put into."""
+    if state.source != "scene":
+        return OF_ANY_PICTURE[0] if talks else "a photo of a {}"
+    if talks:
+        return State().question
+    return world.drawn(state.shape, state.colour, state.size, state.side).caption.replace(state.shape, "{}")
 
 
 def _pair(comparison: Any) -> tuple[str, str]:
