@@ -16,9 +16,8 @@ from PIL import Image
 
 from fs_plugins.demo import world
 from fs_plugins.errors import FSPluginsError
-from fs_plugins.evaluation.picture import difference
 from fs_plugins.pictures import png, to_pil
-from fs_plugins.playground import html, proving, reproduce
+from fs_plugins.playground import html, proving, reproduce, shown
 from fs_plugins.playground.attacking import Attacked, Frame
 from fs_plugins.playground.engine import Heard, Playground, Visitor, Waiting
 from fs_plugins.playground.live import Stopped
@@ -270,12 +269,12 @@ class Page:
                 control.input(change, self._set, self._shown, trigger_mode="always_last", **quick)
         self.upload.upload(self._receive, [self.upload, *self._set], self._shown, **quick)
         kept = [self.visit, self.status, self.saves, self.python, self.shell]
-        for button, stop, run, shown in (
+        for button, stop, run, place in (
             (self.attack, self.stop_attack, self._attack, self.attacked),
             (self.ask, self.stop_ask, self._ask, self.answers),
             (self.certify, self.stop_certify, self._certify, self.proof),
         ):
-            button.click(run, self._set, [*kept, shown], show_progress="hidden", **private)
+            button.click(run, self._set, [*kept, place], show_progress="hidden", **private)
             stop.click(self._stop, None, None, **quick)
         self.link.change(None, self.link, None, js=FOLLOW, **quick)
         self.blocks.unload(self.runs.stop)
@@ -349,7 +348,7 @@ class Page:
                     told = f"Step {news.step} of {news.steps}"
                     yield {
                         self.status: html.status("Attacking."),
-                        self.attacked: self._moved(clean, news.image) + html.progress(told, news.step, news.steps),
+                        self.attacked: shown.moved(clean, news.image) + html.progress(told, news.step, news.steps),
                     }
                 else:
                     yield self._fooled(replace(visit, attacked=(state, news)), state, clean, news)
@@ -363,7 +362,7 @@ class Page:
         return {
             self.visit: visit,
             self.status: html.status(told),
-            self.attacked: self._moved(clean, found.image) if found.steps else "",
+            self.attacked: shown.moved(clean, found.image) if found.steps else "",
             **self._programs(visit, state, clean),
         }
 
@@ -376,9 +375,9 @@ class Page:
                     yield self._queued(news)
                 else:
                     heard = news
-                    yield {self.status: html.status("Asking."), self.answers: self._said(heard)}
+                    yield {self.status: html.status("Asking."), self.answers: shown.said(heard)}
             if heard is not None:
-                yield {self.status: html.status("Answered."), self.answers: self._said(heard)}
+                yield {self.status: html.status("Answered."), self.answers: shown.said(heard)}
 
         yield from self._told(visit, values, request, run)
 
@@ -389,8 +388,8 @@ class Page:
                 if isinstance(news, Waiting):
                     yield self._queued(news)
                 elif isinstance(news, SoFar):
-                    limit = max(limit, _reach(news.certificate))
-                    drawn = self._curve(news.certificate, limit)
+                    limit = max(limit, shown.reach(news.certificate))
+                    drawn = shown.curve(news.certificate, limit)
                     told = f"{news.draws} of {state.draws} draws; nothing is promised before the last"
                     yield {
                         self.status: html.status("Certifying the feature."),
@@ -403,7 +402,7 @@ class Page:
                         self.proof: drawn + html.progress(told, 0, 0),
                     }
                 else:
-                    yield self._proven(visit, state, clean, news, max(limit, _reach(news.features)))
+                    yield self._proven(visit, state, clean, news, max(limit, shown.reach(news.features)))
 
         yield from self._told(visit, values, request, run)
 
@@ -415,7 +414,7 @@ class Page:
         )
         return {
             self.status: html.status("Certified."),
-            self.proof: self._curve(found.features, limit)
+            self.proof: shown.curve(found.features, limit)
             + html.sentences(proving.sentences(found, far))
             + html.links([saved]),
         }
@@ -524,41 +523,6 @@ class Page:
         several = "1 run is" if news.ahead == 1 else f"{news.ahead} runs are"
         return {self.status: html.status(f"In the line: {several} served before yours.", "waiting")}
 
-    def _moved(self, clean: Picture, image: Any) -> Markup:
-        changed = to_pil(difference(clean.image, image))
-        far = 255 * float((image - clean.image).abs().max())
-        figures = [
-            html.image(to_pil(image), f"The attacked picture. {clean.about}", f"Attacked, by {far:.0f}/255 at most"),
-            html.image(changed, "What the attack changed, as coloured noise around grey", "The difference, x 8"),
-        ]
-        return html.row(figures)
-
-    def _said(self, heard: Heard) -> Markup:
-        rows = []
-        for what, said in (("Clean picture", heard.clean), ("Attacked picture", heard.attacked)):
-            if said is not None:
-                rows.append((f"{what}: answer", *_pair(said.answer)))
-                if said.caption is not None:
-                    rows.append((f"{what}: caption", *_pair(said.caption)))
-        if heard.cosines is not None:
-            values = f"{heard.cosines.without:.3f}", f"{heard.cosines.smoothed:.3f}"
-            rows.append(("FCS, the cosine of the two pictures' features", *values))
-        made = html.table("What the model says", ["", "without the plugin", "with the plugin"], rows)
-        if heard.views is None:
-            return made
-        pairs = zip(heard.views.noisy, heard.views.purified, strict=True)
-        figures = []
-        for i, (noisy, purified) in enumerate(pairs, 1):
-            figures.append(html.image(to_pil(noisy), f"Noisy draw {i}", f"Draw {i}"))
-            figures.append(html.image(to_pil(purified), f"Draw {i}, purified", "purified"))
-        return made + html.row(figures)
-
-    def _curve(self, certificate: Any, limit: float) -> Markup:
-        reached = certificate.radius()
-        told = "nowhere at least .5" if reached is None else f"at least .5 up to an l2 distance of {reached:.3f}"
-        alt = f"The certified cosine against the l2 distance: {told}. The paper's estimate is beside it."
-        return html.plot(proving.curve(certificate, limit), alt)
-
 
 def _usual_question(state: State, talks: bool) -> str:
     """Of a picture's kind, or the sentence that choices are put into."""
@@ -567,15 +531,3 @@ def _usual_question(state: State, talks: bool) -> str:
     if talks:
         return State().question
     return world.drawn(state.shape, state.colour, state.size, state.side).caption.replace(state.shape, "{}")
-
-
-def _pair(comparison: Any) -> tuple[str, str]:
-    both = comparison.without, comparison.smoothed
-    one, other = (f"{answer.text or '(nothing)'} · {answer.seconds:.2f} s" for answer in both)
-    return one, other
-
-
-def _reach(certificate: Any) -> float:
-    """As far as a curve of it has anything to show, and no further than eyes can use."""
-    found = [certificate.radius(0.0) or 0.0, certificate.by("plugin").radius(0.0) or 0.0]
-    return 1.05 * min(max(found), 4 * certificate.sigma) or certificate.sigma
