@@ -30,6 +30,7 @@ from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionTrans
 
 import fs_plugins
 from fs_plugins import ModelError, SettingError, VisionCall
+from fs_plugins.demo import assets
 from fs_plugins.identity import same_encoder
 from fs_plugins.vllm.guard import check
 from fs_plugins.vllm.worker import check_plain
@@ -85,7 +86,7 @@ def pair(request: pytest.FixtureRequest, world: None, tmp_path_factory: pytest.T
 def configured(folder: Path, **options: Any) -> VllmConfig:
     """vLLM's configuration of a checkpoint, which has no tokenizer."""
     how: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 64}
-    return EngineArgs(model=str(folder), **how, **options).create_engine_config()
+    return EngineArgs(model=str(folder), **{**how, **options}).create_engine_config()
 
 
 def loaded(config: VllmConfig) -> nn.Module:
@@ -385,3 +386,34 @@ def test_the_real_options_of_vllm_that_go_around_smoothing_are_refused(options, 
     config = configured(folder, **{name: value for name, value in options.items() if name != "model"})
     with pytest.raises(error, match=says):
         check(config)
+
+
+@pytest.mark.parametrize("spared", [[], ["re:.*vision_tower.*"]])
+def test_a_quantised_encoder_is_refused_and_one_beside_a_quantised_language_model_is_smoothed(spared, world):
+    eights = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eights, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eights, "strategy": "token", "dynamic": True},
+    }
+    quantised = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *spared],
+        "config_groups": {"group_0": group},
+    }
+    overrides = {"quantization_config": quantised}
+    served = loaded(configured(assets.LLAVA, dtype="bfloat16", load_format="dummy", hf_overrides=overrides))
+    call = fs_plugins.vision_call(served)
+    if not spared:
+        with pytest.raises(ModelError, match=r"quantised \(.*: CompressedTensorsLinearMethod\)"):
+            check_plain(call)
+        return
+    check_plain(call)
+    images = pictures(call)
+    with torch.no_grad():
+        bare = call.served(images)
+        with fs_plugins.enable(served, psm=None, sigma=0.25, n0=2, noise="iid") as handle:
+            assert not torch.equal(call.served(images), bare)
+            assert handle.status().vision[0].draws == 4
