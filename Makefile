@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
-# What make photos is told.
+# What make photos is told, and what make integration.
 PHOTOS ?=
+KIT ?=
 PIP = $(VENV)/bin/pip install -q -c constraints.txt
 # Each worker keeps to its part of the list while there is one, so that what a file prepares is prepared once.
 TEST = -m pytest -n $(WORKERS) --dist worksteal
@@ -79,7 +80,7 @@ test-transformers4: $(VENV)4/.dev
 integration: $(VENV)-all/.ready $(VENV)4/.dev $(VENV)5/.ready
 	rm -rf runs/integration; failed=0; \
 	for venv in $$(integration/environments $(VENV)-all $(VENV)4 $(VENV)5); do \
-	    $$venv/bin/python $(TEST) integration --report runs/integration/run$$(basename $$venv).json || failed=1; \
+	    $$venv/bin/python $(TEST) integration $(KIT) --report runs/integration/run$$(basename $$venv).json || failed=1; \
 	done; \
 	$(VENV)-all/bin/python $(TEST) tests/hf -k open_clip || failed=1; \
 	$(VENV)-all/bin/python integration/matrix.py docs/reference/compatibility.md runs/integration/*.json && exit $$failed

@@ -1,6 +1,7 @@
 """Real frameworks in environments of their own; the default suite does not look in here.
 
-``--report FILE`` writes what each family did, for ``matrix.py``.
+``--report FILE`` writes what each family did, for ``matrix.py``. ``--brief`` leaves out what does not differ by
+version, off the pinned transformers and of the rarer families.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--brief", action="store_true", help="off the pinned transformers, rarer families in short")
     parser.addoption("--report", type=Path, help="write the kit's results on every family to this JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    import versions
+
+    versions.brief = config.getoption("--brief")
     if config.getoption("--report"):
         config.pluginmanager.register(Recorder(config.getoption("--report")))
 

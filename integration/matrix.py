@@ -17,9 +17,9 @@ Every family is a small, randomly initialised model of the framework's own class
 runs the kit and writes this page.
 
 A number is of tests that passed. `+1 (a)` is a test that must fail or is not run, for the reason (a) below, and
-`+2 (a)` is two such. It is the whole kit but where it says *model only*: the whole kit is run on all families in one
-version of transformers, and in the others on those that are used most and on one image model for each way through
-their adapter, with the tests about the model itself on the rest.
+`+2 (a)` is two such. It is the whole kit but where it says *model only*: image models share one adapter, so the whole
+kit is run on all of them in one version of transformers, and in the others on one for each way through it, with the
+tests about the model itself on the rest.
 """
 
 

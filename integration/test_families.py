@@ -7,6 +7,7 @@ import importlib.util
 from functools import cache
 
 import exceptions
+import versions
 from families import FAMILIES
 from family import Family
 from frameworks import FRAMEWORKS
@@ -60,10 +61,13 @@ CUT = (
 
 
 def is_brief(family: Family) -> bool:
-    """Whether only those are asked: off the pinned version, those that are asked most stand for all that it has."""
-    if INSTALLED == PINNED or (family.since is not None and Version(family.since) > PINNED):
+    """Whether only those are asked: image models have one adapter, so off the pinned version some stand for all. With
+    ``--brief`` those that are used most stand for those that speak as well.
+    """
+    if INSTALLED == PINNED or family.name in ONE_OF_EACH_KIND:
         return False
-    return family not in FAMILIES and family.name not in ONE_OF_EACH_KIND
+    only_here = family.since is not None and Version(family.since) > PINNED
+    return family in IMAGE_FAMILIES or (versions.brief and family not in FAMILIES and not only_here)
 
 
 def brief() -> list[str]:

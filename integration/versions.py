@@ -11,3 +11,5 @@ from packaging.version import Version
 INSTALLED = Version(transformers.__version__)
 _CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text("utf-8")
 PINNED = Version(re.search(r"^transformers==(\S+)$", _CONSTRAINTS, re.MULTILINE)[1])
+brief = False
+"""Whether this run was told to be brief."""
