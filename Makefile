@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
-# What make photos is told, and what make integration.
+# What make photos is told, and what make integration; the page in the docs is of the whole kit.
 PHOTOS ?=
 KIT ?=
+MATRIX = $(if $(KIT),runs/integration/compatibility.md,docs/reference/compatibility.md)
 PIP = $(VENV)/bin/pip install -q -c constraints.txt
 # Each worker keeps to its part of the list while there is one, so that what a file prepares is prepared once.
 TEST = -m pytest -n $(WORKERS) --dist worksteal
@@ -76,14 +77,14 @@ test-transformers4: $(VENV)4/.dev
 
 # The conformance kit on real classes: every framework in one environment, then the Hugging Face families on the oldest
 # transformers and, if it is another version, on the newest; robust towers against the real open_clip. Writes
-# docs/reference/compatibility.md, also when something failed.
+# the page, also when something failed.
 integration: $(VENV)-all/.ready $(VENV)4/.dev $(VENV)5/.ready
 	rm -rf runs/integration; failed=0; \
 	for venv in $$(integration/environments $(VENV)-all $(VENV)4 $(VENV)5); do \
 	    $$venv/bin/python $(TEST) integration $(KIT) --report runs/integration/run$$(basename $$venv).json || failed=1; \
 	done; \
 	$(VENV)-all/bin/python $(TEST) tests/hf -k open_clip || failed=1; \
-	$(VENV)-all/bin/python integration/matrix.py docs/reference/compatibility.md runs/integration/*.json && exit $$failed
+	$(VENV)-all/bin/python integration/matrix.py $(MATRIX) runs/integration/*.json && exit $$failed
 
 # lmms-eval is large, and wants a python-dateutil that its table writer can live with.
 lmms: $(VENV)-lmms/.ready

@@ -80,7 +80,7 @@ def test_pixtral_in_mistrals_own_format_takes_a_list_of_pictures():
     told = SimpleNamespace(hidden_size=8, patch_size=4)
     model = of_vllm("PixtralForConditionalGeneration", vision_args=told, vision_encoder=Patched(), config=None)
     call = fs_plugins.vision_call(model)
-    assert (call.pixels.argument, call.image_size) == ("images", None)
+    assert (call.pixels.argument, call.tested, call.image_size) == ("images", True, None)
 
 
 def test_weights_are_those_of_the_checkpoint_and_of_nothing_else(kept):
